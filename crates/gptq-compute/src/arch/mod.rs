@@ -1,0 +1,193 @@
+//! One vector type of 16 lanes per instruction set, and the choice among them.
+//!
+//! A kernel is a struct that implements [`Kernel`]: its `run` is written once, generically over
+//! [`Simd`], and must be `#[inline(always)]` so that it is compiled inside the
+//! `#[target_feature]` function of each instruction set. The methods of `Simd` wrap single
+//! intrinsics; they are `#[inline(always)]` and not `#[target_feature]` because a function with
+//! that attribute cannot be inlined into a caller without it, which would put a call around every
+//! instruction.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod scalar;
+
+use std::sync::OnceLock;
+
+pub use scalar::Scalar;
+#[cfg(target_arch = "x86_64")]
+pub use {avx2::Avx2, avx512::Avx512};
+
+/// Lanes of every vector type.
+pub const LANES: usize = 16;
+
+/// An instruction set that kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Isa {
+    /// Portable code, the oracle of the others.
+    Scalar,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Isa {
+    /// Whether this processor has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 | Self::Avx512 => false,
+        }
+    }
+
+    /// All that this processor has, the fastest last.
+    pub fn available() -> Vec<Self> {
+        [Self::Scalar, Self::Avx2, Self::Avx512]
+            .into_iter()
+            .filter(|i| i.is_available())
+            .collect()
+    }
+}
+
+/// The instruction set of this process: the fastest available, or what `GPTQ_ISA` names
+/// (`scalar`, `avx2`, `avx512`) if this processor has it.
+pub fn isa() -> Isa {
+    static CHOSEN: OnceLock<Isa> = OnceLock::new();
+    *CHOSEN.get_or_init(|| {
+        let best = Isa::available().pop().unwrap_or(Isa::Scalar);
+        let wanted = match std::env::var("GPTQ_ISA").as_deref() {
+            Ok("scalar") => Some(Isa::Scalar),
+            Ok("avx2") => Some(Isa::Avx2),
+            Ok("avx512") => Some(Isa::Avx512),
+            _ => None,
+        };
+        let isa = wanted.filter(|i| i.is_available()).unwrap_or(best);
+        tracing::debug!(?isa, "kernels chosen");
+        isa
+    })
+}
+
+/// A computation written once for all instruction sets.
+pub trait Kernel {
+    /// What it returns.
+    type Output;
+
+    /// Runs it. Implementations must be `#[inline(always)]`.
+    ///
+    /// # Safety
+    /// The processor must have the instruction set of `S`.
+    unsafe fn run<S: Simd>(self) -> Self::Output;
+}
+
+/// Runs `kernel` with the instruction set of this process.
+#[inline]
+pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+    dispatch_on(isa(), kernel)
+}
+
+/// Runs `kernel` with a given instruction set (tests compare all of them).
+///
+/// # Panics
+/// If the processor does not have it.
+#[inline]
+pub fn dispatch_on<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    match isa {
+        // SAFETY: scalar code runs everywhere.
+        Isa::Scalar => unsafe { kernel.run::<Scalar>() },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => {
+            debug_assert!(isa.is_available());
+            // SAFETY: `isa()` and the tests hand out available instruction sets only.
+            unsafe { avx2::enter(kernel) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => {
+            debug_assert!(isa.is_available());
+            // SAFETY: as above.
+            unsafe { avx512::enter(kernel) }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        // SAFETY: scalar code runs everywhere.
+        Isa::Avx2 | Isa::Avx512 => unsafe { kernel.run::<Scalar>() },
+    }
+}
+
+/// Operations on 16 lanes of f32 (`F`), 16 lanes of 32-bit integers (`I`) and lane masks (`M`).
+///
+/// # Safety
+/// Every method requires that the processor has the instruction set; those that take pointers
+/// require them to be valid for 16 elements (no alignment).
+#[allow(clippy::missing_safety_doc, missing_docs)] // One contract for all, stated above.
+pub trait Simd: Copy {
+    type F: Copy;
+    type I: Copy;
+    type M: Copy;
+
+    /// Whether 32 vector registers of 16 lanes exist; decides the size of register tiles.
+    const WIDE: bool;
+
+    unsafe fn splat(x: f32) -> Self::F;
+    unsafe fn load(p: *const f32) -> Self::F;
+    unsafe fn store(p: *mut f32, v: Self::F);
+    unsafe fn load_f16(p: *const u16) -> Self::F;
+    unsafe fn load_bf16(p: *const u16) -> Self::F;
+    unsafe fn load_i8(p: *const i8) -> Self::F;
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    /// a * b + c
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// c - a * b
+    unsafe fn fnma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn abs(a: Self::F) -> Self::F;
+    unsafe fn sqrt(a: Self::F) -> Self::F;
+    /// To the nearest integer, ties to even.
+    unsafe fn round(a: Self::F) -> Self::F;
+    unsafe fn lt(a: Self::F, b: Self::F) -> Self::M;
+    /// Lanes of `a` where the mask is set, of `b` elsewhere.
+    unsafe fn select(m: Self::M, a: Self::F, b: Self::F) -> Self::F;
+    /// The sum of all lanes, in a fixed order.
+    unsafe fn sum(a: Self::F) -> f32;
+    unsafe fn max_lane(a: Self::F) -> f32;
+
+    unsafe fn load_i32(p: *const u32) -> Self::I;
+    unsafe fn splat_i32(x: i32) -> Self::I;
+    unsafe fn add_i32(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn sub_i32(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn and(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
+    /// Logical shift right by `n` in 0..32.
+    unsafe fn shr(a: Self::I, n: u32) -> Self::I;
+    unsafe fn shl(a: Self::I, n: u32) -> Self::I;
+    unsafe fn to_f32(a: Self::I) -> Self::F;
+    /// Rounds to the nearest integer; lanes outside i32 are unspecified.
+    unsafe fn to_i32(a: Self::F) -> Self::I;
+    unsafe fn bits(a: Self::F) -> Self::I;
+    unsafe fn from_bits(a: Self::I) -> Self::F;
+
+    /// The two's complement integers of `bits` (2, 3, 4 or 8) bits that start at bit `shift` of
+    /// each word, as floats.
+    unsafe fn code(bits: u32, w: Self::I, shift: u32) -> Self::F;
+    unsafe fn prefetch(p: *const u8);
+}

@@ -1,0 +1,46 @@
+//! Tensors, thread pool and CPU kernels of gptq-rs.
+//!
+//! This crate knows nothing of models or file formats. It offers a few coarse operations on
+//! [`Tensor`]s ([`linear`], [`norm`], [`rope`], [`attention`], …) and the numerical core of GPTQ
+//! ([`Gram`], [`cholesky`], [`sweep`]). Every operation is written once over the
+//! [`arch::Simd`] trait and instantiated per instruction set; the set is chosen once per process
+//! ([`arch::isa`], overridable with `GPTQ_ISA=scalar|avx2|avx512`).
+//!
+//! Results never depend on the number of threads: work is cut into pieces whose boundaries depend
+//! on the shapes alone, and every piece is computed by one thread from start to end.
+
+mod activation;
+pub mod arch;
+pub mod attention;
+pub mod cholesky;
+mod elementwise;
+mod error;
+mod gemm;
+mod gram;
+mod linear;
+#[cfg(test)]
+mod linear_tests;
+mod loss;
+mod math;
+mod matrix;
+mod norm;
+mod pool;
+pub mod quantized;
+mod rope;
+pub mod sweep;
+mod tensor;
+
+pub use activation::{Activation, activate, activate_gated};
+pub use attention::{AttnParams, AttnSpan, LayerKv, attention};
+pub use elementwise::{add_scaled, clamp, embed, gather_cols, scale, soft_cap};
+pub use error::{ComputeError, Result};
+pub use gemm::{gemm_nt, gemm_peak_rate};
+pub use gram::Gram;
+pub use linear::{Scratch, linear};
+pub use loss::{Divergence, argmax, cross_entropy, kl_divergence};
+pub use matrix::{DenseMatrix, DenseType, Linear, Matrix, SharedBytes};
+pub use norm::{Norm, NormKind, norm, norm_heads};
+pub use pool::Pool;
+pub use quantized::{GptqParts, QuantizedMatrix};
+pub use rope::{RopeStyle, RopeTable, rope};
+pub use tensor::Tensor;

@@ -1,0 +1,141 @@
+//! Rotary position embedding.
+
+use crate::pool::Pool;
+use crate::tensor::{RawSlice, Tensor};
+
+/// Which two columns of a head rotate together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// i and i + rotary_dim/2 (Llama, NeoX).
+    Half,
+    /// 2i and 2i + 1 (GPT-J, Cohere).
+    Interleaved,
+}
+
+/// Cosines and sines of every position, `[positions, rotary_dim / 2]` each.
+#[derive(Debug, Clone)]
+pub struct RopeTable {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    pairs: usize,
+    style: RopeStyle,
+}
+
+impl RopeTable {
+    /// Tables for positions `0..positions`. `inv_freq`: `[rotary_dim / 2]` radians per position;
+    /// cosines and sines are multiplied by `attention_factor` (YaRN).
+    pub fn new(
+        inv_freq: &[f32],
+        attention_factor: f32,
+        style: RopeStyle,
+        positions: usize,
+    ) -> Self {
+        let pairs = inv_freq.len();
+        let (mut cos, mut sin) = (
+            Vec::with_capacity(positions * pairs),
+            Vec::with_capacity(positions * pairs),
+        );
+        for position in 0..positions {
+            for &f in inv_freq {
+                // The product is rounded to f32 as in transformers; the functions are exact.
+                let angle = f64::from(position as f32 * f);
+                cos.push((angle.cos() as f32) * attention_factor);
+                sin.push((angle.sin() as f32) * attention_factor);
+            }
+        }
+        Self {
+            cos,
+            sin,
+            pairs,
+            style,
+        }
+    }
+
+    /// Number of positions covered.
+    pub fn positions(&self) -> usize {
+        if self.pairs == 0 {
+            usize::MAX
+        } else {
+            self.cos.len() / self.pairs
+        }
+    }
+
+    /// Columns of each head that rotate.
+    pub fn rotary_dim(&self) -> usize {
+        2 * self.pairs
+    }
+}
+
+/// Rotates the first `rotary_dim` columns of every head of `x` `[rows, heads * head_dim]`;
+/// `positions`: `[rows]`.
+///
+/// # Panics
+/// If a position is not covered by the table or the widths do not fit.
+#[track_caller]
+pub fn rope(pool: &Pool, x: &mut Tensor, head_dim: usize, table: &RopeTable, positions: &[u32]) {
+    let (rows, cols, pairs) = (x.rows(), x.cols(), table.pairs);
+    assert_eq!(positions.len(), rows, "one position per row");
+    assert!(
+        cols.is_multiple_of(head_dim) && 2 * pairs <= head_dim,
+        "head of {head_dim}"
+    );
+    assert!(
+        positions.iter().all(|&p| (p as usize) < table.positions()),
+        "position out of range"
+    );
+    let raw = RawSlice::new(x.as_mut_slice());
+    let step = (8 * 1024 / cols.max(1)).max(1);
+    pool.run(rows.div_ceil(step), &|task| {
+        for row in task * step..((task + 1) * step).min(rows) {
+            let at = positions[row] as usize * pairs;
+            let (cos, sin) = (&table.cos[at..at + pairs], &table.sin[at..at + pairs]);
+            // SAFETY: each row belongs to one task.
+            for head in unsafe { raw.range(row * cols, cols) }.chunks_exact_mut(head_dim) {
+                match table.style {
+                    RopeStyle::Half => {
+                        let (a, b) = head[..2 * pairs].split_at_mut(pairs);
+                        for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                            (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+                        }
+                    }
+                    RopeStyle::Interleaved => {
+                        let pairs = head[..2 * pairs].chunks_exact_mut(2);
+                        for ((p, c), s) in pairs.zip(cos).zip(sin) {
+                            (p[0], p[1]) = (p[0] * c - p[1] * s, p[1] * c + p[0] * s);
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_styles_rotate_the_same_pairs() {
+        let pool = Pool::new(2);
+        let freq = [1.0, 0.1];
+        let half = RopeTable::new(&freq, 1.0, RopeStyle::Half, 8);
+        let inter = RopeTable::new(&freq, 1.0, RopeStyle::Interleaved, 8);
+        // Head of 5: four rotate, one passes. Pairs (1,3), (2,4).
+        let mut a = Tensor::from_vec(1, 5, vec![1.0, 2.0, 3.0, 4.0, 9.0]);
+        let mut b = Tensor::from_vec(1, 5, vec![1.0, 3.0, 2.0, 4.0, 9.0]);
+        rope(&pool, &mut a, 5, &half, &[7]);
+        rope(&pool, &mut b, 5, &inter, &[7]);
+        let want = [
+            7f32.cos() - 3.0 * 7f32.sin(),
+            2.0 * 0.7f32.cos() - 4.0 * 0.7f32.sin(),
+            3.0 * 7f32.cos() + 7f32.sin(),
+            4.0 * 0.7f32.cos() + 2.0 * 0.7f32.sin(),
+            9.0,
+        ];
+        for (y, t) in a.as_slice().iter().zip(want) {
+            assert!((y - t).abs() < 1e-6);
+        }
+        let b = b.as_slice();
+        assert_eq!(a.as_slice(), &[b[0], b[2], b[1], b[3], b[4]]);
+    }
+}

@@ -1,0 +1,211 @@
+//! The sweep over panels of 16 rows.
+
+#![allow(clippy::undocumented_unsafe_blocks)] // Kernel: the processor has S's instructions; `Sweep::run` checks all shapes.
+
+use super::{BLOCK, Sweep};
+use crate::arch::{Kernel, LANES, Simd};
+
+type Lanes = [f32; LANES];
+
+/// Weights and results of 16 rows.
+pub(super) struct Panel {
+    /// Weights in the order of the inputs, then of the sweep, `[in][16]`.
+    weights: Vec<Lanes>,
+    /// Codes in the order of the inputs, `[in][16]`.
+    pub(super) codes: Vec<[u8; LANES]>,
+    /// `[groups][16]`.
+    pub(super) scales: Vec<Lanes>,
+    /// `[groups][16]`.
+    pub(super) zeros: Vec<Lanes>,
+    pub(super) losses: [f64; LANES],
+    /// Errors of the current block.
+    errors: Vec<Lanes>,
+}
+
+impl Panel {
+    /// Takes `rows` rows from row `first` on; missing lanes are zero.
+    pub(super) fn new(
+        weights: &[f32],
+        first: usize,
+        rows: usize,
+        columns: usize,
+        groups: usize,
+    ) -> Self {
+        let mut panel = vec![[0.0; LANES]; columns];
+        for lane in 0..rows {
+            let row = &weights[(first + lane) * columns..][..columns];
+            panel.iter_mut().zip(row).for_each(|(p, w)| p[lane] = *w);
+        }
+        Self {
+            weights: panel,
+            codes: vec![[0; LANES]; columns],
+            scales: vec![[0.0; LANES]; groups],
+            zeros: vec![[0.0; LANES]; groups],
+            losses: [0.0; LANES],
+            errors: vec![[0.0; LANES]; BLOCK],
+        }
+    }
+}
+
+/// Sweeps several panels, block by block.
+pub(super) struct SweepPanels<'a> {
+    pub(super) sweep: &'a Sweep<'a>,
+    pub(super) panels: &'a mut [Panel],
+}
+
+impl Kernel for SweepPanels<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { sweep, panels } = self;
+        let columns = sweep.order.len();
+        // Columns of U inside the current block, made contiguous: [column][row].
+        let mut inner = vec![0.0f32; BLOCK * BLOCK];
+        unsafe {
+            for panel in panels.iter_mut() {
+                prepare::<S>(sweep, panel);
+            }
+            for start in (0..columns).step_by(BLOCK) {
+                let end = (start + BLOCK).min(columns);
+                if let Some(u) = sweep.factor {
+                    for c in start..end {
+                        for b in start..=c {
+                            inner[(c - start) * BLOCK + b - start] = u[b * columns + c];
+                        }
+                    }
+                }
+                for panel in panels.iter_mut() {
+                    block::<S>(sweep, panel, start..end, &inner);
+                }
+                if let Some(u) = sweep.factor {
+                    trailing::<S>(panels, u, start..end, columns);
+                }
+            }
+        }
+    }
+}
+
+/// Finds static scales and brings the weights into the order of the sweep.
+#[inline(always)]
+unsafe fn prepare<S: Simd>(sweep: &Sweep<'_>, panel: &mut Panel) {
+    let groups = panel.scales.len();
+    if sweep.static_groups {
+        let mut members: Vec<Vec<Lanes>> = vec![Vec::new(); groups];
+        // In input order, so that sums do not depend on the order of the sweep.
+        let mut group_of = vec![0; sweep.order.len()];
+        for (&k, &g) in sweep.order.iter().zip(sweep.groups) {
+            group_of[k as usize] = g as usize;
+        }
+        for (w, g) in panel.weights.iter().zip(group_of) {
+            members[g].push(*w);
+        }
+        for (g, members) in members.iter().enumerate() {
+            unsafe { set_params::<S>(sweep, panel, g, members) };
+        }
+    }
+    panel.weights = sweep
+        .order
+        .iter()
+        .map(|&k| panel.weights[k as usize])
+        .collect();
+}
+
+#[inline(always)]
+unsafe fn set_params<S: Simd>(sweep: &Sweep<'_>, panel: &mut Panel, g: usize, weights: &[Lanes]) {
+    unsafe {
+        let (scale, zero) = sweep.grid.find::<S>(weights);
+        S::store(panel.scales[g].as_mut_ptr(), scale);
+        S::store(panel.zeros[g].as_mut_ptr(), zero);
+    }
+}
+
+/// Quantizes the columns of one block, leaving their errors in `panel.errors`.
+#[inline(always)]
+unsafe fn block<S: Simd>(
+    sweep: &Sweep<'_>,
+    panel: &mut Panel,
+    range: std::ops::Range<usize>,
+    inner: &[f32],
+) {
+    let (start, columns) = (range.start, sweep.order.len());
+    unsafe {
+        for c in range {
+            let g = sweep.groups[c] as usize;
+            if !sweep.static_groups && (c == 0 || sweep.groups[c - 1] as usize != g) {
+                // As in the reference, the range of a group that starts inside a block does not
+                // see the corrections of that block.
+                let end = (c..columns)
+                    .find(|&i| sweep.groups[i] as usize != g)
+                    .unwrap_or(columns);
+                let (scale, zero) = sweep.grid.find::<S>(&panel.weights[c..end]);
+                S::store(panel.scales[g].as_mut_ptr(), scale);
+                S::store(panel.zeros[g].as_mut_ptr(), zero);
+            }
+            let mut w = S::load(panel.weights[c].as_ptr());
+            let u = &inner[(c - start) * BLOCK..][..=c - start];
+            if sweep.factor.is_some() {
+                for (u, e) in u[..c - start].iter().zip(&panel.errors) {
+                    w = S::fnma(S::splat(*u), S::load(e.as_ptr()), w);
+                }
+            }
+            let (scale, zero) = (
+                S::load(panel.scales[g].as_ptr()),
+                S::load(panel.zeros[g].as_ptr()),
+            );
+            let (code, value) = sweep.grid.round::<S>(w, scale, zero);
+            let mut lanes = [0.0; LANES];
+            S::store(lanes.as_mut_ptr(), code);
+            panel.codes[sweep.order[c] as usize] = lanes.map(|q| q as u8);
+            if sweep.factor.is_some() {
+                let error = S::div(S::sub(w, value), S::splat(u[c - start]));
+                S::store(panel.errors[c - start].as_mut_ptr(), error);
+                S::store(lanes.as_mut_ptr(), error);
+                for (loss, e) in panel.losses.iter_mut().zip(lanes) {
+                    *loss += 0.5 * f64::from(e) * f64::from(e);
+                }
+            }
+        }
+    }
+}
+
+/// Takes the errors of a block out of all columns behind it.
+#[inline(always)]
+unsafe fn trailing<S: Simd>(
+    panels: &mut [Panel],
+    u: &[f32],
+    range: std::ops::Range<usize>,
+    columns: usize,
+) {
+    unsafe {
+        let mut c = range.end;
+        macro_rules! tile {
+            ($t:literal) => {
+                while columns - c >= $t {
+                    for panel in panels.iter_mut() {
+                        let mut acc = [S::splat(0.0); $t];
+                        for j in 0..$t {
+                            acc[j] = S::load(panel.weights[c + j].as_ptr());
+                        }
+                        for (b, error) in range.clone().zip(&panel.errors) {
+                            let e = S::load(error.as_ptr());
+                            let row = u.as_ptr().add(b * columns + c);
+                            for j in 0..$t {
+                                acc[j] = S::fnma(S::splat(*row.add(j)), e, acc[j]);
+                            }
+                        }
+                        for j in 0..$t {
+                            S::store(panel.weights[c + j].as_mut_ptr(), acc[j]);
+                        }
+                    }
+                    c += $t;
+                }
+            };
+        }
+        if S::WIDE {
+            tile!(16);
+        }
+        tile!(4);
+        tile!(1);
+    }
+}
