@@ -28,9 +28,8 @@ fn time(mut f: impl FnMut()) -> f64 {
 
 fn quantized(bits: u32, k: usize, n: usize, group: usize) -> Linear {
     let groups = k / group;
-    let qweight: Vec<u32> = (0..k * bits as usize / 32 * n)
-        .map(|i| (i as u32).wrapping_mul(0x9E37_79B9))
-        .collect();
+    let qweight: Vec<u32> =
+        (0..k * bits as usize / 32 * n).map(|i| (i as u32).wrapping_mul(0x9E37_79B9)).collect();
     let parts = GptqParts {
         bits,
         in_features: k,
@@ -41,24 +40,14 @@ fn quantized(bits: u32, k: usize, n: usize, group: usize) -> Linear {
         g_idx: &(0..k as u32).map(|i| i / group as u32).collect::<Vec<_>>(),
     };
     let weight = QuantizedMatrix::from_gptq(parts).expect("valid parts");
-    Linear {
-        weight: Matrix::Quantized(weight),
-        bias: None,
-    }
+    Linear { weight: Matrix::Quantized(weight), bias: None }
 }
 
 fn main() {
-    let filter = std::env::args()
-        .skip(1)
-        .find(|a| !a.starts_with('-'))
-        .unwrap_or_default();
+    let filter = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
     let pool = Pool::with_all_cores();
     let peak = gemm_peak_rate(&pool);
-    println!(
-        "{} threads, f32 product {:.0} GFLOP/s",
-        pool.threads(),
-        peak / 1e9
-    );
+    println!("{} threads, f32 product {:.0} GFLOP/s", pool.threads(), peak / 1e9);
     let report = |name: String, flops: f64, bytes: f64, run: &mut dyn FnMut()| {
         if name.contains(&filter) {
             let s = time(run);
@@ -72,12 +61,7 @@ fn main() {
         }
     };
     let mut scratch = Scratch::default();
-    for (m, k, n) in [
-        (2048, 576, 576),
-        (2048, 576, 1536),
-        (2048, 1536, 576),
-        (512, 2048, 5632),
-    ] {
+    for (m, k, n) in [(2048, 576, 576), (2048, 576, 1536), (2048, 1536, 576), (512, 2048, 5632)] {
         let x = Tensor::from_vec(m, k, (0..m * k).map(|i| (i % 13) as f32 - 6.0).collect());
         let w = DenseMatrix::from_f32(n, k, vec![0.5; n * k]);
         let mut y = Tensor::default();
@@ -87,23 +71,13 @@ fn main() {
         });
         for bits in [2, 3, 4, 8] {
             let l = quantized(bits, k, n, 64);
-            report(
-                format!("linear {bits} bit {m}x{k}x{n}"),
-                flops,
-                0.0,
-                &mut || {
-                    linear(&pool, &x, &mut [(&l, &mut y)], &mut scratch);
-                },
-            );
+            report(format!("linear {bits} bit {m}x{k}x{n}"), flops, 0.0, &mut || {
+                linear(&pool, &x, &mut [(&l, &mut y)], &mut scratch);
+            });
         }
-        report(
-            format!("gram {m}x{k}"),
-            (m * k * k) as f64,
-            0.0,
-            &mut || {
-                Gram::new(k).accumulate(&pool, &x);
-            },
-        );
+        report(format!("gram {m}x{k}"), (m * k * k) as f64, 0.0, &mut || {
+            Gram::new(k).accumulate(&pool, &x);
+        });
     }
     for bits in [2, 3, 4, 8] {
         for m in [1, 4, 8, 16] {
@@ -114,16 +88,11 @@ fn main() {
             let mut y = Tensor::default();
             let bytes: usize = ls.iter().map(|l| l.weight.bytes()).sum();
             let flops = 2.0 * (24 * m * k * n) as f64;
-            report(
-                format!("decode {bits} bit m={m} {k}x{n}"),
-                flops,
-                bytes as f64,
-                &mut || {
-                    for l in &ls {
-                        linear(&pool, &x, &mut [(l, &mut y)], &mut scratch);
-                    }
-                },
-            );
+            report(format!("decode {bits} bit m={m} {k}x{n}"), flops, bytes as f64, &mut || {
+                for l in &ls {
+                    linear(&pool, &x, &mut [(l, &mut y)], &mut scratch);
+                }
+            });
         }
     }
     let p = AttnParams {
@@ -140,33 +109,14 @@ fn main() {
     let mut kv = LayerKv::new(3, 64);
     kv.append(&k, &k, 0..2048);
     let mut out = Tensor::default();
-    report(
-        "attention 2048".into(),
-        2.0 * 2048.0 * 2048.0 * 576.0,
-        0.0,
-        &mut || {
-            attention(
-                &pool,
-                &q,
-                &[AttnSpan {
-                    rows: 0..2048,
-                    kv: &kv,
-                }],
-                &p,
-                &mut out,
-            );
-        },
-    );
+    report("attention 2048".into(), 2.0 * 2048.0 * 2048.0 * 576.0, 0.0, &mut || {
+        attention(&pool, &q, &[AttnSpan { rows: 0..2048, kv: &kv }], &p, &mut out);
+    });
     for n in [576, 1536] {
         let mut h = vec![0.1; n * n];
         (0..n).for_each(|i| h[i * n + i] = 1.0);
-        report(
-            format!("inverse factor {n}"),
-            2.0 / 3.0 * (n * n * n) as f64,
-            0.0,
-            &mut || {
-                inverse_factor(&h, n).expect("positive definite");
-            },
-        );
+        report(format!("inverse factor {n}"), 2.0 / 3.0 * (n * n * n) as f64, 0.0, &mut || {
+            inverse_factor(h.clone(), n).expect("positive definite");
+        });
     }
 }

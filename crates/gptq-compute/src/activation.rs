@@ -117,10 +117,7 @@ mod tests {
         let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
         let cases: [(&str, Box<dyn Fn(f64) -> f64>); 6] = [
             ("silu", Box::new(move |x| x * sigmoid(x))),
-            (
-                "gelu",
-                Box::new(|x| 0.5 * x * (1.0 + libm::erf(x / 2f64.sqrt()))),
-            ),
+            ("gelu", Box::new(|x| 0.5 * x * (1.0 + libm::erf(x / 2f64.sqrt())))),
             (
                 "gelu_new",
                 Box::new(|x| {
@@ -136,10 +133,7 @@ mod tests {
             activate(&pool, Activation::from_name(name).unwrap(), &mut t);
             for (&x, &y) in xs.iter().zip(t.as_slice()) {
                 let want = truth(f64::from(x));
-                assert!(
-                    (f64::from(y) - want).abs() < 1e-6 * (1.0 + want.abs()),
-                    "{name}({x})"
-                );
+                assert!((f64::from(y) - want).abs() < 1e-6 * (1.0 + want.abs()), "{name}({x})");
             }
         }
         assert!(Activation::from_name("mish").is_none());

@@ -66,11 +66,7 @@ pub(crate) fn map<O: Elementwise>(pool: &Pool, op: O, x: &mut Tensor, y: Option<
         let len = CHUNK.min(n - start);
         // SAFETY: chunks of different tasks do not overlap.
         let x = unsafe { raw.range(start, len) };
-        dispatch(Map {
-            op,
-            x,
-            y: y.map(|y| &y.as_slice()[start..start + len]),
-        });
+        dispatch(Map { op, x, y: y.map(|y| &y.as_slice()[start..start + len]) });
     });
 }
 
@@ -145,10 +141,7 @@ pub fn clamp(pool: &Pool, x: &mut Tensor, limit: f32) {
 pub fn embed(weight: &DenseMatrix, ids: &[u32], out: &mut Tensor) {
     out.resize(ids.len(), weight.in_features());
     for (row, &id) in ids.iter().enumerate() {
-        assert!(
-            (id as usize) < weight.out_features(),
-            "token id {id} is outside the vocabulary"
-        );
+        assert!((id as usize) < weight.out_features(), "token id {id} is outside the vocabulary");
         weight.row_to_f32(id as usize, out.row_mut(row));
     }
 }
@@ -187,10 +180,7 @@ mod tests {
             scale(&pool, &mut x, 4.0);
             clamp(&pool, &mut x, 100.0);
             assert!(
-                x.as_slice()
-                    .iter()
-                    .enumerate()
-                    .all(|(i, &v)| v == (2.0 * i as f32).min(100.0))
+                x.as_slice().iter().enumerate().all(|(i, &v)| v == (2.0 * i as f32).min(100.0))
             );
         }
     }

@@ -41,12 +41,7 @@ pub fn gemm_nt(pool: &Pool, x: &Tensor, w: &DenseMatrix, bias: Option<&[f32]>, y
             for token in 0..m {
                 // SAFETY: tasks write disjoint columns.
                 let y = unsafe { out.range(token * n + first, rows) };
-                dispatch(Gemv {
-                    w,
-                    first,
-                    x: x.row(token),
-                    y,
-                });
+                dispatch(Gemv { w, first, x: x.row(token), y });
                 if let Some(b) = bias {
                     y.iter_mut().zip(&b[first..]).for_each(|(y, b)| *y += b);
                 }
@@ -55,9 +50,8 @@ pub fn gemm_nt(pool: &Pool, x: &Tensor, w: &DenseMatrix, bias: Option<&[f32]>, y
         return;
     }
     // Enough tasks for many threads; the cut depends on the shape alone.
-    let columns = (n * TOKENS.min(m).next_multiple_of(64) / 2048)
-        .clamp(64, 1024)
-        .next_multiple_of(64);
+    let columns =
+        (n * TOKENS.min(m).next_multiple_of(64) / 2048).clamp(64, 1024).next_multiple_of(64);
     let (row_tasks, col_tasks) = (m.div_ceil(TOKENS), n.div_ceil(columns));
     pool.run(row_tasks * col_tasks, &|task| {
         let (first, col) = (task % row_tasks * TOKENS, task / row_tasks * columns);
@@ -250,24 +244,12 @@ mod tests {
     #[test]
     fn matches_f64_and_any_thread_count() {
         let (one, three) = (Pool::new(1), Pool::new(3));
-        for (m, n, k) in [
-            (1, 5, 7),
-            (1, 70, 576),
-            (3, 33, 40),
-            (5, 64, 16),
-            (300, 130, 50),
-        ] {
+        for (m, n, k) in [(1, 5, 7), (1, 70, 576), (3, 33, 40), (5, 64, 16), (300, 130, 50)] {
             let x = Tensor::from_vec(m, k, random(m * k, 1));
             let w = random(n * k, 2);
             let bias = random(n, 3);
-            let as16: Vec<u8> = w
-                .iter()
-                .flat_map(|v| f16::from_f32(*v).to_le_bytes())
-                .collect();
-            let asb: Vec<u8> = w
-                .iter()
-                .flat_map(|v| bf16::from_f32(*v).to_le_bytes())
-                .collect();
+            let as16: Vec<u8> = w.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
+            let asb: Vec<u8> = w.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
             let shared = |t, b: Vec<u8>| DenseMatrix::from_shared(n, k, t, Arc::new(b)).unwrap();
             for w in [
                 DenseMatrix::from_f32(n, k, w.clone()),
@@ -287,10 +269,7 @@ mod tests {
                             + f64::from(bias[j]);
                         // Rounding of k products of magnitude one in f32.
                         let tolerance = 1e-7 * k as f64 + 1e-6;
-                        assert!(
-                            (f64::from(y.row(i)[j]) - t).abs() < tolerance,
-                            "{m} {n} {k}"
-                        );
+                        assert!((f64::from(y.row(i)[j]) - t).abs() < tolerance, "{m} {n} {k}");
                     }
                 }
             }

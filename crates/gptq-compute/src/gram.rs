@@ -19,11 +19,7 @@ pub struct Gram {
 impl Gram {
     /// An empty sum for rows of `width`.
     pub fn new(width: usize) -> Self {
-        Self {
-            sum: vec![0.0; width * width],
-            width,
-            rows: 0,
-        }
+        Self { sum: vec![0.0; width * width], width, rows: 0 }
     }
 
     /// Width of the rows.

@@ -73,12 +73,7 @@ fn tile(heights: &[usize], tokens: usize, index: usize) -> (usize, usize, usize)
     let first = index * heights[0];
     let rows = heights[0].min(tokens - first);
     // The smallest height that holds the rest.
-    let height = heights
-        .iter()
-        .copied()
-        .filter(|&h| h >= rows)
-        .min()
-        .unwrap_or(heights[0]);
+    let height = heights.iter().copied().filter(|&h| h >= rows).min().unwrap_or(heights[0]);
     (first, rows, height)
 }
 
@@ -103,15 +98,10 @@ fn quantized(
     }
     let mut tasks = 0;
     for (slot, (linear, y)) in list.iter_mut().zip(jobs.iter_mut()) {
-        let Matrix::Quantized(matrix) = &linear.weight else {
-            unreachable!("selected above")
-        };
+        let Matrix::Quantized(matrix) = &linear.weight else { unreachable!("selected above") };
         let n = matrix.out_features();
         assert_eq!(x.cols(), matrix.in_features(), "input width");
-        assert!(
-            linear.bias.as_ref().is_none_or(|b| b.len() == n),
-            "bias width"
-        );
+        assert!(linear.bias.as_ref().is_none_or(|b| b.len() == n), "bias width");
         y.resize(tokens, n);
         let count = matrix.panels().div_ceil(PANELS) * tile_tasks;
         *slot = Some(Job {
@@ -165,20 +155,8 @@ fn quantized(
             // panels in these rows belong to this task alone, and `out` holds tokens * n floats.
             unsafe {
                 let ptr = job.out.at(first * n, rows * n);
-                let out = Out {
-                    ptr,
-                    stride: n,
-                    rows,
-                    bias: job.bias,
-                };
-                run_tile(
-                    isa,
-                    job.matrix,
-                    panels.clone(),
-                    &packed[at(index)..],
-                    height,
-                    out,
-                );
+                let out = Out { ptr, stride: n, rows, bias: job.bias };
+                run_tile(isa, job.matrix, panels.clone(), &packed[at(index)..], height, out);
             }
         }
     });

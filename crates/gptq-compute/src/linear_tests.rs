@@ -47,17 +47,10 @@ fn case(
             }
         }
     }
-    let scales: Vec<f16> = (0..groups * n)
-        .map(|_| f16::from_f32(0.01 + 0.1 * r.unit().abs()))
-        .collect();
+    let scales: Vec<f16> =
+        (0..groups * n).map(|_| f16::from_f32(0.01 + 0.1 * r.unit().abs())).collect();
     let zeros: Vec<u8> = (0..groups * n)
-        .map(|_| {
-            if sym {
-                1 << (bits - 1)
-            } else {
-                (r.next() >> (32 - bits)) as u8
-            }
-        })
+        .map(|_| if sym { 1 << (bits - 1) } else { (r.next() >> (32 - bits)) as u8 })
         .collect();
     let mut g_idx: Vec<u32> = (0..k).map(|i| (i / group) as u32).collect();
     if act_order {
@@ -83,13 +76,7 @@ fn case(
         g_idx: &g_idx,
     };
     let weight = Matrix::Quantized(QuantizedMatrix::from_gptq(parts).unwrap());
-    Case {
-        linear: Linear {
-            weight,
-            bias: Some((0..n).map(|_| r.unit()).collect()),
-        },
-        dense,
-    }
+    Case { linear: Linear { weight, bias: Some((0..n).map(|_| r.unit()).collect()) }, dense }
 }
 
 #[test]
@@ -99,14 +86,9 @@ fn all_widths_groups_tails_and_batches() {
     let (one, two) = (Pool::new(1), Pool::new(2));
     let mut scratch = Scratch::default();
     for bits in [2, 3, 4, 8] {
-        for (k, n, group) in [
-            (32, 1, 8),
-            (96, 40, 64),
-            (160, 33, 24),
-            (576, 16, 128),
-            (64, 100, 64),
-            (128, 67, 16),
-        ] {
+        for (k, n, group) in
+            [(32, 1, 8), (96, 40, 64), (160, 33, 24), (576, 16, 128), (64, 100, 64), (128, 67, 16)]
+        {
             for (act_order, sym) in [(false, true), (false, false), (true, false), (true, true)] {
                 let c = case(&mut r, bits, k, n, group, act_order, sym);
                 let d = case(&mut r, bits, k, 2 * n, group, act_order, !sym);
@@ -163,32 +145,11 @@ fn malformed_parts_are_refused() {
     };
     assert!(QuantizedMatrix::from_gptq(parts).is_ok());
     assert!(QuantizedMatrix::from_gptq(GptqParts { bits: 5, ..parts }).is_err());
+    assert!(QuantizedMatrix::from_gptq(GptqParts { qweight: &[0], ..parts }).is_err());
     assert!(
-        QuantizedMatrix::from_gptq(GptqParts {
-            qweight: &[0],
-            ..parts
-        })
-        .is_err()
+        QuantizedMatrix::from_gptq(GptqParts { g_idx: &[0, 0, 0, 0, 0, 0, 0, 1], ..parts })
+            .is_err()
     );
-    assert!(
-        QuantizedMatrix::from_gptq(GptqParts {
-            g_idx: &[0, 0, 0, 0, 0, 0, 0, 1],
-            ..parts
-        })
-        .is_err()
-    );
-    assert!(
-        QuantizedMatrix::from_gptq(GptqParts {
-            in_features: 6,
-            ..parts
-        })
-        .is_err()
-    );
-    assert!(
-        QuantizedMatrix::from_gptq(GptqParts {
-            out_features: 0,
-            ..parts
-        })
-        .is_err()
-    );
+    assert!(QuantizedMatrix::from_gptq(GptqParts { in_features: 6, ..parts }).is_err());
+    assert!(QuantizedMatrix::from_gptq(GptqParts { out_features: 0, ..parts }).is_err());
 }

@@ -33,10 +33,7 @@ impl Kernel for LogSumExp<'_> {
                 }
                 total += f64::from(S::sum(acc));
             }
-            total += x[whole..]
-                .iter()
-                .map(|&v| f64::from(v - max).exp())
-                .sum::<f64>();
+            total += x[whole..].iter().map(|&v| f64::from(v - max).exp()).sum::<f64>();
             f64::from(max) + total.ln()
         }
     }
@@ -59,10 +56,7 @@ impl Kernel for RowDivergence<'_> {
         unsafe {
             let (vlp, shift) = (S::splat(lp as f32), S::splat((lq - lp) as f32));
             let mut total = 0.0f64;
-            for (p, q) in p[..whole]
-                .chunks(256 * LANES)
-                .zip(q[..whole].chunks(256 * LANES))
-            {
+            for (p, q) in p[..whole].chunks(256 * LANES).zip(q[..whole].chunks(256 * LANES)) {
                 let mut acc = S::splat(0.0);
                 for i in (0..p.len()).step_by(LANES) {
                     let (a, b) = (S::load(p.as_ptr().add(i)), S::load(q.as_ptr().add(i)));
@@ -100,18 +94,14 @@ fn collect<T: Copy + Default + Send>(
     n: usize,
     f: &(dyn Fn(usize) -> T + Sync),
 ) -> Vec<T> {
-    let slots: Vec<std::sync::Mutex<T>> = (0..n)
-        .map(|_| std::sync::Mutex::new(T::default()))
-        .collect();
+    let slots: Vec<std::sync::Mutex<T>> =
+        (0..n).map(|_| std::sync::Mutex::new(T::default())).collect();
     pool.run(n, &|i| {
         if let Ok(mut slot) = slots[i].lock() {
             *slot = f(i);
         }
     });
-    slots
-        .into_iter()
-        .map(|s| s.into_inner().unwrap_or_default())
-        .collect()
+    slots.into_iter().map(|s| s.into_inner().unwrap_or_default()).collect()
 }
 
 /// Negative log-likelihood in nats of `targets[i]` under row i of `logits` `[n, vocab]`.
@@ -121,10 +111,7 @@ fn collect<T: Copy + Default + Send>(
 #[track_caller]
 pub fn cross_entropy(pool: &Pool, logits: &Tensor, targets: &[u32]) -> Vec<f64> {
     assert_eq!(logits.rows(), targets.len(), "one target per row");
-    assert!(
-        targets.iter().all(|&t| (t as usize) < logits.cols()),
-        "target outside the vocabulary"
-    );
+    assert!(targets.iter().all(|&t| (t as usize) < logits.cols()), "target outside the vocabulary");
     collect(pool, targets.len(), &|i| {
         let row = logits.row(i);
         dispatch(LogSumExp(row)) - f64::from(row[targets[i] as usize])
@@ -156,10 +143,7 @@ pub fn kl_divergence(pool: &Pool, reference: &Tensor, logits: &Tensor) -> Vec<Di
         let (lp, lq) = (dispatch(LogSumExp(p)), dispatch(LogSumExp(q)));
         // Rounding can make the divergence of near-equal rows slightly negative.
         let kl = dispatch(RowDivergence { p, q, lp, lq }).max(0.0);
-        Divergence {
-            kl,
-            same_top: argmax(p) == argmax(q),
-        }
+        Divergence { kl, same_top: argmax(p) == argmax(q) }
     })
 }
 
@@ -175,16 +159,8 @@ mod tests {
         let p = Tensor::from_vec(2, n, row(31).chain(row(7)).collect());
         let q = Tensor::from_vec(2, n, row(31).map(|x| x * 1.02).chain(row(11)).collect());
         let logp = |t: &Tensor, r: usize| {
-            let z: f64 = t
-                .row(r)
-                .iter()
-                .map(|&x| f64::from(x).exp())
-                .sum::<f64>()
-                .ln();
-            t.row(r)
-                .iter()
-                .map(|&x| f64::from(x) - z)
-                .collect::<Vec<_>>()
+            let z: f64 = t.row(r).iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
+            t.row(r).iter().map(|&x| f64::from(x) - z).collect::<Vec<_>>()
         };
         let nll = cross_entropy(&pool, &p, &[5, 4000]);
         let kl = kl_divergence(&pool, &p, &q);
@@ -192,11 +168,7 @@ mod tests {
             let (a, b) = (logp(&p, r), logp(&q, r));
             assert!((nll[r] + a[[5, 4000][r]]).abs() < 1e-6);
             let want: f64 = a.iter().zip(&b).map(|(x, y)| x.exp() * (x - y)).sum();
-            assert!(
-                (kl[r].kl - want).abs() < 1e-6 * (1.0 + want),
-                "{} {want}",
-                kl[r].kl
-            );
+            assert!((kl[r].kl - want).abs() < 1e-6 * (1.0 + want), "{} {want}", kl[r].kl);
         }
         assert!(kl[0].same_top);
     }

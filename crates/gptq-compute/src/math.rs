@@ -17,15 +17,7 @@ pub(crate) unsafe fn exp<S: Simd>(x: S::F) -> S::F {
         let r = S::fnma(n, S::splat(0.693_359_4), y);
         let r = S::fnma(n, S::splat(-2.121_944_4e-4), r);
         let mut p = S::splat(1.0 / 5040.0);
-        for c in [
-            1.0 / 720.0,
-            1.0 / 120.0,
-            1.0 / 24.0,
-            1.0 / 6.0,
-            0.5,
-            1.0,
-            1.0,
-        ] {
+        for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
             p = S::fma(p, r, S::splat(c));
         }
         let scale = S::shl(S::add_i32(S::to_i32(n), S::splat_i32(127)), 23);
@@ -46,10 +38,8 @@ pub(crate) unsafe fn pow<S: Simd>(x: S::F, y: f32) -> S::F {
         // Adding the distance to sqrt(1/2) moves the mantissas above sqrt(2) to the next exponent.
         let shifted = S::add_i32(bits, S::splat_i32(0x3f80_0000 - 0x3f35_04f3));
         let exponent = S::sub_i32(S::shr(shifted, 23), S::splat_i32(127));
-        let mantissa = S::add_i32(
-            S::and(shifted, S::splat_i32(0x007f_ffff)),
-            S::splat_i32(0x3f35_04f3),
-        );
+        let mantissa =
+            S::add_i32(S::and(shifted, S::splat_i32(0x007f_ffff)), S::splat_i32(0x3f35_04f3));
         let m = S::from_bits(mantissa);
         let one = S::splat(1.0);
         let t = S::div(S::sub(m, one), S::add(m, one));
@@ -74,15 +64,7 @@ unsafe fn exp2<S: Simd>(x: S::F) -> S::F {
         let n = S::round(y);
         let r = S::mul(S::sub(y, n), S::splat(std::f32::consts::LN_2));
         let mut p = S::splat(1.0 / 5040.0);
-        for c in [
-            1.0 / 720.0,
-            1.0 / 120.0,
-            1.0 / 24.0,
-            1.0 / 6.0,
-            0.5,
-            1.0,
-            1.0,
-        ] {
+        for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
             p = S::fma(p, r, S::splat(c));
         }
         let scale = S::shl(S::add_i32(S::to_i32(n), S::splat_i32(127)), 23);
@@ -178,13 +160,7 @@ mod tests {
             x[2] = f32::NEG_INFINITY;
             let e = dispatch_on(isa, Eval { which: 0, x: &x });
             assert_eq!(&e[..3], &[1.0, 0.0, 0.0]);
-            let p = dispatch_on(
-                isa,
-                Eval {
-                    which: 1,
-                    x: &[0.0; LANES],
-                },
-            );
+            let p = dispatch_on(isa, Eval { which: 1, x: &[0.0; LANES] });
             assert_eq!(p[0], 0.0);
         }
     }

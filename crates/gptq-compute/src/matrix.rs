@@ -48,11 +48,7 @@ pub struct DenseMatrix {
 
 impl std::fmt::Debug for DenseMatrix {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "DenseMatrix[{}, {}] {:?}",
-            self.out_features, self.in_features, self.dtype
-        )
+        write!(f, "DenseMatrix[{}, {}] {:?}", self.out_features, self.in_features, self.dtype)
     }
 }
 
@@ -82,23 +78,11 @@ impl DenseMatrix {
         dtype: DenseType,
         bytes: SharedBytes,
     ) -> Result<Self> {
-        let (expected, got) = (
-            out_features * in_features * dtype.size(),
-            (*bytes).as_ref().len(),
-        );
+        let (expected, got) = (out_features * in_features * dtype.size(), (*bytes).as_ref().len());
         if expected != got {
-            return Err(ComputeError::Length {
-                what: "dense matrix bytes",
-                expected,
-                got,
-            });
+            return Err(ComputeError::Length { what: "dense matrix bytes", expected, got });
         }
-        Ok(Self {
-            storage: Storage::Shared(bytes),
-            dtype,
-            out_features,
-            in_features,
-        })
+        Ok(Self { storage: Storage::Shared(bytes), dtype, out_features, in_features })
     }
 
     /// Output width (rows).

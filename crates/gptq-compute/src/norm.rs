@@ -59,15 +59,9 @@ impl Kernel for Row<'_> {
                 let d = S::sub(S::load(x.add(i)), m);
                 acc = S::fma(d, d, acc);
             }
-            let tail: f32 = (whole..n)
-                .map(|i| (*x.add(i) - mean) * (*x.add(i) - mean))
-                .sum();
+            let tail: f32 = (whole..n).map(|i| (*x.add(i) - mean) * (*x.add(i) - mean)).sum();
             let inv = 1.0 / ((S::sum(acc) + tail) / n as f32 + norm.eps).sqrt();
-            let offset = if norm.kind == NormKind::RmsPlusOne {
-                1.0
-            } else {
-                0.0
-            };
+            let offset = if norm.kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 };
             let (vinv, voffset) = (S::splat(inv), S::splat(offset));
             for i in (0..whole).step_by(LANES) {
                 let mut y = S::mul(S::sub(S::load(x.add(i)), m), vinv);
@@ -96,14 +90,8 @@ impl Kernel for Row<'_> {
 /// Checks that the parameters cover a row of `n`, which the kernel relies on.
 #[track_caller]
 fn check(norm: &Norm, n: usize) {
-    assert!(
-        norm.weight.as_ref().is_none_or(|w| w.len() == n),
-        "norm weight is not [{n}]"
-    );
-    assert!(
-        norm.bias.as_ref().is_none_or(|b| b.len() == n),
-        "norm bias is not [{n}]"
-    );
+    assert!(norm.weight.as_ref().is_none_or(|w| w.len() == n), "norm weight is not [{n}]");
+    assert!(norm.bias.as_ref().is_none_or(|b| b.len() == n), "norm bias is not [{n}]");
 }
 
 /// Rows that one task handles.
@@ -126,12 +114,7 @@ pub fn norm(pool: &Pool, x: &Tensor, n: &Norm, out: &mut Tensor) {
         for row in task * step..((task + 1) * step).min(x.rows()) {
             // SAFETY: each row belongs to one task.
             let out = unsafe { raw.range(row * cols, cols) };
-            dispatch(Row {
-                norm: n,
-                x: x.row(row).as_ptr(),
-                out: out.as_mut_ptr(),
-                n: cols,
-            });
+            dispatch(Row { norm: n, x: x.row(row).as_ptr(), out: out.as_mut_ptr(), n: cols });
         }
     });
 }
@@ -145,22 +128,14 @@ pub fn norm(pool: &Pool, x: &Tensor, n: &Norm, out: &mut Tensor) {
 pub fn norm_heads(pool: &Pool, x: &mut Tensor, head_dim: usize, n: &Norm) {
     check(n, head_dim);
     let (rows, cols) = (x.rows(), x.cols());
-    assert!(
-        cols.is_multiple_of(head_dim),
-        "{cols} columns are not heads of {head_dim}"
-    );
+    assert!(cols.is_multiple_of(head_dim), "{cols} columns are not heads of {head_dim}");
     let raw = RawSlice::new(x.as_mut_slice());
     let step = rows_per_task(cols);
     pool.run(rows.div_ceil(step), &|task| {
         for row in task * step..((task + 1) * step).min(rows) {
             // SAFETY: each row belongs to one task.
             for head in unsafe { raw.range(row * cols, cols) }.chunks_exact_mut(head_dim) {
-                dispatch(Row {
-                    norm: n,
-                    x: head.as_ptr(),
-                    out: head.as_mut_ptr(),
-                    n: head_dim,
-                });
+                dispatch(Row { norm: n, x: head.as_ptr(), out: head.as_mut_ptr(), n: head_dim });
             }
         }
     });
@@ -173,18 +148,10 @@ mod tests {
     fn oracle(x: &[f32], n: &Norm) -> Vec<f64> {
         let len = x.len() as f64;
         let x: Vec<f64> = x.iter().map(|&v| f64::from(v)).collect();
-        let mean = if n.kind == NormKind::Layer {
-            x.iter().sum::<f64>() / len
-        } else {
-            0.0
-        };
+        let mean = if n.kind == NormKind::Layer { x.iter().sum::<f64>() / len } else { 0.0 };
         let var = x.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / len;
         let inv = 1.0 / (var + f64::from(n.eps)).sqrt();
-        let plus = if n.kind == NormKind::RmsPlusOne {
-            1.0
-        } else {
-            0.0
-        };
+        let plus = if n.kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 };
         x.iter()
             .enumerate()
             .map(|(i, v)| {

@@ -83,18 +83,10 @@ impl Pool {
                     .spawn(move || work(&s, &p))
                     // The system refuses a thread only when it is out of memory or process slots.
                     .expect("the operating system can start a thread");
-                Worker {
-                    thread: handle.thread().clone(),
-                    parked,
-                    handle: Some(handle),
-                }
+                Worker { thread: handle.thread().clone(), parked, handle: Some(handle) }
             })
             .collect();
-        Self {
-            shared,
-            workers,
-            turn: Mutex::new(()),
-        }
+        Self { shared, workers, turn: Mutex::new(()) }
     }
 
     /// A pool with one thread per processor that this process may use.
@@ -137,18 +129,10 @@ impl Pool {
         let mut spins = 0;
         while shared.busy.load(Ordering::Acquire) != 0 {
             spins += 1;
-            if spins < SPINS {
-                std::hint::spin_loop()
-            } else {
-                std::thread::yield_now()
-            }
+            if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
         drop(turn);
-        let panic = shared
-            .panic
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(payload) = panic {
             resume_unwind(payload);
         }
@@ -186,11 +170,7 @@ fn execute(shared: &Shared, job: Job) {
     if let Err(payload) = result {
         // Stop handing out tasks; the first panic wins.
         shared.next.store(job.tasks, Ordering::Relaxed);
-        shared
-            .panic
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert(payload);
+        shared.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
     }
 }
 

@@ -31,10 +31,8 @@ impl RopeTable {
         positions: usize,
     ) -> Self {
         let pairs = inv_freq.len();
-        let (mut cos, mut sin) = (
-            Vec::with_capacity(positions * pairs),
-            Vec::with_capacity(positions * pairs),
-        );
+        let (mut cos, mut sin) =
+            (Vec::with_capacity(positions * pairs), Vec::with_capacity(positions * pairs));
         for position in 0..positions {
             for &f in inv_freq {
                 // The product is rounded to f32 as in transformers; the functions are exact.
@@ -43,21 +41,12 @@ impl RopeTable {
                 sin.push((angle.sin() as f32) * attention_factor);
             }
         }
-        Self {
-            cos,
-            sin,
-            pairs,
-            style,
-        }
+        Self { cos, sin, pairs, style }
     }
 
     /// Number of positions covered.
     pub fn positions(&self) -> usize {
-        if self.pairs == 0 {
-            usize::MAX
-        } else {
-            self.cos.len() / self.pairs
-        }
+        if self.pairs == 0 { usize::MAX } else { self.cos.len() / self.pairs }
     }
 
     /// Columns of each head that rotate.
@@ -75,14 +64,8 @@ impl RopeTable {
 pub fn rope(pool: &Pool, x: &mut Tensor, head_dim: usize, table: &RopeTable, positions: &[u32]) {
     let (rows, cols, pairs) = (x.rows(), x.cols(), table.pairs);
     assert_eq!(positions.len(), rows, "one position per row");
-    assert!(
-        cols.is_multiple_of(head_dim) && 2 * pairs <= head_dim,
-        "head of {head_dim}"
-    );
-    assert!(
-        positions.iter().all(|&p| (p as usize) < table.positions()),
-        "position out of range"
-    );
+    assert!(cols.is_multiple_of(head_dim) && 2 * pairs <= head_dim, "head of {head_dim}");
+    assert!(positions.iter().all(|&p| (p as usize) < table.positions()), "position out of range");
     let raw = RawSlice::new(x.as_mut_slice());
     let step = (8 * 1024 / cols.max(1)).max(1);
     pool.run(rows.div_ceil(step), &|task| {

@@ -14,11 +14,7 @@ pub struct Tensor {
 impl Tensor {
     /// A tensor of zeros, `[rows, cols]`.
     pub fn zeros(rows: usize, cols: usize) -> Self {
-        Self {
-            data: vec![0.0; rows * cols],
-            rows,
-            cols,
-        }
+        Self { data: vec![0.0; rows * cols], rows, cols }
     }
 
     /// Takes over `data`, `[rows, cols]` row-major.
@@ -98,10 +94,7 @@ unsafe impl<T: Send> Sync for RawSlice<T> {}
 
 impl<T> RawSlice<T> {
     pub(crate) fn new(slice: &mut [T]) -> Self {
-        Self {
-            ptr: slice.as_mut_ptr(),
-            len: slice.len(),
-        }
+        Self { ptr: slice.as_mut_ptr(), len: slice.len() }
     }
 
     /// A pointer to element `start` of a region of `len` elements, for pieces of rows that other

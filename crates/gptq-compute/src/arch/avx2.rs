@@ -107,21 +107,11 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn fma(a: F, b: F, c: F) -> F {
-        unsafe {
-            [
-                _mm256_fmadd_ps(a[0], b[0], c[0]),
-                _mm256_fmadd_ps(a[1], b[1], c[1]),
-            ]
-        }
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
     }
     #[inline(always)]
     unsafe fn fnma(a: F, b: F, c: F) -> F {
-        unsafe {
-            [
-                _mm256_fnmadd_ps(a[0], b[0], c[0]),
-                _mm256_fnmadd_ps(a[1], b[1], c[1]),
-            ]
-        }
+        unsafe { [_mm256_fnmadd_ps(a[0], b[0], c[0]), _mm256_fnmadd_ps(a[1], b[1], c[1])] }
     }
     #[inline(always)]
     unsafe fn abs(a: F) -> F {
@@ -137,30 +127,17 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn round(a: F) -> F {
         const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-        unsafe {
-            [
-                _mm256_round_ps::<NEAREST>(a[0]),
-                _mm256_round_ps::<NEAREST>(a[1]),
-            ]
-        }
+        unsafe { [_mm256_round_ps::<NEAREST>(a[0]), _mm256_round_ps::<NEAREST>(a[1])] }
     }
     #[inline(always)]
     unsafe fn lt(a: F, b: F) -> F {
         unsafe {
-            [
-                _mm256_cmp_ps::<_CMP_LT_OQ>(a[0], b[0]),
-                _mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1]),
-            ]
+            [_mm256_cmp_ps::<_CMP_LT_OQ>(a[0], b[0]), _mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1])]
         }
     }
     #[inline(always)]
     unsafe fn select(m: F, a: F, b: F) -> F {
-        unsafe {
-            [
-                _mm256_blendv_ps(b[0], a[0], m[0]),
-                _mm256_blendv_ps(b[1], a[1], m[1]),
-            ]
-        }
+        unsafe { [_mm256_blendv_ps(b[0], a[0], m[0]), _mm256_blendv_ps(b[1], a[1], m[1])] }
     }
     #[inline(always)]
     unsafe fn sum(a: F) -> f32 {
@@ -177,12 +154,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_i32(p: *const u32) -> I {
-        unsafe {
-            [
-                _mm256_loadu_si256(p.cast()),
-                _mm256_loadu_si256(p.add(8).cast()),
-            ]
-        }
+        unsafe { [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(8).cast())] }
     }
     #[inline(always)]
     unsafe fn splat_i32(x: i32) -> I {

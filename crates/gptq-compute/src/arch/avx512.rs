@@ -26,11 +26,8 @@ const fn table(bits: u32) -> [f32; 16] {
     let mut i = 0;
     while i < 16 {
         let code = i & ((1 << bits) - 1);
-        t[i] = (if code >= 1 << (bits - 1) {
-            code as i32 - (1 << bits)
-        } else {
-            code as i32
-        }) as f32;
+        t[i] =
+            (if code >= 1 << (bits - 1) { code as i32 - (1 << bits) } else { code as i32 }) as f32;
         i += 1;
     }
     t
@@ -64,9 +61,9 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> __m512 {
         unsafe {
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(
-                _mm256_loadu_si256(p.cast()),
-            )))
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(
+                p.cast(),
+            ))))
         }
     }
     #[inline(always)]

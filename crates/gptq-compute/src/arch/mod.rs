@@ -60,10 +60,7 @@ impl Isa {
 
     /// All that this processor has, the fastest last.
     pub fn available() -> Vec<Self> {
-        [Self::Scalar, Self::Avx2, Self::Avx512]
-            .into_iter()
-            .filter(|i| i.is_available())
-            .collect()
+        [Self::Scalar, Self::Avx2, Self::Avx512].into_iter().filter(|i| i.is_available()).collect()
     }
 }
 

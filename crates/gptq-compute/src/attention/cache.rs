@@ -22,12 +22,7 @@ pub struct LayerKv {
 impl LayerKv {
     /// An empty cache.
     pub fn new(kv_heads: usize, head_dim: usize) -> Self {
-        Self {
-            blocks: Vec::new(),
-            kv_heads,
-            head_dim,
-            len: 0,
-        }
+        Self { blocks: Vec::new(), kv_heads, head_dim, len: 0 }
     }
 
     /// Positions stored.
@@ -63,8 +58,7 @@ impl LayerKv {
     /// Allocates blocks for `positions` in all, so that appending up to there does not.
     pub fn reserve(&mut self, positions: usize) {
         while self.blocks.len() * BLOCK < positions {
-            self.blocks
-                .push(vec![0.0; self.kv_heads * self.head_size()].into());
+            self.blocks.push(vec![0.0; self.kv_heads * self.head_size()].into());
         }
     }
 

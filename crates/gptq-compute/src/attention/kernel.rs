@@ -118,17 +118,7 @@ impl Kernel for Task<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self {
-            p,
-            q,
-            span,
-            kv_head,
-            first,
-            tokens,
-            group,
-            out,
-            scratch,
-        } = self;
+        let Self { p, q, span, kv_head, first, tokens, group, out, scratch } = self;
         let (kv, d) = (span.kv, p.head_dim);
         let padded = kv.padded_dim();
         let (rows, len) = (tokens * group, kv.len());

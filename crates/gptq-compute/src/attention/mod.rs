@@ -68,23 +68,13 @@ pub fn attention(
     let width = p.heads * p.head_dim;
     assert_eq!(q.cols(), width, "query width");
     assert!(p.heads.is_multiple_of(p.kv_heads), "heads and kv_heads");
-    assert!(
-        p.alibi.as_ref().is_none_or(|a| a.len() == p.heads),
-        "one slope per head"
-    );
+    assert!(p.alibi.as_ref().is_none_or(|a| a.len() == p.heads), "one slope per head");
     out.resize(q.rows(), width);
     let tokens_per_task = (ROWS / group).max(1);
     let tasks_of = |s: &AttnSpan<'_>| s.rows.len().div_ceil(tokens_per_task) * p.kv_heads;
     for s in spans {
-        assert!(
-            s.rows.end <= q.rows() && s.rows.len() <= s.kv.len(),
-            "span outside its cache"
-        );
-        assert_eq!(
-            (s.kv.kv_heads(), s.kv.head_dim()),
-            (p.kv_heads, p.head_dim),
-            "cache shape"
-        );
+        assert!(s.rows.end <= q.rows() && s.rows.len() <= s.kv.len(), "span outside its cache");
+        assert_eq!((s.kv.kv_heads(), s.kv.head_dim()), (p.kv_heads, p.head_dim), "cache shape");
     }
     let raw = RawSlice::new(out.as_mut_slice());
     pool.run(spans.iter().map(tasks_of).sum(), &|task| {
@@ -103,28 +93,14 @@ pub fn attention(
         let first = tile * tokens_per_task;
         let tokens = tokens_per_task.min(span.rows.len() - first);
         SCORES.with_borrow_mut(|scratch| {
-            dispatch(kernel::Task {
-                p,
-                q,
-                span,
-                kv_head,
-                first,
-                tokens,
-                group,
-                out: raw,
-                scratch,
-            });
+            dispatch(kernel::Task { p, q, span, kv_head, first, tokens, group, out: raw, scratch });
         });
     });
 }
 
 /// Positions that the query at `position` sees, of `len` cached ones.
 fn visible(p: &AttnParams, position: usize, len: usize) -> Range<usize> {
-    let end = if p.causal {
-        (position + 1).min(len)
-    } else {
-        len
-    };
+    let end = if p.causal { (position + 1).min(len) } else { len };
     let start = p.window.map_or(0, |w| (position + 1).saturating_sub(w));
     start.min(end)..end
 }
@@ -211,27 +187,19 @@ mod tests {
                         (0..rows * cols).map(|i| value(i + seed)).collect(),
                     )
                 };
-                let (k, v) = (
-                    tensor(len, kv_heads * head_dim, 1),
-                    tensor(len, kv_heads * head_dim, 2),
-                );
+                let (k, v) =
+                    (tensor(len, kv_heads * head_dim, 1), tensor(len, kv_heads * head_dim, 2));
                 let q = tensor(len - past + 3, heads * head_dim, 3);
                 let mut kv = LayerKv::new(kv_heads, head_dim);
                 kv.append(&k, &v, 0..past);
                 kv.append(&k, &v, past..len);
-                let spans = [AttnSpan {
-                    rows: 3..q.rows(),
-                    kv: &kv,
-                }];
+                let spans = [AttnSpan { rows: 3..q.rows(), kv: &kv }];
                 let mut out = Tensor::default();
                 attention(&pool, &q, &spans, &p, &mut out);
                 for row in (3..q.rows()).step_by(11) {
                     let want = oracle(&q, row, &k, &v, past + row - 3, &p);
                     for (y, t) in out.row(row).iter().zip(want) {
-                        assert!(
-                            (f64::from(*y) - t).abs() < 1e-5,
-                            "{heads} {head_dim} {len} {row}"
-                        );
+                        assert!((f64::from(*y) - t).abs() < 1e-5, "{heads} {head_dim} {len} {row}");
                     }
                 }
             }
@@ -264,10 +232,7 @@ mod tests {
             let spans: Vec<_> = splits
                 .iter()
                 .zip(&caches)
-                .map(|(r, kv)| AttnSpan {
-                    rows: r.clone(),
-                    kv,
-                })
+                .map(|(r, kv)| AttnSpan { rows: r.clone(), kv })
                 .collect();
             let mut out = Tensor::default();
             attention(&pool, &x, &spans, &p, &mut out);

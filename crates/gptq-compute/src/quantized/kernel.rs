@@ -16,11 +16,7 @@ const PREFETCH: usize = 64;
 
 /// Tile heights of an instruction set, tallest first: what its registers hold.
 pub(crate) fn heights(isa: Isa) -> &'static [usize] {
-    if isa == Isa::Avx512 {
-        &[12, 8, 4, 2, 1]
-    } else {
-        &[4, 2, 1]
-    }
+    if isa == Isa::Avx512 { &[12, 8, 4, 2, 1] } else { &[4, 2, 1] }
 }
 
 /// How inputs must be laid out for a matrix; equal layouts share one packed input.
@@ -139,13 +135,7 @@ impl<const BITS: u32, const MT: usize, const P: usize> Kernel for Tile<'_, BITS,
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self {
-            m,
-            panel,
-            x,
-            sums,
-            out,
-        } = self;
+        let Self { m, panel, x, sums, out } = self;
         let (groups, panel_words) = (m.groups(), m.words_per_panel());
         let words = unit_words(BITS);
         unsafe {
@@ -268,16 +258,7 @@ pub(crate) unsafe fn run_tile(
     macro_rules! tile {
         ($bits:literal, $mt:literal, $p:literal) => {{
             while panels.end - panel >= $p {
-                dispatch_on(
-                    isa,
-                    Tile::<$bits, $mt, $p> {
-                        m,
-                        panel,
-                        x,
-                        sums,
-                        out,
-                    },
-                );
+                dispatch_on(isa, Tile::<$bits, $mt, $p> { m, panel, x, sums, out });
                 panel += $p;
             }
         }};

@@ -82,28 +82,15 @@ impl QuantizedMatrix {
     /// [`ComputeError`] when the width is unknown, a buffer has the wrong length, or `g_idx`
     /// points past the groups.
     pub fn from_gptq(parts: GptqParts<'_>) -> Result<Self> {
-        let GptqParts {
-            bits,
-            in_features,
-            out_features,
-            ..
-        } = parts;
+        let GptqParts { bits, in_features, out_features, .. } = parts;
         if !matches!(bits, 2 | 3 | 4 | 8) {
             return Err(ComputeError::Bits { bits });
         }
         let multiple = unit_columns(bits);
         if !in_features.is_multiple_of(multiple) {
-            return Err(ComputeError::InFeatures {
-                in_features,
-                multiple,
-                bits,
-            });
+            return Err(ComputeError::InFeatures { in_features, multiple, bits });
         }
-        let groups = if out_features == 0 {
-            0
-        } else {
-            parts.scales.len() / out_features
-        };
+        let groups = if out_features == 0 { 0 } else { parts.scales.len() / out_features };
         let words = in_features / multiple * unit_words(bits);
         for (what, expected, got) in [
             ("qweight", words * out_features, parts.qweight.len()),
@@ -112,24 +99,13 @@ impl QuantizedMatrix {
             ("g_idx", in_features, parts.g_idx.len()),
         ] {
             if expected != got {
-                return Err(ComputeError::Length {
-                    what,
-                    expected,
-                    got,
-                });
+                return Err(ComputeError::Length { what, expected, got });
             }
         }
-        if let Some((index, &group)) = parts
-            .g_idx
-            .iter()
-            .enumerate()
-            .find(|&(_, &g)| g as usize >= groups)
+        if let Some((index, &group)) =
+            parts.g_idx.iter().enumerate().find(|&(_, &g)| g as usize >= groups)
         {
-            return Err(ComputeError::GroupIndex {
-                index,
-                group,
-                groups,
-            });
+            return Err(ComputeError::GroupIndex { index, group, groups });
         }
         Ok(repack::repack(&parts, groups))
     }

@@ -38,12 +38,7 @@ fn code(parts: &GptqParts<'_>, k: usize, n: usize) -> u32 {
 }
 
 pub(super) fn repack(parts: &GptqParts<'_>, groups: usize) -> QuantizedMatrix {
-    let &GptqParts {
-        bits,
-        in_features,
-        out_features,
-        ..
-    } = parts;
+    let &GptqParts { bits, in_features, out_features, .. } = parts;
     let (columns, words) = (unit_columns(bits), unit_words(bits));
 
     // Columns sorted by group, each group padded to whole units.
@@ -51,10 +46,7 @@ pub(super) fn repack(parts: &GptqParts<'_>, groups: usize) -> QuantizedMatrix {
     for (k, &g) in parts.g_idx.iter().enumerate() {
         by_group[g as usize].push(k as u32);
     }
-    let group_units: Vec<u32> = by_group
-        .iter()
-        .map(|g| g.len().div_ceil(columns) as u32)
-        .collect();
+    let group_units: Vec<u32> = by_group.iter().map(|g| g.len().div_ceil(columns) as u32).collect();
     let mut order = Vec::with_capacity(in_features);
     for (group, units) in by_group.iter().zip(&group_units) {
         order.extend_from_slice(group);

@@ -108,9 +108,7 @@ impl Grid {
         unsafe {
             S::store(lanes.as_mut_ptr(), scale);
             for s in &mut lanes {
-                *s = f16::from_f32(s.min(f16::MAX.to_f32()))
-                    .to_f32()
-                    .max(MIN_SCALE);
+                *s = f16::from_f32(s.min(f16::MAX.to_f32())).to_f32().max(MIN_SCALE);
             }
             S::load(lanes.as_ptr())
         }

@@ -61,14 +61,27 @@ impl Sweep<'_> {
     /// If lengths do not fit or an index is out of range.
     #[track_caller]
     pub fn run(&self, pool: &Pool, weights: &[f32], out_features: usize) -> Swept {
+        self.run_with_ranges(pool, weights, weights, out_features)
+    }
+
+    /// [`Sweep::run`] with static scales found on other weights `ranges` `[out, in]`.
+    ///
+    /// # Panics
+    /// As [`Sweep::run`].
+    #[track_caller]
+    pub fn run_with_ranges(
+        &self,
+        pool: &Pool,
+        weights: &[f32],
+        ranges: &[f32],
+        out_features: usize,
+    ) -> Swept {
         let columns = self.order.len();
         assert_eq!(weights.len(), out_features * columns, "weights");
+        assert_eq!(ranges.len(), weights.len(), "ranges");
         assert_eq!(self.groups.len(), columns, "groups");
         assert!(self.order.iter().all(|&k| (k as usize) < columns), "order");
-        assert!(
-            self.factor.is_none_or(|u| u.len() == columns * columns),
-            "factor"
-        );
+        assert!(self.factor.is_none_or(|u| u.len() == columns * columns), "factor");
         let groups = self.groups.iter().max().map_or(0, |g| *g as usize + 1);
         let mut swept = Swept {
             codes: vec![0; columns * out_features],
@@ -88,36 +101,25 @@ impl Sweep<'_> {
                 .map(|p| {
                     let first = first + p * LANES;
                     let rows = LANES.min(out_features - first);
-                    panel::Panel::new(weights, first, rows, columns, groups)
+                    panel::Panel::new(self, weights, first, rows, groups)
                 })
                 .collect();
-            dispatch(panel::SweepPanels {
-                sweep: self,
-                panels: &mut panels,
-            });
+            dispatch(panel::SweepPanels { sweep: self, ranges, panels: &mut panels });
             for (p, panel) in panels.iter().enumerate() {
                 let first = first + p * LANES;
                 let rows = LANES.min(out_features - first);
                 // SAFETY: the columns of these rows belong to this task.
                 unsafe {
                     for (k, lanes) in panel.codes.iter().enumerate() {
-                        codes
-                            .range(k * out_features + first, rows)
-                            .copy_from_slice(&lanes[..rows]);
+                        codes.range(k * out_features + first, rows).copy_from_slice(&lanes[..rows]);
                     }
                     for g in 0..groups {
                         let at = g * out_features + first;
-                        scales
-                            .range(at, rows)
-                            .copy_from_slice(&panel.scales[g][..rows]);
+                        scales.range(at, rows).copy_from_slice(&panel.scales[g][..rows]);
                         let to = zeros.range(at, rows);
-                        to.iter_mut()
-                            .zip(&panel.zeros[g])
-                            .for_each(|(t, z)| *t = *z as u8);
+                        to.iter_mut().zip(&panel.zeros[g]).for_each(|(t, z)| *t = *z as u8);
                     }
-                    losses
-                        .range(first, rows)
-                        .copy_from_slice(&panel.losses[..rows]);
+                    losses.range(first, rows).copy_from_slice(&panel.losses[..rows]);
                 }
             }
         });

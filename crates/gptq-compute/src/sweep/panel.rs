@@ -11,6 +11,9 @@ type Lanes = [f32; LANES];
 pub(super) struct Panel {
     /// Weights in the order of the inputs, then of the sweep, `[in][16]`.
     weights: Vec<Lanes>,
+    /// Its first row and number of rows.
+    first: usize,
+    rows: usize,
     /// Codes in the order of the inputs, `[in][16]`.
     pub(super) codes: Vec<[u8; LANES]>,
     /// `[groups][16]`.
@@ -23,21 +26,19 @@ pub(super) struct Panel {
 }
 
 impl Panel {
-    /// Takes `rows` rows from row `first` on; missing lanes are zero.
+    /// Takes `rows` rows from row `first` of `weights` `[out, in]` on.
     pub(super) fn new(
+        sweep: &Sweep<'_>,
         weights: &[f32],
         first: usize,
         rows: usize,
-        columns: usize,
         groups: usize,
     ) -> Self {
-        let mut panel = vec![[0.0; LANES]; columns];
-        for lane in 0..rows {
-            let row = &weights[(first + lane) * columns..][..columns];
-            panel.iter_mut().zip(row).for_each(|(p, w)| p[lane] = *w);
-        }
+        let columns = sweep.order.len();
         Self {
-            weights: panel,
+            weights: transpose(weights, first, rows, columns),
+            first,
+            rows,
             codes: vec![[0; LANES]; columns],
             scales: vec![[0.0; LANES]; groups],
             zeros: vec![[0.0; LANES]; groups],
@@ -47,9 +48,21 @@ impl Panel {
     }
 }
 
+/// `[columns][16]` from rows of `[out, columns]`; missing lanes are zero.
+fn transpose(weights: &[f32], first: usize, rows: usize, columns: usize) -> Vec<Lanes> {
+    let mut panel = vec![[0.0; LANES]; columns];
+    for lane in 0..rows {
+        let row = &weights[(first + lane) * columns..][..columns];
+        panel.iter_mut().zip(row).for_each(|(p, w)| p[lane] = *w);
+    }
+    panel
+}
+
 /// Sweeps several panels, block by block.
 pub(super) struct SweepPanels<'a> {
     pub(super) sweep: &'a Sweep<'a>,
+    /// Weights `[out, in]` whose ranges give static scales.
+    pub(super) ranges: &'a [f32],
     pub(super) panels: &'a mut [Panel],
 }
 
@@ -58,13 +71,13 @@ impl Kernel for SweepPanels<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { sweep, panels } = self;
+        let Self { sweep, ranges, panels } = self;
         let columns = sweep.order.len();
         // Columns of U inside the current block, made contiguous: [column][row].
         let mut inner = vec![0.0f32; BLOCK * BLOCK];
         unsafe {
             for panel in panels.iter_mut() {
-                prepare::<S>(sweep, panel);
+                prepare::<S>(sweep, panel, ranges);
             }
             for start in (0..columns).step_by(BLOCK) {
                 let end = (start + BLOCK).min(columns);
@@ -88,7 +101,7 @@ impl Kernel for SweepPanels<'_> {
 
 /// Finds static scales and brings the weights into the order of the sweep.
 #[inline(always)]
-unsafe fn prepare<S: Simd>(sweep: &Sweep<'_>, panel: &mut Panel) {
+unsafe fn prepare<S: Simd>(sweep: &Sweep<'_>, panel: &mut Panel, ranges: &[f32]) {
     let groups = panel.scales.len();
     if sweep.static_groups {
         let mut members: Vec<Vec<Lanes>> = vec![Vec::new(); groups];
@@ -97,27 +110,20 @@ unsafe fn prepare<S: Simd>(sweep: &Sweep<'_>, panel: &mut Panel) {
         for (&k, &g) in sweep.order.iter().zip(sweep.groups) {
             group_of[k as usize] = g as usize;
         }
-        for (w, g) in panel.weights.iter().zip(group_of) {
+        for (w, g) in
+            transpose(ranges, panel.first, panel.rows, group_of.len()).iter().zip(group_of)
+        {
             members[g].push(*w);
         }
         for (g, members) in members.iter().enumerate() {
-            unsafe { set_params::<S>(sweep, panel, g, members) };
+            unsafe {
+                let (scale, zero) = sweep.grid.find::<S>(members);
+                S::store(panel.scales[g].as_mut_ptr(), scale);
+                S::store(panel.zeros[g].as_mut_ptr(), zero);
+            }
         }
     }
-    panel.weights = sweep
-        .order
-        .iter()
-        .map(|&k| panel.weights[k as usize])
-        .collect();
-}
-
-#[inline(always)]
-unsafe fn set_params<S: Simd>(sweep: &Sweep<'_>, panel: &mut Panel, g: usize, weights: &[Lanes]) {
-    unsafe {
-        let (scale, zero) = sweep.grid.find::<S>(weights);
-        S::store(panel.scales[g].as_mut_ptr(), scale);
-        S::store(panel.zeros[g].as_mut_ptr(), zero);
-    }
+    panel.weights = sweep.order.iter().map(|&k| panel.weights[k as usize]).collect();
 }
 
 /// Quantizes the columns of one block, leaving their errors in `panel.errors`.
@@ -135,9 +141,7 @@ unsafe fn block<S: Simd>(
             if !sweep.static_groups && (c == 0 || sweep.groups[c - 1] as usize != g) {
                 // As in the reference, the range of a group that starts inside a block does not
                 // see the corrections of that block.
-                let end = (c..columns)
-                    .find(|&i| sweep.groups[i] as usize != g)
-                    .unwrap_or(columns);
+                let end = (c..columns).find(|&i| sweep.groups[i] as usize != g).unwrap_or(columns);
                 let (scale, zero) = sweep.grid.find::<S>(&panel.weights[c..end]);
                 S::store(panel.scales[g].as_mut_ptr(), scale);
                 S::store(panel.zeros[g].as_mut_ptr(), zero);
@@ -149,10 +153,8 @@ unsafe fn block<S: Simd>(
                     w = S::fnma(S::splat(*u), S::load(e.as_ptr()), w);
                 }
             }
-            let (scale, zero) = (
-                S::load(panel.scales[g].as_ptr()),
-                S::load(panel.zeros[g].as_ptr()),
-            );
+            let (scale, zero) =
+                (S::load(panel.scales[g].as_ptr()), S::load(panel.zeros[g].as_ptr()));
             let (code, value) = sweep.grid.round::<S>(w, scale, zero);
             let mut lanes = [0.0; LANES];
             S::store(lanes.as_mut_ptr(), code);

@@ -57,10 +57,7 @@ fn oracle(w: &[f32], u: &[f32], n: usize, group: usize, bits: u32) -> Vec<u8> {
     let rows = w.len() / n;
     let mut codes = vec![0; w.len()];
     for r in 0..rows {
-        let mut w: Vec<f64> = w[r * n..(r + 1) * n]
-            .iter()
-            .map(|&x| f64::from(x))
-            .collect();
+        let mut w: Vec<f64> = w[r * n..(r + 1) * n].iter().map(|&x| f64::from(x)).collect();
         let mut seen = w.clone();
         let mut scale = 0.0;
         for c in 0..n {
@@ -86,54 +83,27 @@ fn oracle(w: &[f32], u: &[f32], n: usize, group: usize, bits: u32) -> Vec<u8> {
     codes
 }
 
-const GRID: Grid = Grid {
-    bits: 4,
-    sym: true,
-    mse: None,
-    min_zero: 1,
-    f16_scales: true,
-};
+const GRID: Grid = Grid { bits: 4, sym: true, mse: None, min_zero: 1, f16_scales: true };
 
 #[test]
 fn codes_equal_the_published_loop() {
-    for (rows, n, group, bits) in [
-        (1, 8, 8, 4),
-        (70, 200, 64, 4),
-        (17, 300, 32, 3),
-        (33, 136, 136, 2),
-    ] {
+    for (rows, n, group, bits) in
+        [(1, 8, 8, 4), (70, 200, 64, 4), (17, 300, 32, 3), (33, 136, 136, 2)]
+    {
         let (w, h) = (random(rows * n, 7), hessian(n, 3));
-        let u = inverse_factor(&h, n).unwrap();
+        let u = inverse_factor(h.clone(), n).unwrap();
         let order: Vec<u32> = (0..n as u32).collect();
         let groups: Vec<u32> = order.iter().map(|k| k / group as u32).collect();
         let grid = Grid { bits, ..GRID };
-        let sweep = Sweep {
-            factor: Some(&u),
-            order: &order,
-            groups: &groups,
-            static_groups: false,
-            grid,
-        };
+        let sweep =
+            Sweep { factor: Some(&u), order: &order, groups: &groups, static_groups: false, grid };
         let swept = sweep.run(&Pool::new(1), &w, rows);
         assert_eq!(swept.codes, sweep.run(&Pool::new(3), &w, rows).codes);
         let want = oracle(&w, &u, n, group, bits);
-        let differing = swept
-            .codes
-            .iter()
-            .zip(&want)
-            .filter(|(a, b)| a != b)
-            .count();
+        let differing = swept.codes.iter().zip(&want).filter(|(a, b)| a != b).count();
         // Single ties may fall to the other side in f32 and spread to a few codes of that row.
-        assert!(
-            differing * 500 <= want.len(),
-            "{differing} of {} codes differ",
-            want.len()
-        );
-        let rtn = Sweep {
-            factor: None,
-            ..sweep
-        }
-        .run(&Pool::new(1), &w, rows);
+        assert!(differing * 500 <= want.len(), "{differing} of {} codes differ", want.len());
+        let rtn = Sweep { factor: None, ..sweep }.run(&Pool::new(1), &w, rows);
         let error = |s: &Swept| output_error(&w, &dequantize(s, &groups, &order, rows), &h, n);
         let (gptq, rtn) = (error(&swept), error(&rtn));
         assert!(gptq <= rtn, "{gptq} {rtn}");
@@ -153,33 +123,18 @@ fn order_and_static_groups() {
             permuted[i * n + j] = h[a as usize * n + b as usize];
         }
     }
-    let u = inverse_factor(&permuted, n).unwrap();
+    let u = inverse_factor(permuted, n).unwrap();
     for static_groups in [false, true] {
         for sym in [false, true] {
             for mse in [None, Some(2.4)] {
                 let groups: Vec<u32> = (0..n)
-                    .map(|p| {
-                        if static_groups {
-                            order[p] / group
-                        } else {
-                            p as u32 / group
-                        }
-                    })
+                    .map(|p| if static_groups { order[p] / group } else { p as u32 / group })
                     .collect();
                 let grid = Grid { sym, mse, ..GRID };
-                let sweep = Sweep {
-                    factor: Some(&u),
-                    order: &order,
-                    groups: &groups,
-                    static_groups,
-                    grid,
-                };
+                let sweep =
+                    Sweep { factor: Some(&u), order: &order, groups: &groups, static_groups, grid };
                 let swept = sweep.run(&Pool::new(2), &w, rows);
-                let rtn = Sweep {
-                    factor: None,
-                    ..sweep
-                }
-                .run(&Pool::new(2), &w, rows);
+                let rtn = Sweep { factor: None, ..sweep }.run(&Pool::new(2), &w, rows);
                 let error =
                     |s: &Swept| output_error(&w, &dequantize(s, &groups, &order, rows), &h, n);
                 assert!(error(&swept) < error(&rtn));
@@ -195,18 +150,10 @@ fn one_signed_groups_keep_zero_points_legal() {
     let order: Vec<u32> = (0..n).collect();
     let groups = vec![0; n as usize];
     for sign in [1.0, -1.0, 0.0] {
-        let w: Vec<f32> = random(16 * n as usize, 5)
-            .iter()
-            .map(|x| sign * x.abs())
-            .collect();
+        let w: Vec<f32> = random(16 * n as usize, 5).iter().map(|x| sign * x.abs()).collect();
         let grid = Grid { sym: false, ..GRID };
-        let sweep = Sweep {
-            factor: None,
-            order: &order,
-            groups: &groups,
-            static_groups: false,
-            grid,
-        };
+        let sweep =
+            Sweep { factor: None, order: &order, groups: &groups, static_groups: false, grid };
         let s = sweep.run(&Pool::new(1), &w, 16);
         assert!(s.zeros.iter().all(|&z| (1..=15).contains(&z)));
         let q = dequantize(&s, &groups, &order, 16);

@@ -1,0 +1,22 @@
+# Everything a contributor runs. `make` alone lists the targets.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## Quantize the real SmolLM2-135M-Instruct to 4 bits, compare with round-to-nearest, generate
+	@scripts/demo.sh
+
+test: check ## All that CI runs: format, lints, documentation, tests
+	@scripts/test.sh
+
+check: ## The quick part of it: format, lints, documentation
+	@cargo clippy --version >/dev/null 2>&1 && cargo fmt --version >/dev/null 2>&1 || rustup component add clippy rustfmt
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
+
+bench: ## Speed of loading, prefill and decoding, original and 4-bit (run `make demo` first)
+	@scripts/bench.sh

@@ -1,0 +1,357 @@
+//! Two plots of a quantization run as SVG files, drawn without help: the loss per layer, and a map
+//! of the relative output error over layers and modules.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use gptq_quantize::report::ModuleRecord;
+
+/// The loss over the layers, a line for each kind of module, with a logarithmic axis. Losses that
+/// are not positive and finite leave a gap.
+pub(crate) fn loss_by_layer(records: &[ModuleRecord]) -> String {
+    let kinds = Kinds::of(records, |record| record.loss);
+    let mut svg =
+        Svg::new("Loss per layer", LEFT + CHART_WIDTH + LEGEND_WIDTH, TOP + CHART_HEIGHT + BOTTOM);
+    let Some((low, high)) = kinds.decades() else {
+        return svg.empty();
+    };
+    let x = |layer: usize| LEFT + CHART_WIDTH * (layer as f64 + 0.5) / kinds.layers as f64;
+    let y = |value: f64| TOP + CHART_HEIGHT * (high - value.log10()) / (high - low);
+    svg.decades(low, high, y);
+    svg.layer_labels(kinds.layers, TOP + CHART_HEIGHT, x);
+    for (index, (kind, values)) in kinds.values.iter().enumerate() {
+        let colour = LINE_COLOURS[index % LINE_COLOURS.len()];
+        // Beyond the colours, dashes tell the lines apart.
+        let dash = ["", " stroke-dasharray=\"5 3\"", " stroke-dasharray=\"2 2\""]
+            [(index / LINE_COLOURS.len()) % 3];
+        let (mut path, mut pen) = (String::new(), 'M');
+        let mut dots = String::new();
+        for (layer, value) in values.iter().enumerate() {
+            let Some(value) = value else {
+                pen = 'M';
+                continue;
+            };
+            let (x, y) = (x(layer), y(*value));
+            // Writing to a string cannot fail.
+            let _ = write!(path, "{pen}{x:.1} {y:.1}");
+            let name = escape(kind);
+            let _ = writeln!(
+                dots,
+                "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"2.2\" fill=\"{colour}\"><title>layer {} {name}: {value:.3e}</title></circle>",
+                layer + 1
+            );
+            pen = 'L';
+        }
+        svg.push(&format!("<path d=\"{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.6\"{dash}/>\n{dots}"));
+        let (left, row) = (LEFT + CHART_WIDTH + 16.0, TOP + 10.0 + index as f64 * 18.0);
+        svg.push(&format!(
+            "<path d=\"M{left} {row}h18\" stroke=\"{colour}\" stroke-width=\"2.4\"{dash}/>\n"
+        ));
+        svg.text(left + 24.0, row + 4.0, "start", kind);
+    }
+    svg.finish()
+}
+
+/// Relative output error of every module: layers from left to right, kinds of modules from top to
+/// bottom, the colour logarithmic. Pointing at a cell shows the value.
+pub(crate) fn error_map(records: &[ModuleRecord]) -> String {
+    let kinds = Kinds::of(records, |record| record.relative_output_error.unwrap_or(f64::NAN));
+    let rows = kinds.values.len() as f64;
+    let bottom = TOP + rows * CELL_HEIGHT;
+    let width = LEFT_OF_MAP + CHART_WIDTH + LEGEND_WIDTH;
+    let mut svg = Svg::new("Relative output error", width, bottom.max(TOP + MIN_SCALE) + BOTTOM);
+    let Some((low, high)) = kinds.range() else {
+        return svg.empty();
+    };
+    let cell = CHART_WIDTH / kinds.layers as f64;
+    let x = |layer: usize| LEFT_OF_MAP + cell * (layer as f64 + 0.5);
+    let shade = |value: f64| {
+        if high > low { (value.log10() - low) / (high - low) } else { 0.5 }
+    };
+    for (row, (kind, values)) in kinds.values.iter().enumerate() {
+        let top = TOP + row as f64 * CELL_HEIGHT;
+        svg.text(LEFT_OF_MAP - 8.0, top + CELL_HEIGHT / 2.0 + 4.0, "end", kind);
+        for (layer, value) in values.iter().enumerate() {
+            let Some(value) = value else { continue };
+            svg.push(&format!(
+                "<rect x=\"{:.2}\" y=\"{top}\" width=\"{:.2}\" height=\"{}\" fill=\"{}\"><title>layer {} {}: {value:.3e}</title></rect>\n",
+                x(layer) - cell / 2.0,
+                (cell - 1.0).max(cell * 0.9),
+                CELL_HEIGHT - 1.0,
+                viridis(shade(*value)),
+                layer + 1,
+                escape(kind)
+            ));
+        }
+    }
+    svg.layer_labels(kinds.layers, bottom, x);
+    let (left, height) = (LEFT_OF_MAP + CHART_WIDTH + 24.0, (bottom - TOP).max(MIN_SCALE));
+    for step in 0..SCALE_STEPS {
+        let share = step as f64 / (SCALE_STEPS - 1) as f64;
+        let (y, tall) = (
+            TOP + height * (1.0 - (step + 1) as f64 / SCALE_STEPS as f64),
+            height / SCALE_STEPS as f64,
+        );
+        svg.push(&format!(
+            "<rect x=\"{left}\" y=\"{y:.2}\" width=\"14\" height=\"{:.2}\" fill=\"{}\"/>\n",
+            tall + 0.5,
+            viridis(share)
+        ));
+    }
+    svg.text(left + 20.0, TOP + 10.0, "start", &format!("{:.1e}", 10f64.powf(high)));
+    svg.text(left + 20.0, TOP + height, "start", &format!("{:.1e}", 10f64.powf(low)));
+    svg.finish()
+}
+
+/// Values by kind of module and layer. The numbered modules of a kind (experts) are averaged.
+struct Kinds {
+    layers: usize,
+    /// In the order in which the kinds first appear; a positive finite value or none for each
+    /// layer.
+    values: Vec<(String, Vec<Option<f64>>)>,
+}
+
+impl Kinds {
+    fn of(records: &[ModuleRecord], value: impl Fn(&ModuleRecord) -> f64) -> Self {
+        let layers = records.iter().map(|record| record.layer + 1).max().unwrap_or(0);
+        let mut order: Vec<String> = Vec::new();
+        let mut sums: BTreeMap<(String, usize), (f64, u32)> = BTreeMap::new();
+        for record in records {
+            let kind = kind(&record.module);
+            if !order.contains(&kind) {
+                order.push(kind.clone());
+            }
+            let sum = sums.entry((kind, record.layer)).or_default();
+            *sum = (sum.0 + value(record), sum.1 + 1);
+        }
+        let mean = |kind: &str, layer: usize| {
+            let (sum, count) = sums.get(&(kind.to_owned(), layer))?;
+            Some(sum / f64::from(*count)).filter(|mean| mean.is_finite() && *mean > 0.0)
+        };
+        let values = order.into_iter().map(|kind| {
+            let row = (0..layers).map(|layer| mean(&kind, layer)).collect();
+            (kind, row)
+        });
+        Self { layers, values: values.collect() }
+    }
+
+    /// Decimal logarithms of the smallest and largest value, `None` where there is no value.
+    fn range(&self) -> Option<(f64, f64)> {
+        let all =
+            self.values.iter().flat_map(|(_, row)| row.iter().flatten()).map(|value| value.log10());
+        all.fold(None, |range, value| {
+            let (low, high) = range.unwrap_or((value, value));
+            Some((value.min(low), value.max(high)))
+        })
+    }
+
+    /// The range, widened to whole decades.
+    fn decades(&self) -> Option<(f64, f64)> {
+        let (low, high) = self.range()?;
+        let (low, high) = (low.floor(), high.ceil());
+        Some((low, if high > low { high } else { low + 1.0 }))
+    }
+}
+
+/// A module's name with its numbers left out: `mlp.experts.17.up_proj` is `mlp.experts.*.up_proj`.
+fn kind(module: &str) -> String {
+    let numbered = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let parts: Vec<&str> =
+        module.split('.').map(|part| if numbered(part) { "*" } else { part }).collect();
+    parts.join(".")
+}
+
+struct Svg {
+    body: String,
+}
+
+impl Svg {
+    fn new(title: &str, width: f64, height: f64) -> Self {
+        let title = escape(title);
+        let body = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" height=\"{height}\" \
+             font-family=\"system-ui, sans-serif\" font-size=\"12\" fill=\"#333\">\n\
+             <rect width=\"{width}\" height=\"{height}\" fill=\"#fff\"/>\n\
+             <text x=\"16\" y=\"24\" font-size=\"15\" font-weight=\"600\">{title}</text>\n"
+        );
+        Self { body }
+    }
+
+    fn push(&mut self, element: &str) {
+        self.body.push_str(element);
+    }
+
+    fn text(&mut self, x: f64, y: f64, anchor: &str, text: &str) {
+        let text = escape(text);
+        self.push(&format!(
+            "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{text}</text>\n"
+        ));
+    }
+
+    /// Grid lines and labels at whole decades of `low..=high`; where there are few, also at 2 and
+    /// 5.
+    fn decades(&mut self, low: f64, high: f64, y: impl Fn(f64) -> f64) {
+        let steps: &[f64] = if high - low <= 2.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+        let every = ((high - low) / 10.0).ceil().max(1.0) as usize;
+        for decade in (low as i32..=high as i32).step_by(every) {
+            for step in steps {
+                let value = step * 10f64.powi(decade);
+                if value.log10() > high {
+                    continue;
+                }
+                let y = y(value);
+                self.push(&format!(
+                    "<path d=\"M{LEFT} {y:.1}h{CHART_WIDTH}\" stroke=\"#e4e4e4\"/>\n"
+                ));
+                self.text(LEFT - 8.0, y + 4.0, "end", &format!("{value:.0e}"));
+            }
+        }
+    }
+
+    /// Layer numbers, from 1, under the chart: at most some twenty.
+    fn layer_labels(&mut self, layers: usize, bottom: f64, x: impl Fn(usize) -> f64) {
+        let every = layers.div_ceil(20).max(1);
+        for layer in (0..layers).step_by(every) {
+            self.text(x(layer), bottom + 16.0, "middle", &(layer + 1).to_string());
+        }
+        let middle = if layers == 0 { LEFT } else { f64::midpoint(x(0), x(layers - 1)) };
+        self.text(middle, bottom + 34.0, "middle", "layer");
+    }
+
+    fn empty(mut self) -> String {
+        self.text(LEFT, TOP + 20.0, "start", "no values");
+        self.finish()
+    }
+
+    fn finish(mut self) -> String {
+        self.push("</svg>\n");
+        self.body
+    }
+}
+
+/// Text as XML wants it. Control characters have no place in XML and become spaces.
+fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '"' => escaped.push_str("&quot;"),
+            c if c.is_control() => escaped.push(' '),
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}
+
+/// The colour at `share` (0 dark, 1 light) of a scale of even steps in lightness, after
+/// matplotlib's viridis.
+fn viridis(share: f64) -> String {
+    let place = share.clamp(0.0, 1.0) * (VIRIDIS.len() - 1) as f64;
+    let below = (place as usize).min(VIRIDIS.len() - 2);
+    let part = place - below as f64;
+    let mix = |channel: usize| {
+        let (a, b) = (VIRIDIS[below][channel], VIRIDIS[below + 1][channel]);
+        (f64::from(a) + (f64::from(b) - f64::from(a)) * part).round() as u8
+    };
+    format!("#{:02x}{:02x}{:02x}", mix(0), mix(1), mix(2))
+}
+
+const VIRIDIS: [[u8; 3]; 5] =
+    [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
+
+/// Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out, being too
+/// light for lines.
+const LINE_COLOURS: [&str; 7] =
+    ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333"];
+
+const LEFT: f64 = 64.0;
+const LEFT_OF_MAP: f64 = 180.0;
+const TOP: f64 = 44.0;
+const BOTTOM: f64 = 48.0;
+const CHART_WIDTH: f64 = 620.0;
+const CHART_HEIGHT: f64 = 320.0;
+const LEGEND_WIDTH: f64 = 190.0;
+const CELL_HEIGHT: f64 = 26.0;
+const MIN_SCALE: f64 = 120.0;
+const SCALE_STEPS: usize = 40;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(layer: usize, module: &str, loss: f64) -> ModuleRecord {
+        ModuleRecord {
+            layer,
+            module: module.into(),
+            shape: [8, 8],
+            bits: 4,
+            group_size: -1,
+            loss,
+            relative_output_error: Some(loss / 10.0),
+            damp_percent: 0.05,
+            damp_tries: 1,
+            nsamples: 1,
+            seconds: 0.0,
+            rss_bytes: None,
+        }
+    }
+
+    fn run() -> Vec<ModuleRecord> {
+        let names = [
+            "self_attn.q_proj",
+            "self_attn.v_proj",
+            "mlp.experts.0.up_proj",
+            "mlp.experts.1.up_proj",
+        ];
+        let of = |layer: usize| {
+            names
+                .iter()
+                .enumerate()
+                .map(move |(index, name)| record(layer, name, 1e-3 * (layer + index + 1) as f64))
+        };
+        (0..24).flat_map(of).collect()
+    }
+
+    #[test]
+    fn plots_have_a_line_a_kind_and_a_cell_a_layer() {
+        let svg = loss_by_layer(&run());
+        assert_eq!(svg.matches("fill=\"none\"").count(), 3);
+        assert_eq!(svg.matches("<circle").count(), 3 * 24);
+        assert!(svg.contains("mlp.experts.*.up_proj"));
+        let map = error_map(&run());
+        assert_eq!(map.matches("<title>").count(), 3 * 24);
+        assert!(!(svg + &map).contains("NaN"));
+    }
+
+    #[test]
+    fn hostile_names_and_values_are_harmless() {
+        let odd = [
+            record(0, "<script>&\"\u{1}", 1.0),
+            record(1, "b", 0.0),
+            record(2, "b", f64::NAN),
+            record(3, "b", f64::INFINITY),
+        ];
+        for svg in [loss_by_layer(&odd), error_map(&odd)] {
+            assert!(svg.contains("&lt;script&gt;&amp;&quot; "), "{svg}");
+            assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+        }
+        for svg in [loss_by_layer(&[]), error_map(&[]), loss_by_layer(&odd[1..])] {
+            assert!(svg.contains("no values") && svg.ends_with("</svg>\n"));
+        }
+    }
+
+    #[test]
+    fn equal_losses_still_have_an_axis() {
+        let svg = loss_by_layer(&[record(0, "a", 1e-3), record(1, "a", 1e-3)]);
+        assert!(svg.contains("1e-3") && svg.contains("1e-2"));
+    }
+
+    #[test]
+    fn the_colour_scale_has_its_ends() {
+        assert_eq!(viridis(-1.0), "#440154");
+        assert_eq!(viridis(0.5), "#21918c");
+        assert_eq!(viridis(2.0), "#fde725");
+    }
+}

@@ -1,0 +1,175 @@
+//! Chat templates: Jinja, with the functions and settings that transformers gives them.
+//!
+//! A template comes with a checkpoint and is not trusted: it sees the messages and the special tokens and nothing else (no
+//! files, no other templates), and its instructions, recursion and output are limited. Not limited is the memory of texts
+//! that it builds on the way: the engine has no hook for it.
+
+mod clock;
+mod functions;
+
+use std::collections::BTreeMap;
+use std::io;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{Environment, UndefinedBehavior, Value, context};
+use serde::{Deserialize, Serialize};
+
+/// Longest template source that is compiled, in bytes. The longest published ones have some 20 KB.
+const MAX_SOURCE: usize = 1 << 20;
+/// Instructions one rendering may execute; a message takes some hundred.
+const FUEL: u64 = 10_000_000;
+/// Depth of nested blocks and macro calls (a call counts about ten).
+const MAX_DEPTH: usize = 300;
+/// Longest text one rendering may write, in bytes.
+const MAX_OUTPUT: usize = 64 << 20;
+
+/// A turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user`, `assistant`, or whatever else the template knows.
+    pub role: String,
+    /// The text.
+    pub content: String,
+}
+
+impl Message {
+    /// A message of `role` saying `content`.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into() }
+    }
+}
+
+/// Why a chat template could not be compiled or rendered.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("chat template `{name}`{}: {reason}", line.map(|l| format!(", line {l}")).unwrap_or_default())]
+pub struct ChatError {
+    /// The template's name: the file or key it came from.
+    pub name: String,
+    /// The line of the template, from 1, where it is known.
+    pub line: Option<usize>,
+    /// What went wrong.
+    pub reason: String,
+}
+
+/// A compiled chat template.
+#[derive(Debug, Clone)]
+pub struct ChatTemplate {
+    name: String,
+    source: String,
+    variables: BTreeMap<String, String>,
+    environment: Environment<'static>,
+}
+
+impl ChatTemplate {
+    /// Compiles `source`. `name` appears in error messages; `variables` are the special tokens that the template sees
+    /// (`bos_token`, `eos_token`, ...).
+    ///
+    /// # Errors
+    /// [`ChatError`] with the line if the source is no valid template, or is longer than 1 MiB.
+    pub fn new(
+        name: &str,
+        source: &str,
+        variables: BTreeMap<String, String>,
+    ) -> Result<Self, ChatError> {
+        if source.len() > MAX_SOURCE {
+            return Err(ChatError {
+                name: name.into(),
+                line: None,
+                reason: format!("has {} bytes, more than the {MAX_SOURCE} allowed", source.len()),
+            });
+        }
+        // The settings of transformers' sandboxed environment.
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .map_err(|e| chat_error(name, &e))?;
+        environment.set_syntax(syntax);
+        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_filter("tojson", functions::tojson);
+        environment.add_function("raise_exception", functions::raise_exception);
+        environment.add_function("strftime_now", clock::strftime_now);
+        environment.set_fuel(Some(FUEL));
+        environment.set_recursion_limit(MAX_DEPTH);
+        environment
+            .add_template_owned(name.to_owned(), functions::without_generation_tags(source))
+            .map_err(|e| chat_error(name, &e))?;
+        Ok(Self { name: name.into(), source: source.into(), variables, environment })
+    }
+
+    /// The template's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The source, as it was given.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// Renders a conversation; with `add_generation_prompt`, followed by what opens the assistant's turn.
+    ///
+    /// # Errors
+    /// [`ChatError`] with the line if the template raises an exception, fails, or exceeds a limit.
+    pub fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<String, ChatError> {
+        let mut output = Limited(Vec::new());
+        let values = context! {
+            messages => Serde(messages),
+            add_generation_prompt,
+            tools => (),
+            documents => (),
+            ..Value::from(Serde(&self.variables))
+        };
+        self.environment
+            .get_template(&self.name)
+            .and_then(|t| t.render_captured_to(values, &mut output).map(drop))
+            .map_err(|e| chat_error(&self.name, &e))?;
+        String::from_utf8(output.0).map_err(|e| ChatError {
+            name: self.name.clone(),
+            line: None,
+            reason: e.to_string(),
+        })
+    }
+}
+
+fn chat_error(name: &str, error: &minijinja::Error) -> ChatError {
+    let mut reason = match error.detail() {
+        Some(detail) => detail.to_owned(),
+        None => error.kind().to_string(),
+    };
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        reason = format!("{reason}: {inner}");
+        source = inner.source();
+    }
+    ChatError { name: name.into(), line: error.line(), reason }
+}
+
+/// Collects output up to [`MAX_OUTPUT`] bytes.
+struct Limited(Vec<u8>);
+
+impl io::Write for Limited {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > MAX_OUTPUT {
+            return Err(io::Error::other(format!("the output exceeds {MAX_OUTPUT} bytes")));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,112 @@
+//! `tokenizer.ggml.model` = `llama`: SentencePiece BPE with scores and byte fallback.
+
+use std::cmp::Ordering;
+
+use serde_json::json;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::{DecoderWrapper, NormalizerWrapper};
+
+use super::{Kind, Vocabulary};
+use crate::gguf::{GgufArray, GgufFile, GgufValue};
+use crate::tokenizer::TokenizerError;
+
+/// Longest token whose merges are rebuilt, in bytes; SentencePiece's own limit is far below. Bounds the work, which grows
+/// with the square of the length.
+const MAX_TOKEN: usize = 1024;
+
+pub(super) fn build(
+    gguf: &GgufFile,
+    vocabulary: &Vocabulary<'_>,
+) -> Result<tokenizers::Tokenizer, TokenizerError> {
+    let invalid = |reason: String| TokenizerError::Invalid { path: gguf.path().into(), reason };
+    let key = "tokenizer.ggml.scores";
+    let scores = match gguf.value(key) {
+        Some(GgufValue::Array(GgufArray::F32(s))) if s.len() == vocabulary.tokens.len() => s,
+        _ => {
+            let expected = format!("an array of {} floats, one per token", vocabulary.tokens.len());
+            return Err(gguf.bad_value(key, expected).into());
+        }
+    };
+    if let Some((id, token)) = (0..).zip(vocabulary.tokens).find(|(_, t)| t.len() > MAX_TOKEN) {
+        let id: usize = id;
+        return Err(invalid(format!(
+            "token {id} has {} bytes, more than {MAX_TOKEN}",
+            token.len()
+        )));
+    }
+    let vocab: Vocab = (0..).zip(vocabulary.tokens).map(|(id, t)| (t.clone(), id)).collect();
+    let merges = merges_from_scores(vocabulary.tokens, scores, &vocab);
+    let mut model =
+        BPE::builder().vocab_and_merges(vocab, merges).fuse_unk(true).byte_fallback(true);
+    let unknown = vocabulary.kinds.iter().position(|k| *k == Kind::Unknown);
+    if let Some(id) = unknown {
+        model = model.unk_token(vocabulary.tokens[id].clone());
+    }
+    let model = model.build().map_err(|e| invalid(e.to_string()))?;
+
+    // A space is written as U+2581, and one is put before the text.
+    let prefix = gguf.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+    let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"});
+    let mut normalizers = vec![];
+    let mut decoders = vec![
+        json!({"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    if prefix {
+        normalizers.push(json!({"type": "Prepend", "prepend": "\u{2581}"}));
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+    normalizers.push(replace);
+    let part = |e: serde_json::Error| invalid(e.to_string());
+    let normalizer: NormalizerWrapper =
+        serde_json::from_value(json!({"type": "Sequence", "normalizers": normalizers}))
+            .map_err(part)?;
+    let decoder: DecoderWrapper =
+        serde_json::from_value(json!({"type": "Sequence", "decoders": decoders})).map_err(part)?;
+
+    let mut tokenizer = tokenizers::Tokenizer::new(model);
+    tokenizer.with_normalizer(Some(normalizer)).map_err(|e| invalid(e.to_string()))?;
+    tokenizer.with_decoder(Some(decoder));
+    Ok(tokenizer)
+}
+
+/// The merges that a SentencePiece vocabulary implies: every cut of a token into two tokens, the best-scored token first;
+/// among equals the longer left part, then the longer right part, then the lower ids. It is the order in which transformers
+/// rebuilds them.
+fn merges_from_scores(tokens: &[String], scores: &[f32], vocab: &Vocab) -> Vec<(String, String)> {
+    struct Merge<'a> {
+        score: f32,
+        left: &'a str,
+        right: &'a str,
+        left_chars: usize,
+        right_chars: usize,
+    }
+    let mut merges = Vec::new();
+    for (token, &score) in tokens.iter().zip(scores) {
+        let chars = token.chars().count();
+        let mut cuts: Vec<_> = token
+            .char_indices()
+            .enumerate()
+            .skip(1)
+            .filter_map(|(left_chars, (at, _))| {
+                let (left, right) = token.split_at(at);
+                let ids = (*vocab.get(left)?, *vocab.get(right)?);
+                let merge =
+                    Merge { score, left, right, left_chars, right_chars: chars - left_chars };
+                Some((ids, merge))
+            })
+            .collect();
+        cuts.sort_by_key(|(ids, _)| *ids);
+        merges.extend(cuts.into_iter().map(|(_, merge)| merge));
+    }
+    // Stable: what is equal stays in the order of ids.
+    merges.sort_by(|a, b| {
+        b.score
+            .partial_cmp(&a.score)
+            .unwrap_or(Ordering::Equal)
+            .then(b.left_chars.cmp(&a.left_chars))
+            .then(b.right_chars.cmp(&a.right_chars))
+    });
+    merges.into_iter().map(|m| (m.left.to_owned(), m.right.to_owned())).collect()
+}

@@ -1,0 +1,37 @@
+//! Command R: attention and gated MLP side by side behind one bias-free layer norm, neighbouring columns rotate as pairs,
+//! scaled logits, tied head.
+
+use gptq_compute::RopeStyle;
+
+use super::read::{RopeDefaults, Sizes, USUAL, gated, never, rope};
+use crate::Result;
+use crate::fields::Fields;
+use crate::spec::{Attention, Embedding, Head, NormSpec, Positions, Residual, Spec};
+
+pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
+    // A norm with separate weights for each head.
+    never(f, "use_qk_norm")?;
+    let sizes = Sizes::read(f, &USUAL)?;
+    let bias = f.flag_or("attention_bias", false)?;
+    let defaults = RopeDefaults { style: RopeStyle::Interleaved, ..RopeDefaults::default() };
+    Ok(Spec {
+        family: "cohere",
+        hidden: sizes.hidden,
+        vocab: sizes.vocab,
+        max_positions: sizes.max_positions,
+        base: "model.".to_owned(),
+        blocks: "layers",
+        conv1d: false,
+        embedding: Embedding::plain("embed_tokens", sizes.hidden),
+        positions: Positions::Rotary(vec![rope(f, &sizes, defaults)?]),
+        norm: NormSpec { bias: false, ..NormSpec::layer(f.eps_or("layer_norm_eps", 1e-5)?) },
+        attention: Attention { qkv_bias: bias, out_bias: bias, ..sizes.attention() },
+        mlp: gated(f, "hidden_act", "silu")?,
+        residual: Residual::parallel("input_layernorm", None),
+        head: Head {
+            scale: f.number_or("logit_scale", 0.0625)? as f32,
+            ..Head::plain("norm", "lm_head", f.flag_or("tie_word_embeddings", true)?)
+        },
+        layers: sizes.alike(),
+    })
+}

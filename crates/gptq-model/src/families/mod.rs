@@ -1,0 +1,258 @@
+//! The table of families: `model_type` of a config.json to the function that turns the config into a [`Spec`].
+//!
+//! Each family is one file that says how it differs from the others; what they share in reading a config is in
+//! `read.rs`. To add one: write the file, list it in [`FAMILIES`], copy a fixture to `testdata/fixtures`.
+
+mod bloom;
+mod codegen;
+mod cohere;
+mod falcon;
+mod gemma;
+mod gemma2;
+mod gemma3_text;
+mod gpt2;
+mod gpt_bigcode;
+mod gpt_neo;
+mod gpt_neox;
+mod gptj;
+mod granite;
+mod llama;
+mod mistral;
+mod mpt;
+mod olmo;
+mod olmo2;
+mod opt;
+mod phi;
+mod phi3;
+mod qwen2;
+mod qwen3;
+mod read;
+mod stablelm;
+mod starcoder2;
+
+use gptq_format::Config;
+use serde_json::Value;
+
+use crate::fields::Fields;
+use crate::spec::Spec;
+use crate::{ModelError, Result};
+
+/// A supported architecture.
+#[derive(Clone, Copy)]
+pub struct Family {
+    /// Value of `model_type` in config.json.
+    pub model_type: &'static str,
+    build: fn(&Fields<'_>) -> Result<Spec>,
+}
+
+/// All supported architectures, by name.
+pub const FAMILIES: &[Family] = &[
+    Family { model_type: "bloom", build: bloom::spec },
+    Family { model_type: "codegen", build: codegen::spec },
+    Family { model_type: "cohere", build: cohere::spec },
+    Family { model_type: "falcon", build: falcon::spec },
+    Family { model_type: "gemma", build: gemma::spec },
+    Family { model_type: "gemma2", build: gemma2::spec },
+    Family { model_type: "gemma3_text", build: gemma3_text::spec },
+    Family { model_type: "gpt2", build: gpt2::spec },
+    Family { model_type: "gpt_bigcode", build: gpt_bigcode::spec },
+    Family { model_type: "gpt_neo", build: gpt_neo::spec },
+    Family { model_type: "gpt_neox", build: gpt_neox::spec },
+    Family { model_type: "gptj", build: gptj::spec },
+    Family { model_type: "granite", build: granite::spec },
+    Family { model_type: "llama", build: llama::spec },
+    Family { model_type: "mistral", build: mistral::spec },
+    Family { model_type: "mpt", build: mpt::spec },
+    Family { model_type: "olmo", build: olmo::spec },
+    Family { model_type: "olmo2", build: olmo2::spec },
+    Family { model_type: "opt", build: opt::spec },
+    Family { model_type: "phi", build: phi::spec },
+    Family { model_type: "phi3", build: phi3::spec },
+    Family { model_type: "qwen2", build: qwen2::spec },
+    Family { model_type: "qwen3", build: qwen3::spec },
+    Family { model_type: "stablelm", build: stablelm::spec },
+    Family { model_type: "starcoder2", build: starcoder2::spec },
+];
+
+impl Spec {
+    /// Reads the architecture from a config.json, in the spelling of transformers 4 or 5.
+    ///
+    /// # Errors
+    /// An unknown `model_type`, activation or rope type; a missing or impossible value; a key which changes the result and
+    /// is not implemented. The error names file, key and value.
+    pub fn from_config(config: &Config) -> Result<Self> {
+        let fields = Fields::new(config.path(), config.map());
+        let model_type =
+            fields.opt_text("model_type")?.ok_or_else(|| fields.missing("model_type"))?;
+        let family =
+            FAMILIES.iter().find(|family| family.model_type == model_type).ok_or_else(|| {
+                let names: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
+                ModelError::UnknownFamily {
+                    file: fields.file().to_owned(),
+                    model_type: model_type.to_owned(),
+                    supported: names.join(", "),
+                }
+            })?;
+        let spec = (family.build)(&fields)?;
+        fields.only("is_encoder_decoder", &Value::Bool(false))?;
+        fields.only("add_cross_attention", &Value::Bool(false))?;
+        fields.finish()?;
+        Ok(spec)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::spec::{Layer, Positions};
+
+    fn read(changes: &Value) -> Result<Spec> {
+        let mut config = json!({
+            "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 128,
+            "hidden_act": "silu"
+        });
+        let map = config.as_object_mut().unwrap();
+        map.extend(changes.as_object().unwrap().clone());
+        map.retain(|_, value| value != "ABSENT");
+        Spec::from_config(&Config::new(Path::new("some/config.json"), map.clone()))
+    }
+
+    fn refused(changes: &Value, parts: &[&str]) {
+        let error = read(changes).map(|_| ()).unwrap_err().to_string();
+        for part in ["some/config.json"].iter().chain(parts) {
+            assert!(error.contains(part), "{error}: lacks {part}");
+        }
+    }
+
+    #[test]
+    fn what_is_unknown_is_refused_by_name() {
+        refused(&json!({ "model_type": "llama9" }), &["llama9", "qwen3, ", "llama, "]);
+        refused(&json!({ "model_type": "ABSENT" }), &["model_type"]);
+        refused(&json!({ "hidden_act": "selu" }), &["hidden_act", "selu", "silu"]);
+        refused(
+            &json!({ "rope_scaling": { "type": "su", "factor": 2 } }),
+            &["rope_scaling.type", "su", "longrope"],
+        );
+        refused(
+            &json!({ "rope_scaling": { "rope_type": "mrope", "mrope_section": [1] } }),
+            &["mrope_section"],
+        );
+        refused(
+            &json!({ "rope_parameters": { "rope_type": "ntk" } }),
+            &["rope_parameters.rope_type", "ntk"],
+        );
+        refused(&json!({ "use_qk_norm": true }), &["use_qk_norm", "llama"]);
+        refused(&json!({ "num_local_experts": 8 }), &["num_local_experts"]);
+        refused(&json!({ "is_encoder_decoder": true }), &["is_encoder_decoder"]);
+        refused(&json!({ "rope_interleaved": true }), &["rope_interleaved"]);
+        refused(
+            &json!({ "model_type": "mistral", "attention_bias": true }),
+            &["attention_bias", "mistral"],
+        );
+        refused(
+            &json!({ "model_type": "qwen3", "layer_types": ["chunked_attention", "a", "b", "c"] }),
+            &["layer_types", "chunked"],
+        );
+    }
+
+    #[test]
+    fn impossible_values_are_refused_by_name() {
+        refused(&json!({ "num_hidden_layers": 1_000_000 }), &["num_hidden_layers", "4096"]);
+        refused(&json!({ "num_hidden_layers": 1u64 << 60 }), &["num_hidden_layers"]);
+        refused(&json!({ "num_key_value_heads": 3 }), &["num_key_value_heads", "divisor"]);
+        refused(
+            &json!({ "num_attention_heads": 5, "num_key_value_heads": 5 }),
+            &["num_attention_heads", "64"],
+        );
+        refused(&json!({ "hidden_size": "64" }), &["hidden_size"]);
+        refused(&json!({ "vocab_size": 0 }), &["vocab_size"]);
+        refused(&json!({ "rms_norm_eps": -1 }), &["rms_norm_eps"]);
+        refused(&json!({ "rope_theta": 0 }), &["rope_theta"]);
+        refused(&json!({ "head_dim": 15 }), &["rope_theta", "even"]);
+        refused(
+            &json!({ "rope_scaling": { "type": "linear" } }),
+            &["rope_scaling.factor", "missing"],
+        );
+        refused(
+            &json!({ "rope_scaling": { "type": "linear", "factor": 0.5 } }),
+            &["rope_scaling.factor"],
+        );
+        refused(
+            &json!({ "rope_scaling": { "type": "longrope", "long_factor": [1.0], "short_factor": [1.0] } }),
+            &["original_max_position_embeddings"],
+        );
+        refused(
+            &json!({ "rope_scaling": { "type": "longrope", "long_factor": [1.0], "short_factor": [1.0] },
+                "original_max_position_embeddings": 16 }),
+            &["short_factor", "8 numbers"],
+        );
+    }
+
+    #[test]
+    fn both_spellings_of_rope_give_the_same() {
+        let old = json!({ "rope_theta": 5e5, "rope_scaling": { "type": "linear", "factor": 4 }, "partial_rotary_factor": 0.5 });
+        let new = json!({ "rope_parameters":
+            { "rope_theta": 5e5, "rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5 } });
+        let (old, new) = (read(&old).unwrap(), read(&new).unwrap());
+        assert_eq!(old, new);
+        let Positions::Rotary(ropes) = &new.positions else { panic!() };
+        assert_eq!((ropes[0].theta, ropes[0].rotary_dim), (5e5, 8));
+    }
+
+    #[test]
+    fn windows_follow_the_family_rules() {
+        let windows = |changes: &Value| -> Vec<Option<usize>> {
+            read(changes).unwrap().layers.iter().map(|layer: &Layer| layer.window).collect()
+        };
+        let all = [Some(8); 4];
+        assert_eq!(windows(&json!({ "model_type": "mistral", "sliding_window": 8 })), all);
+        assert_eq!(windows(&json!({ "model_type": "mistral", "sliding_window": null })), [None; 4]);
+        let qwen = |on: bool, from: usize| {
+            windows(
+                &json!({ "model_type": "qwen2", "use_sliding_window": on, "sliding_window": 8, "max_window_layers": from }),
+            )
+        };
+        assert_eq!(qwen(true, 0), all);
+        assert_eq!(qwen(true, 2), [None, None, Some(8), Some(8)]);
+        assert_eq!(qwen(false, 0), [None; 4]);
+        let off =
+            json!({ "model_type": "qwen2", "use_sliding_window": false, "sliding_window": 0 });
+        assert_eq!(windows(&off), [None; 4]);
+        let types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"];
+        let listed = json!({ "model_type": "qwen3", "use_sliding_window": true, "sliding_window": 8, "layer_types": types });
+        assert_eq!(windows(&listed), [None, Some(8), None, Some(8)]);
+        refused(
+            &json!({ "model_type": "qwen2", "use_sliding_window": true, "max_window_layers": 0 }),
+            &["sliding_window"],
+        );
+        refused(
+            &json!({ "model_type": "qwen2", "layer_types": types }),
+            &["layer_types", "use_sliding_window"],
+        );
+    }
+
+    #[test]
+    fn stages_list_the_linears_in_true_sequential_order() {
+        let spec = read(&json!({ "model_type": "qwen2" })).unwrap();
+        let stages = spec.stages(3);
+        let names: Vec<Vec<&str>> =
+            stages.iter().map(|stage| stage.linears.iter().map(|l| l.name).collect()).collect();
+        let expected: [&[&str]; 4] = [
+            &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            &["self_attn.o_proj"],
+            &["mlp.gate_proj", "mlp.up_proj"],
+            &["mlp.down_proj"],
+        ];
+        assert_eq!(names, expected);
+        let k = &stages[0].linears[1];
+        assert_eq!(k.module, "model.layers.3.self_attn.k_proj");
+        assert_eq!((k.out_features, k.in_features, k.bias), (32, 64, true));
+        let down = &stages[3].linears[0];
+        assert_eq!((down.out_features, down.in_features, down.bias), (64, 128, false));
+    }
+}

@@ -1,0 +1,47 @@
+//! One transformer for every family.
+//!
+//! A family is a table: [`Spec`], read from config.json by [`Spec::from_config`]. A block is a list of stages, and a stage is
+//! the linears that share one input ([`Spec::stages`]). [`Block`] runs stage by stage over the rows of any number of
+//! sequences; inference and calibration call the same functions:
+//!
+//! ```text
+//! begin            hidden -> input of Qkv
+//! run_stage(Qkv)      q, k, v, rotation, cache, attention -> input of AttnOut
+//! run_stage(AttnOut)  projection, residual, norm          -> input of MlpUp
+//! run_stage(MlpUp)    projections, activation             -> input of MlpDown
+//! run_stage(MlpDown)  projection, residual                -> hidden of the next block
+//! ```
+//!
+//! [`Model`] strings embedding, blocks and head together; [`generate()`] and [`generate_batch`] decode.
+
+#![forbid(unsafe_code)]
+
+pub mod block;
+pub mod cache;
+pub mod error;
+pub mod families;
+mod fields;
+pub mod fused;
+pub mod generate;
+mod load;
+pub mod model;
+mod random;
+pub mod rope;
+pub mod sampler;
+pub mod spec;
+pub mod stages;
+pub mod state;
+
+pub use block::Block;
+pub use cache::Sequence;
+pub use error::{ModelError, Result};
+pub use families::{FAMILIES, Family};
+pub use generate::{
+    BatchOptions, FinishReason, GenerateOptions, Generated, generate, generate_batch,
+};
+pub use load::{LinearSource, load_linear};
+pub use model::{Embedder, HeadLayer, Model, Rows, Session};
+pub use sampler::{Sampler, Sampling};
+pub use spec::Spec;
+pub use stages::{LinearSpec, Stage, StageSpec};
+pub use state::{BlockState, Ctx, SeqSpan};

@@ -1,0 +1,214 @@
+//! From named tensors to norms and linears of the shapes that the spec asks for.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use gptq_compute::{DenseMatrix, DenseType, GptqParts, Linear, Matrix, Norm, QuantizedMatrix};
+use gptq_format::{Checkpoint, DType, FormatError, GptqLinear, TensorStore};
+
+use crate::spec::{NormSpec, Spec};
+use crate::stages::LinearSpec;
+use crate::{ModelError, Result};
+
+/// Where a block's linears come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinearSource {
+    /// The checkpoint: packed codes where it has them, else floats that stay in the mapped file where their type allows.
+    Mapped,
+    /// The checkpoint, with floats copied (in their stored type) so that the mapped file leaves no resident pages behind.
+    Copied,
+    /// Nowhere: the caller sets them ([`crate::Block::set_linear`]).
+    Unset,
+}
+
+/// Loads one linear of a block by itself, as [`crate::Block::load`] would.
+///
+/// # Errors
+/// A tensor that is missing, unreadable or of another shape than the spec asks for.
+pub fn load_linear(
+    checkpoint: &Checkpoint,
+    spec: &Spec,
+    linear: &LinearSpec,
+    source: LinearSource,
+) -> Result<Linear> {
+    Loader { checkpoint, spec }.linear(linear, source)
+}
+
+/// Loads named tensors of one checkpoint.
+pub(crate) struct Loader<'a> {
+    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) spec: &'a Spec,
+}
+
+impl Loader<'_> {
+    fn store(&self) -> &TensorStore {
+        &self.checkpoint.tensors
+    }
+
+    fn file(&self) -> &Path {
+        self.store().path()
+    }
+
+    /// The norm `name` over `width` columns.
+    pub(crate) fn norm(&self, name: &str, width: usize, spec: NormSpec) -> Result<Norm> {
+        let vector = |suffix: &str| self.vector(&format!("{name}.{suffix}"), width);
+        Ok(Norm {
+            kind: spec.kind,
+            weight: spec.weight.then(|| vector("weight")).transpose()?,
+            bias: spec.bias.then(|| vector("bias")).transpose()?,
+            eps: spec.eps,
+        })
+    }
+
+    /// A linear of a block: quantized where the checkpoint has packed codes for it.
+    pub(crate) fn linear(&self, linear: &LinearSpec, source: LinearSource) -> Result<Linear> {
+        let LinearSpec { module, out_features, in_features, .. } = linear;
+        if self.store().contains(&format!("{module}.qweight")) {
+            return self.quantized(linear);
+        }
+        let weight = if linear.transposed {
+            self.transposed(&format!("{module}.weight"), *out_features, *in_features)?
+        } else {
+            self.matrix(&format!("{module}.weight"), *out_features, *in_features, source)?
+        };
+        let bias = self.bias(module, *out_features, linear.bias)?;
+        Ok(Linear { weight: Matrix::Dense(weight), bias })
+    }
+
+    /// A float matrix `[rows, cols]` in its stored type where that is one of the three that need no conversion.
+    pub(crate) fn matrix(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        source: LinearSource,
+    ) -> Result<DenseMatrix> {
+        let info = self.info(name)?;
+        if info.shape != [rows, cols] {
+            return Err(self.shape_error(name, &[rows, cols], &info.shape));
+        }
+        let dtype = match info.dtype {
+            DType::F32 => DenseType::F32,
+            DType::F16 => DenseType::F16,
+            DType::BF16 => DenseType::Bf16,
+            _ => {
+                return Ok(DenseMatrix::from_f32(
+                    rows,
+                    cols,
+                    self.store().read_f32(name, &[rows, cols])?,
+                ));
+            }
+        };
+        if !self.store().is_identity(name) {
+            return Ok(DenseMatrix::from_f32(
+                rows,
+                cols,
+                self.store().read_f32(name, &[rows, cols])?,
+            ));
+        }
+        let matrix = if source == LinearSource::Copied {
+            let mut bytes = vec![0; info.bytes];
+            self.store().copy_bytes(name, 0, &mut bytes)?;
+            DenseMatrix::from_shared(rows, cols, dtype, Arc::new(bytes))
+        } else {
+            DenseMatrix::from_shared(rows, cols, dtype, Arc::new(self.store().bytes(name)?))
+        };
+        matrix.map_err(|source| ModelError::Compute { tensor: name.to_owned(), source })
+    }
+
+    /// A vector of floats.
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let info = self.info(name)?;
+        if info.shape != [len] {
+            return Err(self.shape_error(name, &[len], &info.shape));
+        }
+        Ok(self.store().read_f32(name, &[len])?)
+    }
+
+    /// The bias of `module`: required where the family has one, else absent or zero.
+    pub(crate) fn bias(
+        &self,
+        module: &str,
+        len: usize,
+        expected: bool,
+    ) -> Result<Option<Vec<f32>>> {
+        let name = format!("{module}.bias");
+        if expected {
+            return self.vector(&name, len).map(Some);
+        }
+        // Old quantizers wrote a bias of zeros for every linear.
+        if self.store().contains(&name) && self.vector(&name, len)?.iter().any(|&b| b != 0.0) {
+            let family = self.spec.family.to_owned();
+            return Err(ModelError::UnexpectedBias {
+                file: self.file().to_owned(),
+                tensor: name,
+                family,
+            });
+        }
+        Ok(None)
+    }
+
+    /// A matrix stored `[in, out]`, turned to `[out, in]`.
+    fn transposed(
+        &self,
+        name: &str,
+        out_features: usize,
+        in_features: usize,
+    ) -> Result<DenseMatrix> {
+        let info = self.info(name)?;
+        if info.shape != [in_features, out_features] {
+            return Err(self.shape_error(name, &[in_features, out_features], &info.shape));
+        }
+        let stored = self.store().read_f32(name, &[in_features, out_features])?;
+        let mut turned = vec![0.0; stored.len()];
+        for (i, row) in stored.chunks_exact(out_features).enumerate() {
+            for (o, &value) in row.iter().enumerate() {
+                turned[o * in_features + i] = value;
+            }
+        }
+        Ok(DenseMatrix::from_f32(out_features, in_features, turned))
+    }
+
+    /// Packed codes, repacked for the processor.
+    fn quantized(&self, linear: &LinearSpec) -> Result<Linear> {
+        let LinearSpec { module, out_features, in_features, bias, .. } = linear;
+        let config = self.checkpoint.quantize_config.as_ref().ok_or_else(|| {
+            ModelError::NoQuantizeConfig { file: self.file().to_owned(), module: module.clone() }
+        })?;
+        let stored =
+            GptqLinear::load(self.store(), module, config, Some([*out_features, *in_features]))?;
+        let matrix = QuantizedMatrix::from_gptq(GptqParts {
+            bits: stored.bits.as_u32(),
+            in_features: *in_features,
+            out_features: *out_features,
+            qweight: &stored.qweight,
+            scales: &stored.scales,
+            zeros: &stored.zeros,
+            g_idx: &stored.g_idx,
+        });
+        let matrix =
+            matrix.map_err(|source| ModelError::Compute { tensor: module.clone(), source })?;
+        let bias = self.bias(module, *out_features, *bias)?;
+        Ok(Linear { weight: Matrix::Quantized(matrix), bias })
+    }
+
+    fn info(&self, name: &str) -> Result<&gptq_format::TensorInfo> {
+        self.store().info(name).map_err(|error| match error {
+            FormatError::MissingTensor { .. } => ModelError::MissingTensor {
+                file: self.file().to_owned(),
+                tensor: name.to_owned(),
+                family: self.spec.family.to_owned(),
+            },
+            other => other.into(),
+        })
+    }
+
+    fn shape_error(&self, name: &str, expected: &[usize], got: &[usize]) -> ModelError {
+        ModelError::Shape {
+            file: self.file().to_owned(),
+            tensor: name.to_owned(),
+            expected: expected.to_vec(),
+            got: got.to_vec(),
+        }
+    }
+}

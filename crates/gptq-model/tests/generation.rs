@@ -1,0 +1,131 @@
+//! Decoding of one sequence and of many, on the smallest fixtures.
+
+mod common;
+
+use std::ops::ControlFlow;
+
+use common::{greedy, load, open, session};
+use gptq_model::{
+    BatchOptions, FinishReason, GenerateOptions, Model, ModelError, Rows, Sampling, Sequence,
+    generate, generate_batch,
+};
+use gptq_testkit::{assert_close, fixtures};
+
+fn model(name: &str) -> Option<Model> {
+    fixtures::dir(name).map(|dir| load(&open(&dir)))
+}
+
+const PROMPT: [u32; 4] = [1, 17, 80, 33];
+
+#[test]
+fn a_generation_ends_for_the_reason_it_says() {
+    let Some(model) = model("llama") else { return };
+    let mut session = session();
+    let all = greedy(&model, &mut session, &PROMPT, 8)[4..].to_vec();
+    let mut run = |options: &GenerateOptions, limit: usize| {
+        let mut seen = Vec::new();
+        let done = generate(&model, &mut session, &PROMPT, options, |token| {
+            seen.push(token);
+            if seen.len() == limit { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+        .unwrap();
+        assert_eq!(seen, done.tokens, "the callback sees what is returned");
+        assert!(done.prefill_seconds > 0.0 || done.tokens.is_empty());
+        (done.tokens, done.finish)
+    };
+    let options = GenerateOptions { max_new_tokens: 8, ..GenerateOptions::default() };
+    assert_eq!(run(&options, 99), (all.clone(), FinishReason::Length));
+    assert_eq!(run(&options, 3), (all[..3].to_vec(), FinishReason::Cancelled));
+    assert_eq!(
+        run(&GenerateOptions { max_new_tokens: 0, ..options.clone() }, 99).1,
+        FinishReason::Length
+    );
+    let first = all.iter().position(|token| *token == all[4]).unwrap();
+    let eos = GenerateOptions { eos_ids: vec![all[4]], ..options.clone() };
+    assert_eq!(run(&eos, 99), (all[..first].to_vec(), FinishReason::Eos(all[4])));
+    let stop = GenerateOptions { stop: vec![vec![], all[2..4].to_vec()], ..options };
+    assert_eq!(run(&stop, 99), (all[..4].to_vec(), FinishReason::Stop));
+}
+
+#[test]
+fn learned_positions_end_a_generation_and_refuse_a_longer_prompt() {
+    let Some(model) = model("gpt2") else { return };
+    let mut session = session();
+    let options = GenerateOptions { max_new_tokens: 100, ..GenerateOptions::default() };
+    let go_on = |_| ControlFlow::Continue(());
+    let done = generate(&model, &mut session, &[5; 60], &options, go_on).unwrap();
+    assert_eq!((done.tokens.len(), done.finish), (5, FinishReason::Context));
+    let error = generate(&model, &mut session, &[5; 65], &options, go_on).unwrap_err();
+    assert!(matches!(error, ModelError::Position { limit: 64, .. }), "{error}");
+}
+
+#[test]
+fn wrong_input_is_an_error_and_leaves_the_sequence_as_it_was() {
+    let Some(model) = model("llama") else { return };
+    let mut session = session();
+    let mut batch = [Sequence::new(model.spec())];
+    model.forward(&mut session, &mut batch, &[&PROMPT]).unwrap();
+    let error = model.forward(&mut session, &mut batch, &[&[3, 256]]).unwrap_err();
+    assert!(matches!(error, ModelError::Token { id: 256, index: 1, vocab: 256 }), "{error}");
+    assert_eq!(batch[0].len(), PROMPT.len());
+    assert_eq!(model.logits(&mut session, Rows::Last).rows(), 0);
+    assert!(matches!(model.forward(&mut session, &mut batch, &[&[]]), Err(ModelError::Batch(_))));
+    assert!(matches!(model.forward(&mut session, &mut batch, &[]), Err(ModelError::Batch(_))));
+    let options = GenerateOptions { max_new_tokens: 1, ..GenerateOptions::default() };
+    assert!(generate(&model, &mut session, &[], &options, |_| ControlFlow::Continue(())).is_err());
+}
+
+#[test]
+fn many_at_once_equal_one_after_the_other() {
+    let Some(model) = model("qwen3") else { return };
+    let mut session = session();
+    let prompts: [&[u32]; 5] = [&[1], &[1, 9, 30], &[7], &[200, 100], &[1]];
+    let mut options = BatchOptions {
+        max_new_tokens: 24,
+        sampling: Sampling { temperature: 1.0, top_k: 40, seed: 11, ..Sampling::default() },
+        eos_ids: vec![],
+        ignore_eos: false,
+        batch: 1,
+    };
+    let mut counted = 0;
+    let alone =
+        generate_batch(&model, &mut session, &prompts, &options, |new| counted += new).unwrap();
+    assert_eq!(counted, 5 * 24);
+    assert_ne!(alone[0], alone[4], "each prompt has random numbers of its own");
+    for batch in [2, 3, 5, 64] {
+        options.batch = batch;
+        assert_eq!(
+            generate_batch(&model, &mut session, &prompts, &options, |_| ()).unwrap(),
+            alone,
+            "batch {batch}"
+        );
+    }
+
+    // Ending early changes nothing for the others; ignoring the end changes nothing at all.
+    let eos = alone[1][5];
+    options.eos_ids = vec![eos];
+    let ended = generate_batch(&model, &mut session, &prompts, &options, |_| ()).unwrap();
+    for (ended, whole) in ended.iter().zip(&alone) {
+        let end = whole.iter().position(|token| *token == eos).unwrap_or(whole.len());
+        assert_eq!(ended, &whole[..end]);
+    }
+    options.ignore_eos = true;
+    assert_eq!(generate_batch(&model, &mut session, &prompts, &options, |_| ()).unwrap(), alone);
+}
+
+#[test]
+fn sequences_of_different_lengths_do_not_mix_their_frequencies() {
+    // Dynamic NTK: the rotation depends on the length of the sequence.
+    let Some(model) = model("llama_rope_dynamic") else { return };
+    let mut session = session();
+    let (long, short): (Vec<u32>, Vec<u32>) = ((1..24).collect(), (40..50).collect());
+    let mut batch = [Sequence::new(model.spec()), Sequence::new(model.spec())];
+    model.forward(&mut session, &mut batch, &[&long, &short]).unwrap();
+    let together = model.logits(&mut session, Rows::Last).clone();
+    for (row, ids) in [&long, &short].into_iter().enumerate() {
+        let mut batch = [Sequence::new(model.spec())];
+        model.forward(&mut session, &mut batch, &[ids]).unwrap();
+        let alone = model.logits(&mut session, Rows::Last);
+        assert_close("alone", alone.row(0), together.row(row), 2e-5);
+    }
+}

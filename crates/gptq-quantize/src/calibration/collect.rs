@@ -1,0 +1,186 @@
+//! Joins documents into one run of tokens, checking every token.
+
+use std::path::Path;
+
+use gptq_format::Tokenizer;
+use gptq_format::chat::Message;
+
+use super::text::{PIECE_BYTES, pieces};
+use super::{CalibrationError, SourceKind, SourceReport};
+
+/// Takes the documents of one file and holds the tokens they give.
+pub(super) struct Collector<'a> {
+    path: &'a Path,
+    tokenizer: &'a Tokenizer,
+    vocab_size: usize,
+    /// Reading stops when so many tokens are there.
+    budget: usize,
+    tokens: Vec<u32>,
+    /// Text not yet tokenized.
+    pending: String,
+    documents: usize,
+    characters: u64,
+    /// Whether the last document was text, which the next text is joined to.
+    after_text: bool,
+    cut: bool,
+}
+
+impl<'a> Collector<'a> {
+    pub(super) fn new(
+        path: &'a Path,
+        tokenizer: &'a Tokenizer,
+        vocab_size: usize,
+        budget: usize,
+    ) -> Self {
+        Self {
+            path,
+            tokenizer,
+            vocab_size,
+            budget,
+            tokens: Vec::new(),
+            pending: String::new(),
+            documents: 0,
+            characters: 0,
+            after_text: false,
+            cut: false,
+        }
+    }
+
+    /// The file, for errors.
+    pub(super) fn path(&self) -> &'a Path {
+        self.path
+    }
+
+    /// Whether more documents are of no use.
+    pub(super) fn is_full(&self) -> bool {
+        self.tokens.len() >= self.budget
+    }
+
+    /// Notes that the end of the file was not read.
+    pub(super) fn cut(&mut self) {
+        self.cut = true;
+    }
+
+    /// Adds a document of text; `place` says where it was found.
+    pub(super) fn text(
+        &mut self,
+        text: String,
+        place: impl Fn() -> String,
+    ) -> Result<(), CalibrationError> {
+        self.documents += 1;
+        self.characters += text.chars().count() as u64;
+        if self.after_text {
+            self.pending.push_str("\n\n");
+        }
+        self.after_text = true;
+        if self.pending.is_empty() {
+            self.pending = text;
+        } else {
+            self.pending.push_str(&text);
+        }
+        if self.pending.len() > PIECE_BYTES { self.flush(&place) } else { Ok(()) }
+    }
+
+    /// Adds a chat, as the chat template renders it.
+    pub(super) fn chat(
+        &mut self,
+        messages: &[Message],
+        place: impl Fn() -> String,
+    ) -> Result<(), CalibrationError> {
+        self.begin_tokens(&place)?;
+        let rendered = self
+            .tokenizer
+            .apply_chat_template(messages, false)
+            .map_err(|error| self.tokenizer_failed(&place, &error))?;
+        self.characters += rendered.chars().count() as u64;
+        self.pending = rendered;
+        self.flush(&place)
+    }
+
+    /// Adds token ids.
+    pub(super) fn ids(
+        &mut self,
+        ids: impl IntoIterator<Item = i64>,
+        place: impl Fn() -> String,
+    ) -> Result<(), CalibrationError> {
+        self.begin_tokens(&place)?;
+        for id in ids {
+            let token = self.checked(id, &place)?;
+            self.tokens.push(token);
+        }
+        Ok(())
+    }
+
+    /// All tokens, and the report of the source but for its windows.
+    pub(super) fn finish(
+        mut self,
+        kind: SourceKind,
+    ) -> Result<(Vec<u32>, SourceReport), CalibrationError> {
+        self.flush(&|| "at its end".to_owned())?;
+        let report = SourceReport {
+            name: self
+                .path
+                .file_name()
+                .unwrap_or(self.path.as_os_str())
+                .to_string_lossy()
+                .into_owned(),
+            kind: kind.name().to_owned(),
+            documents: self.documents,
+            characters: self.characters,
+            tokens: self.tokens.len(),
+            cut: self.cut,
+            windows: 0,
+            coverage: 0.0,
+        };
+        Ok((self.tokens, report))
+    }
+
+    fn begin_tokens(&mut self, place: &dyn Fn() -> String) -> Result<(), CalibrationError> {
+        self.documents += 1;
+        self.after_text = false;
+        self.flush(place)
+    }
+
+    /// Tokenizes the pending text, piece by piece.
+    fn flush(&mut self, place: &dyn Fn() -> String) -> Result<(), CalibrationError> {
+        let pending = std::mem::take(&mut self.pending);
+        for piece in pieces(&pending) {
+            if self.is_full() {
+                self.cut();
+                break;
+            }
+            let encoded = self
+                .tokenizer
+                .encode(piece, false)
+                .map_err(|error| self.tokenizer_failed(place, &error))?;
+            for token in encoded {
+                let token = self.checked(i64::from(token), place)?;
+                self.tokens.push(token);
+            }
+        }
+        Ok(())
+    }
+
+    fn checked(&self, token: i64, place: &dyn Fn() -> String) -> Result<u32, CalibrationError> {
+        u32::try_from(token).ok().filter(|&id| (id as usize) < self.vocab_size).ok_or_else(|| {
+            CalibrationError::Vocabulary {
+                path: self.path.to_owned(),
+                place: place(),
+                token,
+                vocab_size: self.vocab_size,
+            }
+        })
+    }
+
+    fn tokenizer_failed(
+        &self,
+        place: &dyn Fn() -> String,
+        error: &dyn std::fmt::Display,
+    ) -> CalibrationError {
+        CalibrationError::Tokenize {
+            path: self.path.to_owned(),
+            place: place(),
+            reason: error.to_string(),
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Errors of a quantization run.
+
+use std::path::PathBuf;
+
+use gptq_compute::ComputeError;
+use gptq_format::FormatError;
+use gptq_model::ModelError;
+
+use crate::calibration::CalibrationError;
+
+/// Result with [`QuantizeError`].
+pub type Result<T> = std::result::Result<T, QuantizeError>;
+
+/// Why a quantization run cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum QuantizeError {
+    /// Reading or writing a checkpoint failed.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The model is not supported or does not fit its config.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The calibration data cannot be used.
+    #[error(transparent)]
+    Calibration(#[from] CalibrationError),
+    /// A quantized layer does not fit the kernels.
+    #[error("{module}: {source}")]
+    Compute {
+        /// The module.
+        module: String,
+        /// What the kernels say.
+        source: ComputeError,
+    },
+    /// Options that contradict each other or are out of range.
+    #[error("{option}: {reason}")]
+    Option {
+        /// Name of the option.
+        option: &'static str,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+    /// The input is a quantized checkpoint already.
+    #[error(
+        "{path} is a GPTQ checkpoint already ({bits} bits); quantize the original float model instead"
+    )]
+    AlreadyQuantized {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Its bits.
+        bits: u32,
+    },
+    /// The model computes something that is not a number.
+    #[error(
+        "layer {layer}: the inputs of {module} are not finite; the weights of the model or of an \
+         earlier block are damaged, or its activations overflow"
+    )]
+    NotFinite {
+        /// Block.
+        layer: usize,
+        /// First linear of the stage.
+        module: String,
+    },
+    /// No module of the model is left to quantize.
+    #[error("nothing to quantize: the rules of --dynamic skip every module")]
+    NothingToQuantize,
+    /// Calibration windows longer than the model's table of positions.
+    #[error(
+        "calibration windows of {seqlen} tokens exceed the model's {max_positions} positions; use --seqlen {max_positions} or less"
+    )]
+    WindowTooLong {
+        /// Tokens of a window.
+        seqlen: usize,
+        /// Positions of the model.
+        max_positions: usize,
+    },
+}

@@ -1,0 +1,210 @@
+//! From the Gram matrix of a stage's inputs to the factor that its linears are swept with.
+
+use gptq_compute::{Gram, Pool, cholesky::inverse_factor};
+
+use crate::order::{ColumnOrder, OrderOptions};
+
+/// H = 2/n Σ x xᵀ over the n calibration tokens of a stage, `[in, in]` (GPTQ, section 3).
+#[derive(Debug, Clone)]
+pub struct Hessian {
+    matrix: Vec<f32>,
+    width: usize,
+    tokens: usize,
+}
+
+/// How a Hessian is damped.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Damping {
+    /// Share of the mean diagonal that is added to the diagonal.
+    pub percent: f64,
+    /// What is added to that share when the factorization fails, until it reaches 1.
+    pub auto_increment: f64,
+}
+
+/// What a sweep needs: order, groups and the factor of the damped, permuted inverse.
+#[derive(Debug, Clone)]
+pub struct Factor {
+    /// Order and groups of the columns.
+    pub columns: ColumnOrder,
+    /// U `[in, in]` upper with H⁻¹ = Uᵀ U, in the order of the sweep.
+    pub upper: Vec<f32>,
+    /// Inputs that were zero in all calibration tokens; their weights are set to zero.
+    pub dead: Vec<bool>,
+    /// The share that was added to the diagonal in the end.
+    pub damp_percent: f64,
+    /// Factorizations tried.
+    pub tries: u32,
+}
+
+impl Hessian {
+    /// Takes over the sum over a stage's inputs.
+    pub fn new(gram: Gram) -> Self {
+        let (width, tokens) = (gram.width(), gram.rows());
+        let factor = 2.0 / tokens.max(1) as f32;
+        Self { matrix: gram.into_symmetric(factor), width, tokens }
+    }
+
+    /// A given symmetric matrix `[width, width]`, from `tokens` tokens.
+    ///
+    /// # Panics
+    /// If it is not square.
+    #[track_caller]
+    pub fn from_matrix(matrix: Vec<f32>, width: usize, tokens: usize) -> Self {
+        assert_eq!(matrix.len(), width * width, "square matrix");
+        Self { matrix, width, tokens }
+    }
+
+    /// Number of inputs.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Tokens behind it.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// The matrix `[in, in]`, row-major, not damped.
+    pub fn matrix(&self) -> &[f32] {
+        &self.matrix
+    }
+
+    /// Whether all elements are numbers. An infinite or undefined activation reaches the diagonal
+    /// of its column.
+    pub fn is_finite(&self) -> bool {
+        self.diagonal().all(f32::is_finite)
+    }
+
+    fn diagonal(&self) -> impl Iterator<Item = f32> + '_ {
+        (0..self.width).map(|i| self.matrix[i * self.width + i])
+    }
+
+    /// Orders, damps and factorises.
+    ///
+    /// Never fails: where the damping asked for does not make the matrix positive definite (too
+    /// few or too similar tokens), it grows by `auto_increment` up to 1; then every diagonal
+    /// element is raised to a floor of 10⁻⁶ … 10⁻¹ of the largest one on top of that; at last the
+    /// off-diagonal elements are dropped, which makes the sweep round to nearest.
+    pub fn factor(&self, order: OrderOptions, damping: Damping) -> Factor {
+        let n = self.width;
+        let mut diagonal: Vec<f32> = self.diagonal().collect();
+        let dead: Vec<bool> = diagonal.iter().map(|&d| d == 0.0).collect();
+        diagonal.iter_mut().filter(|d| **d == 0.0).for_each(|d| *d = 1.0);
+        let columns = ColumnOrder::new(&diagonal, order);
+        let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / n.max(1) as f64;
+        let max = diagonal.iter().copied().fold(0.0, f32::max);
+
+        let permuted = |percent: f64, floor: f32| {
+            let mut h = Vec::with_capacity(n * n);
+            for &a in &columns.order {
+                let row = &self.matrix[a as usize * n..][..n];
+                h.extend(columns.order.iter().map(|&b| row[b as usize]));
+            }
+            for (i, &k) in columns.order.iter().enumerate() {
+                h[i * n + i] = (diagonal[k as usize] + (percent * mean) as f32).max(floor);
+            }
+            h
+        };
+        let mut tries = 0;
+        let mut attempt = |percent: f64, floor: f32| {
+            tries += 1;
+            inverse_factor(permuted(percent, floor), n).ok()
+        };
+        let mut percent = damping.percent;
+        let mut upper = attempt(percent, 0.0);
+        while upper.is_none()
+            && damping.auto_increment > 0.0
+            && percent + damping.auto_increment < 1.0
+        {
+            percent += damping.auto_increment;
+            upper = attempt(percent, 0.0);
+        }
+        for power in -6..0 {
+            if upper.is_none() {
+                upper = attempt(percent, max * 10f32.powi(power));
+            }
+        }
+        let upper = upper.unwrap_or_else(|| {
+            let mut u = vec![0.0; n * n];
+            for (i, &k) in columns.order.iter().enumerate() {
+                u[i * n + i] = 1.0 / diagonal[k as usize].max(f32::MIN_POSITIVE).sqrt();
+            }
+            u
+        });
+        Factor { columns, upper, dead, damp_percent: percent, tries }
+    }
+
+    /// ‖ΔW X‖² / ‖W X‖² over the calibration inputs for weights and their quantized values, both
+    /// `[out, in]`.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn relative_error(&self, pool: &Pool, weights: &[f32], quantized: &[f32]) -> f64 {
+        assert_eq!(weights.len(), quantized.len(), "weights and quantized weights");
+        let n = self.width;
+        let rows = weights.len() / n.max(1);
+        let h = gptq_compute::DenseMatrix::from_f32(n, n, self.matrix.clone());
+        let energy = |w: Vec<f32>| -> f64 {
+            let w = gptq_compute::Tensor::from_vec(rows, n, w);
+            let mut wh = gptq_compute::Tensor::default();
+            gptq_compute::gemm_nt(pool, &w, &h, None, &mut wh);
+            let dot = |i: usize| -> f64 {
+                w.row(i).iter().zip(wh.row(i)).map(|(a, b)| f64::from(a * b)).sum()
+            };
+            (0..rows).map(dot).sum()
+        };
+        let difference = weights.iter().zip(quantized).map(|(w, q)| w - q).collect();
+        let total = energy(weights.to_vec());
+        if total > 0.0 { (energy(difference) / total).max(0.0) } else { 0.0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: OrderOptions = OrderOptions {
+        group_size: -1,
+        desc_act: false,
+        act_group_aware: false,
+        static_groups: false,
+    };
+    const DAMPING: Damping = Damping { percent: 0.01, auto_increment: 0.01 };
+
+    #[test]
+    fn rank_one_and_empty_hessians_are_factorised() {
+        let n = 24;
+        let x: Vec<f32> = (0..n).map(|i| (i as f32 - 7.0) * 1e3).collect();
+        let h: Vec<f32> = (0..n * n).map(|i| x[i / n] * x[i % n]).collect();
+        for matrix in [h, vec![0.0; n * n], vec![1e30; n * n], vec![1e-30; n * n]] {
+            let f = Hessian::from_matrix(matrix, n, 1).factor(PLAIN, DAMPING);
+            assert!(f.upper.iter().all(|u| u.is_finite()));
+            assert!((0..n).all(|i| f.upper[i * n + i] > 0.0));
+        }
+    }
+
+    #[test]
+    fn indefinite_hessians_get_more_damping() {
+        // Eigenvalues 1 +- 1.5: needs half the mean diagonal and more.
+        let f = Hessian::from_matrix(vec![1.0, 1.5, 1.5, 1.0], 2, 1).factor(PLAIN, DAMPING);
+        assert!(f.tries > 40 && f.damp_percent > 0.5 && f.damp_percent < 0.53, "{f:?}");
+        let f = Hessian::from_matrix(vec![1.0, 9.0, 9.0, 1.0], 2, 1).factor(PLAIN, DAMPING);
+        assert_eq!(f.upper[1], 0.0, "falls back to the diagonal");
+    }
+
+    #[test]
+    fn dead_inputs_are_found() {
+        let f = Hessian::from_matrix(vec![2.0, 0.0, 0.0, 0.0], 2, 1).factor(PLAIN, DAMPING);
+        assert_eq!(f.dead, [false, true]);
+        assert_eq!(f.tries, 1);
+    }
+
+    #[test]
+    fn relative_error_is_the_energy_ratio() {
+        let pool = Pool::new(1);
+        let h = Hessian::from_matrix(vec![2.0, 1.0, 1.0, 3.0], 2, 8);
+        let e = h.relative_error(&pool, &[1.0, 2.0], &[0.5, 2.0]);
+        // 0.25 * 2 over 2 + 4 + 12.
+        assert!((e - 0.5 / 18.0).abs() < 1e-6);
+    }
+}

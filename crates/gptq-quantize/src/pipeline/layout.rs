@@ -1,0 +1,144 @@
+//! What the output holds: which modules are quantized how, and every tensor of the shards.
+
+use std::collections::HashMap;
+
+use gptq_format::gptq_linear::LinearShape;
+use gptq_format::{Checkpoint, DType, ModuleSettings, QuantizeConfig, ShardPlan, TensorSpec};
+use gptq_model::{LinearSpec, Spec};
+
+use super::options::QuantizeOptions;
+use crate::error::{QuantizeError, Result};
+
+/// A tensor that is copied, in another float type where f16 is the common one.
+#[derive(Debug, Clone)]
+pub(crate) struct Copied {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) dtype: DType,
+}
+
+/// The contents of the output.
+#[derive(Debug, Clone)]
+pub(crate) struct Layout {
+    pub(crate) config: QuantizeConfig,
+    pub(crate) plan: ShardPlan,
+    pub(crate) copied: Vec<Copied>,
+    /// Settings and linear by module name.
+    modules: HashMap<String, (ModuleSettings, LinearSpec)>,
+    /// All parameters of the model.
+    pub(crate) parameters: u64,
+    /// Bytes of the quantized modules.
+    quantized_bytes: u64,
+}
+
+impl Layout {
+    /// Sorts out the tensors of `checkpoint`.
+    pub(crate) fn new(
+        checkpoint: &Checkpoint,
+        spec: &Spec,
+        options: &QuantizeOptions,
+    ) -> Result<Self> {
+        if let Some(config) = &checkpoint.quantize_config {
+            let (path, bits) = (checkpoint.path.clone(), config.bits.as_u32());
+            return Err(QuantizeError::AlreadyQuantized { path, bits });
+        }
+        let config = options.config();
+        let mut modules = HashMap::new();
+        for layer in 0..spec.layer_count() {
+            for linear in spec.stages(layer).into_iter().flat_map(|s| s.linears) {
+                if let Some(settings) = config.settings_for(&linear.module) {
+                    modules.insert(linear.module.clone(), (settings, linear));
+                }
+            }
+        }
+        if modules.is_empty() {
+            return Err(QuantizeError::NothingToQuantize);
+        }
+        let mut names: Vec<&str> = checkpoint.tensors.names().collect();
+        names.sort_by(|a, b| natural(a).cmp(&natural(b)));
+        let (mut copied, mut tensors) = (Vec::new(), Vec::new());
+        let (mut parameters, mut quantized_bytes) = (0, 0);
+        for name in names {
+            let info = checkpoint.tensors.info(name)?;
+            parameters += info.elements() as u64;
+            let module = name.strip_suffix(".weight").or_else(|| name.strip_suffix(".bias"));
+            if let Some((settings, linear)) = module.and_then(|m| modules.get(m)) {
+                if name.ends_with(".weight") {
+                    let specs = linear_shape(settings, linear).tensor_specs(&linear.module)?;
+                    quantized_bytes += specs.iter().map(bytes).sum::<u64>();
+                    tensors.extend(specs);
+                }
+                continue;
+            }
+            let dtype = match info.dtype {
+                DType::F32 | DType::F64 | DType::Ggml(_) => DType::F16,
+                other => other,
+            };
+            let copy = Copied { name: name.to_owned(), shape: info.shape.clone(), dtype };
+            tensors.push(TensorSpec { name: copy.name.clone(), dtype, shape: copy.shape.clone() });
+            copied.push(copy);
+        }
+        let plan = ShardPlan::new(tensors, options.max_shard_bytes)?;
+        Ok(Self { config, plan, copied, modules, parameters, quantized_bytes })
+    }
+
+    /// How a module is quantized; `None` leaves it as it is.
+    pub(crate) fn settings(&self, module: &str) -> Option<&ModuleSettings> {
+        self.modules.get(module).map(|(settings, _)| settings)
+    }
+
+    pub(crate) fn modules(&self) -> impl Iterator<Item = &LinearSpec> {
+        self.modules.values().map(|(_, linear)| linear)
+    }
+
+    /// Weights in quantized modules.
+    pub(crate) fn quantized_weights(&self) -> u64 {
+        self.modules().map(|l| (l.in_features * l.out_features) as u64).sum()
+    }
+
+    /// Bits per quantized weight with everything that is stored for it.
+    pub(crate) fn bits_per_weight(&self) -> f64 {
+        8.0 * self.quantized_bytes as f64 / self.quantized_weights().max(1) as f64
+    }
+
+    /// The type of the floats in the output, as config.json names it.
+    pub(crate) fn float_type(&self) -> &'static str {
+        let bf16 = self.copied.iter().any(|c| c.dtype == DType::BF16);
+        if bf16 { "bfloat16" } else { "float16" }
+    }
+}
+
+pub(crate) fn linear_shape(settings: &ModuleSettings, linear: &LinearSpec) -> LinearShape {
+    LinearShape {
+        bits: settings.bits,
+        in_features: linear.in_features,
+        out_features: linear.out_features,
+        group_size: settings.group_size,
+        bias: linear.bias,
+    }
+}
+
+fn bytes(spec: &TensorSpec) -> u64 {
+    spec.dtype.byte_len(&spec.shape).unwrap_or(0) as u64
+}
+
+/// Sorts `layers.10` behind `layers.9`, and what has no layer before or behind by name.
+fn natural(name: &str) -> Vec<(u64, &str)> {
+    name.split('.').map(|part| (part.parse().map_or(0, |n: u64| n + 1), part)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_stay_together_in_order() {
+        let mut names =
+            vec!["model.layers.10.a", "model.layers.9.b", "model.embed", "model.norm", "lm_head"];
+        names.sort_by(|a, b| natural(a).cmp(&natural(b)));
+        assert_eq!(
+            names,
+            ["lm_head", "model.embed", "model.layers.9.b", "model.layers.10.a", "model.norm"]
+        );
+    }
+}

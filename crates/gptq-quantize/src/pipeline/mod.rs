@@ -1,0 +1,210 @@
+//! The run: plan, then block after block and stage after stage.
+
+mod activations;
+mod layout;
+mod options;
+mod output;
+mod plan;
+mod stage;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use gptq_compute::Pool;
+use gptq_format::{Checkpoint, Tokenizer};
+use gptq_model::{Block, Ctx, LinearSource, Spec, Stage, load_linear};
+
+pub use options::{Method, QuantizeOptions};
+pub use plan::{Plan, plan};
+
+use crate::calibration::CalibrationSet;
+use crate::error::Result;
+use crate::progress::Progress;
+use crate::report::{self, ModuleRecord, PhaseTime, QuantReport, Totals};
+use crate::rss;
+use activations::Activations;
+use layout::Layout;
+use output::Output;
+
+/// Wall time by kind of work.
+#[derive(Debug, Default)]
+pub(crate) struct Phases(Vec<PhaseTime>);
+
+impl Phases {
+    /// Runs `work` and books its time on `phase`.
+    pub(crate) fn time<T>(&mut self, phase: &str, work: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = work();
+        let seconds = start.elapsed().as_secs_f64();
+        match self.0.iter_mut().find(|p| p.phase == phase) {
+            Some(p) => p.seconds += seconds,
+            None => self.0.push(PhaseTime { phase: phase.to_owned(), seconds }),
+        }
+        result
+    }
+}
+
+/// What a run works on.
+pub struct Job<'a> {
+    /// The float model.
+    pub checkpoint: &'a Checkpoint,
+    /// Its tokenizer, saved beside the weights; `None` leaves it out.
+    pub tokenizer: Option<&'a Tokenizer>,
+    /// The model as the user named it, for the report.
+    pub model: &'a str,
+    /// Calibration windows; [`Method::Rtn`] needs none.
+    pub calibration: Option<&'a CalibrationSet>,
+    /// The settings.
+    pub options: &'a QuantizeOptions,
+    /// The directory to write.
+    pub output: &'a Path,
+    /// The threads. Results do not depend on their number.
+    pub pool: &'a Arc<Pool>,
+}
+
+/// The state of a run.
+pub(crate) struct Run<'a> {
+    pub(crate) job: &'a Job<'a>,
+    pub(crate) spec: &'a Arc<Spec>,
+    pub(crate) layout: &'a Layout,
+    pub(crate) output: Output,
+    pub(crate) phases: Phases,
+    pub(crate) progress: &'a dyn Progress,
+    pub(crate) records: Vec<ModuleRecord>,
+}
+
+/// Quantizes a model into a new directory, which appears under its name only when it is whole.
+///
+/// # Errors
+/// [`QuantizeError`]: options out of range, a model that is not supported or damaged, an output
+/// that cannot be written.
+pub fn quantize(job: &Job<'_>, progress: &dyn Progress) -> Result<QuantReport> {
+    let start = Instant::now();
+    let spec = Arc::new(Spec::for_checkpoint(job.checkpoint)?);
+    job.options.check()?;
+    let layout = Layout::new(job.checkpoint, &spec, job.options)?;
+    let plan = plan::summarize(job, &spec, &layout)?;
+    let mut phases = Phases::default();
+    progress.phase("write");
+    let output = phases.time("write", || Output::create(job, &layout))?;
+    let run =
+        Run { job, spec: &spec, layout: &layout, output, phases, progress, records: Vec::new() };
+    let mut run = run.blocks()?;
+
+    let modules = std::mem::take(&mut run.records);
+    let tensors = layout.plan.total_bytes();
+    let report = QuantReport {
+        gptq_version: env!("CARGO_PKG_VERSION").to_owned(),
+        platform: report::platform(),
+        model: job.model.to_owned(),
+        method: job.options.method.name().to_owned(),
+        quantize_config: layout.config.to_json(),
+        calibration: job.calibration.map(|c| c.report.clone()),
+        threads: job.pool.threads(),
+        plan: plan.summary,
+        seconds: start.elapsed().as_secs_f64(),
+        phases: std::mem::take(&mut run.phases.0),
+        peak_rss_bytes: rss::peak_bytes(),
+        totals: Totals {
+            blocks: spec.layer_count(),
+            modules: modules.len(),
+            quantized_weights: layout.quantized_weights(),
+            parameters: layout.parameters,
+            input_bytes: job.checkpoint.tensors.total_bytes(),
+            output_bytes: tensors,
+        },
+        bits_per_weight: layout.bits_per_weight(),
+        warnings: report::warnings(&modules),
+        modules,
+    };
+    run.output.commit(job, &report)?;
+    Ok(report)
+}
+
+impl Run<'_> {
+    /// Quantizes all blocks.
+    fn blocks(mut self) -> Result<Self> {
+        let mut ctx = Ctx::new(Arc::clone(self.job.pool));
+        let mut activations = match self.job.calibration {
+            Some(set) if self.job.options.method.needs_calibration() => {
+                self.progress.phase("inputs");
+                let model = self.output.checkpoint();
+                Some(
+                    self.phases
+                        .time("inputs", || Activations::embed(&mut ctx, model, self.spec, set))?,
+                )
+            }
+            _ => None,
+        };
+        let total = self.spec.layer_count();
+        for layer in 0..total {
+            self.progress.block_started(layer, total);
+            self.block(&mut ctx, layer, activations.as_mut())?;
+            self.progress.phase("write");
+            self.phases.time("write", || self.output.block_done(layer))?;
+            self.progress.block_done(layer);
+        }
+        Ok(self)
+    }
+
+    fn block(
+        &mut self,
+        ctx: &mut Ctx,
+        layer: usize,
+        activations: Option<&mut Activations>,
+    ) -> Result<()> {
+        let checkpoint = self.output.checkpoint();
+        let mut block = Block::load(checkpoint, self.spec, layer, LinearSource::Unset)?;
+        // Modules that stay floats are taken from the output: as they were saved.
+        for stage in Stage::ALL {
+            for (i, linear) in self.spec.stage_linears(layer, stage).iter().enumerate() {
+                if self.layout.settings(&linear.module).is_none() {
+                    let linear = load_linear(checkpoint, self.spec, linear, LinearSource::Copied)?;
+                    block.set_linear(stage, i, linear)?;
+                }
+            }
+        }
+        let Some(activations) = activations else {
+            return Stage::ALL
+                .iter()
+                .try_for_each(|&stage| self.round_stage(&mut block, layer, stage));
+        };
+        if self.job.options.true_sequential {
+            activations.begin(ctx, &block, &mut self.phases);
+            for stage in Stage::ALL {
+                let gram = activations.gram(ctx, &mut self.phases);
+                self.solve_stage(&mut block, layer, stage, gram)?;
+                let last = layer + 1 == self.spec.layer_count() && stage == Stage::MlpDown;
+                if !last {
+                    self.progress.phase("inputs");
+                    activations.advance(ctx, &block, stage, &mut self.phases)?;
+                }
+            }
+            return Ok(());
+        }
+        // All stages see what the float block computes.
+        for stage in Stage::ALL {
+            for (i, linear) in self.spec.stage_linears(layer, stage).iter().enumerate() {
+                if self.layout.settings(&linear.module).is_some() {
+                    let source = self.job.checkpoint;
+                    let linear = load_linear(source, self.spec, linear, LinearSource::Copied)?;
+                    block.set_linear(stage, i, linear)?;
+                }
+            }
+        }
+        self.progress.phase("inputs");
+        let grams = activations.grams(ctx, &block, &mut self.phases)?;
+        for (stage, gram) in Stage::ALL.into_iter().zip(grams) {
+            self.solve_stage(&mut block, layer, stage, gram)?;
+        }
+        if layer + 1 < self.spec.layer_count() {
+            self.progress.phase("inputs");
+            activations.begin(ctx, &block, &mut self.phases);
+            for stage in Stage::ALL {
+                activations.advance(ctx, &block, stage, &mut self.phases)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,182 @@
+//! The output directory while it is being written.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+
+use gptq_format::fs::write_atomic;
+use gptq_format::{Checkpoint, FormatError, GptqLinear, OutputDir, ShardWriter};
+use half::{bf16, f16};
+use serde_json::{Map, Value, json};
+
+use super::Job;
+use super::layout::{Copied, Layout};
+use crate::error::Result;
+use crate::model_card::{CardDetails, license_of_card, model_card};
+use crate::report::{ModuleRecord, QuantReport};
+
+/// Bytes that are converted at a time when a tensor is copied.
+const COPY_BYTES: usize = 1 << 20;
+
+/// A directory that becomes a checkpoint.
+pub(crate) struct Output {
+    directory: OutputDir,
+    writer: ShardWriter,
+    log: File,
+    /// The directory opened as the checkpoint it is becoming: floats read from it are those that
+    /// are saved.
+    checkpoint: Checkpoint,
+}
+
+impl Output {
+    /// Creates the directory with configs, tokenizer and all tensors that are not quantized.
+    pub(crate) fn create(job: &Job<'_>, layout: &Layout) -> Result<Self> {
+        let directory = OutputDir::create(job.output, job.options.overwrite)?;
+        let path = directory.path().to_owned();
+        write_json(&path.join("config.json"), &config(job, layout))?;
+        write_json(&path.join("quantize_config.json"), &layout.config.to_json())?;
+        if let Some(generation) = &job.checkpoint.generation_config {
+            write_json(&path.join("generation_config.json"), generation)?;
+        }
+        if let Some(tokenizer) = job.tokenizer {
+            tokenizer.save(&path).map_err(FormatError::from)?;
+        }
+        let mut writer = ShardWriter::create(&path, layout.plan.clone())?;
+        for tensor in &layout.copied {
+            copy(job.checkpoint, tensor, &mut writer)?;
+        }
+        let log_path = path.join("quant_log.jsonl");
+        let log = File::create(&log_path).map_err(FormatError::io("create", &log_path))?;
+        let checkpoint = Checkpoint::open(&path)?;
+        Ok(Self { directory, writer, log, checkpoint })
+    }
+
+    /// The model as it is saved so far.
+    pub(crate) fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// Writes the tensors of a quantized module.
+    pub(crate) fn write_linear(
+        &mut self,
+        module: &str,
+        linear: &GptqLinear,
+        layout: &Layout,
+    ) -> Result<()> {
+        for (spec, bytes) in linear.encode(module, layout.config.format)? {
+            self.writer.write(&spec.name, &bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Appends a line to quant_log.jsonl.
+    pub(crate) fn log(&mut self, record: &ModuleRecord) -> Result<()> {
+        let mut line = serde_json::to_string(record)
+            .map_err(std::io::Error::from)
+            .map_err(|e| self.log_error(e))?;
+        line.push('\n');
+        self.log.write_all(line.as_bytes()).map_err(|e| self.log_error(e))?;
+        Ok(())
+    }
+
+    /// Makes a finished block durable.
+    pub(crate) fn block_done(&mut self, _layer: usize) -> Result<()> {
+        self.writer.sync()?;
+        self.log.sync_data().map_err(|e| self.log_error(e))?;
+        Ok(())
+    }
+
+    /// Writes the reports and gives the directory its name.
+    pub(crate) fn commit(self, job: &Job<'_>, report: &QuantReport) -> Result<()> {
+        let path = self.directory.path().to_owned();
+        write_json(&path.join("quant_report.json"), &json!(report))?;
+        let name = job.output.file_name().map_or("model".into(), |n| n.to_string_lossy());
+        let base_card = std::fs::read_to_string(job.checkpoint.path.join("README.md")).ok();
+        let license = base_card.as_deref().and_then(license_of_card);
+        let is_hub_id = !Path::new(job.model).exists() && job.model.split('/').count() == 2;
+        let details = CardDetails {
+            name: &name,
+            base_model: is_hub_id.then_some(job.model),
+            license: license.as_deref(),
+            results: &[],
+        };
+        write_atomic(&path.join("README.md"), model_card(report, &details).as_bytes())?;
+        self.writer.finish()?;
+        // The files are mapped: close them before they move.
+        drop(self.checkpoint);
+        self.directory.commit()?;
+        Ok(())
+    }
+
+    fn log_error(&self, error: std::io::Error) -> FormatError {
+        FormatError::io("write", &self.directory.path().join("quant_log.jsonl"))(error)
+    }
+}
+
+/// config.json of the output: the model's, with the settings of the quantization.
+fn config(job: &Job<'_>, layout: &Layout) -> Value {
+    let mut config: Map<String, Value> = job.checkpoint.config.map().clone();
+    let dtype = layout.float_type();
+    if config.contains_key("dtype") {
+        config.insert("dtype".into(), json!(dtype));
+    }
+    config.insert("torch_dtype".into(), json!(dtype));
+    config.insert("quantization_config".into(), layout.config.to_json());
+    Value::Object(config)
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    Ok(write_atomic(path, format!("{value:#}\n").as_bytes())?)
+}
+
+/// Copies a tensor piece by piece, narrowing its floats where the output has a narrower type.
+fn copy(checkpoint: &Checkpoint, tensor: &Copied, writer: &mut ShardWriter) -> Result<()> {
+    let store = &checkpoint.tensors;
+    let info = store.info(&tensor.name)?;
+    if info.dtype == tensor.dtype && store.is_identity(&tensor.name) {
+        let mut piece = vec![0u8; COPY_BYTES.min(info.bytes)];
+        let mut at = 0;
+        while at < info.bytes {
+            let len = piece.len().min(info.bytes - at);
+            store.copy_bytes(&tensor.name, at, &mut piece[..len])?;
+            writer.write_part(&tensor.name, at as u64, &piece[..len])?;
+            at += len;
+        }
+        if info.bytes == 0 {
+            writer.write(&tensor.name, &[])?;
+        }
+        return Ok(());
+    }
+    let &[rows, cols] = tensor.shape.as_slice() else {
+        let floats = store.read_f32(&tensor.name, &tensor.shape)?;
+        return Ok(writer.write(&tensor.name, &narrow(tensor, &floats)?)?);
+    };
+    let step = (COPY_BYTES / cols.max(1)).max(1);
+    let mut floats = vec![0.0; step.min(rows) * cols];
+    for row in (0..rows).step_by(step) {
+        let len = step.min(rows - row);
+        store.read_rows_f32(&tensor.name, row..row + len, &mut floats[..len * cols])?;
+        let bytes = narrow(tensor, &floats[..len * cols])?;
+        writer.write_part(&tensor.name, (row * cols * tensor.dtype.unit().1) as u64, &bytes)?;
+    }
+    Ok(())
+}
+
+fn narrow(tensor: &Copied, floats: &[f32]) -> Result<Vec<u8>> {
+    if let Some(index) = floats.iter().position(|x| x.is_finite() && !f16::from_f32(*x).is_finite())
+    {
+        return Err(crate::QuantizeError::Option {
+            option: "dtype",
+            reason: format!(
+                "{}: value {} does not fit float16; store the model as bfloat16 first",
+                tensor.name, floats[index]
+            ),
+        });
+    }
+    Ok(match tensor.dtype {
+        gptq_format::DType::BF16 => {
+            floats.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect()
+        }
+        _ => floats.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
+    })
+}

@@ -1,0 +1,138 @@
+//! What a run will need, before it starts.
+
+use std::sync::Arc;
+
+use gptq_model::Spec;
+
+use super::activations::CHUNK_TOKENS;
+use super::layout::Layout;
+use super::{Job, QuantizeOptions};
+use crate::error::{QuantizeError, Result};
+use crate::report::PlanSummary;
+use crate::rss;
+
+/// The needs of a run, in total and by what they are for.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The totals.
+    pub summary: PlanSummary,
+    /// Blocks of the model.
+    pub blocks: usize,
+    /// Modules that will be quantized.
+    pub modules: usize,
+    /// Bits per quantized weight, with scales, zeros and group indices.
+    pub bits_per_weight: f64,
+    /// Calibration tokens.
+    pub tokens: usize,
+    /// What the peak of memory consists of, in bytes.
+    pub memory: Vec<(&'static str, u64)>,
+}
+
+/// Plans a run without starting it.
+///
+/// # Errors
+/// As [`super::quantize`], as far as headers and options tell.
+pub fn plan(job: &Job<'_>) -> Result<Plan> {
+    job.options.check()?;
+    let spec = Arc::new(Spec::for_checkpoint(job.checkpoint)?);
+    let layout = Layout::new(job.checkpoint, &spec, job.options)?;
+    summarize(job, &spec, &layout)
+}
+
+pub(super) fn summarize(job: &Job<'_>, spec: &Spec, layout: &Layout) -> Result<Plan> {
+    let calibration = job.calibration.filter(|_| job.options.method.needs_calibration());
+    let (tokens, seqlen) = calibration.map_or((0, 0), |c| (c.report.tokens, c.report.seqlen));
+    if seqlen > spec.max_positions && calibration.is_some() {
+        return Err(QuantizeError::WindowTooLong { seqlen, max_positions: spec.max_positions });
+    }
+    let memory = memory(job.options, spec, tokens, seqlen);
+    // What is resident already: the program, the tokenizer, the calibration text.
+    let resident = rss::current_bytes().unwrap_or(0);
+    let peak = resident + memory.iter().map(|(_, bytes)| bytes).sum::<u64>();
+    let mut all = vec![("program, tokenizer and tokens", resident)];
+    all.extend(memory);
+    Ok(Plan {
+        summary: PlanSummary {
+            peak_rss_bytes: peak,
+            output_bytes: layout.plan.total_bytes(),
+            scratch_bytes: 0,
+            seconds: seconds(job, spec, layout, tokens, seqlen),
+        },
+        blocks: spec.layer_count(),
+        modules: layout.modules().count(),
+        bits_per_weight: layout.bits_per_weight(),
+        tokens,
+        memory: all,
+    })
+}
+
+/// Largest stage: inputs, all outputs, largest single linear.
+fn widths(spec: &Spec) -> (u64, u64, u64) {
+    let stages = spec.stages(0);
+    let inputs =
+        |s: &gptq_model::StageSpec| s.linears.iter().map(|l| l.in_features).max().unwrap_or(0);
+    let widest = stages.iter().map(inputs).max().unwrap_or(0);
+    let outputs =
+        |s: &gptq_model::StageSpec| s.linears.iter().map(|l| l.out_features).sum::<usize>();
+    let most = stages.iter().map(outputs).max().unwrap_or(0);
+    let linears = stages.iter().flat_map(|s| &s.linears);
+    let largest = linears.map(|l| l.in_features * l.out_features).max().unwrap_or(0);
+    (widest as u64, most as u64, largest as u64)
+}
+
+fn memory(
+    options: &QuantizeOptions,
+    spec: &Spec,
+    tokens: usize,
+    seqlen: usize,
+) -> Vec<(&'static str, u64)> {
+    const F32: u64 = 4;
+    let (widest, outputs, largest) = widths(spec);
+    let hidden = spec.hidden as u64;
+    let tokens = tokens as u64;
+    // Weights of one linear: as stored, as f32, in panels and codes of the sweep, packed twice;
+    // the error takes three float copies once the sweep has freed its own.
+    let solving = largest * (2 * F32 + 3 * F32 + 2);
+    // The block's quantized linears stay until it is finished.
+    let block: u64 = spec
+        .stages(0)
+        .iter()
+        .flat_map(|s| &s.linears)
+        .map(|l| (l.in_features * l.out_features) as u64 * u64::from(options.bits.as_u32()) / 8)
+        .sum();
+    let mut parts = vec![("one block and the linear being solved", block + solving)];
+    if tokens > 0 {
+        let chunk = (CHUNK_TOKENS.max(seqlen) as u64).min(tokens);
+        // Stream and stage input of every token.
+        parts.push(("activations", tokens * (hidden + widest) * F32));
+        // Outputs of a stage, the packed inputs and the cache of one chunk.
+        let kv = spec.kv_bytes_per_token() as u64 / spec.layer_count().max(1) as u64;
+        parts
+            .push(("temporaries of a chunk", chunk * ((outputs + 2 * widest + hidden) * F32 + kv)));
+        // H, the factor, and two matrices while it is computed.
+        parts.push(("Hessian and factor", 4 * widest * widest * F32));
+        // Rows of the embedding that were touched stay mapped.
+        parts.push(("embedding", (spec.vocab as u64 * hidden * 2).min(tokens * 4096)));
+    }
+    parts
+}
+
+/// A rough time from the operations and this machine's rate for products, measured on the spot.
+fn seconds(job: &Job<'_>, spec: &Spec, layout: &Layout, tokens: usize, seqlen: usize) -> f64 {
+    let weights = layout.quantized_weights() as f64;
+    // Reading, rounding and packing.
+    let solving = weights / 2e7 / job.pool.threads() as f64;
+    if tokens == 0 {
+        return solving;
+    }
+    let rate = gptq_compute::gemm_peak_rate(job.pool);
+    let mut per_token = 2.0 * weights;
+    for layer in 0..spec.layer_count() {
+        for stage in spec.stages(layer) {
+            per_token += stage.linears.first().map_or(0.0, |l| (l.in_features as f64).powi(2));
+        }
+        let attention = spec.attention.heads * spec.attention.head_dim;
+        per_token += 2.0 * (seqlen * attention) as f64;
+    }
+    solving + per_token * tokens as f64 / (0.75 * rate)
+}

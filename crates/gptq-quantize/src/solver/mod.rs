@@ -1,0 +1,92 @@
+//! From weights and a Hessian to integer codes.
+//!
+//! All solvers return codes, scales and zero points; floats are derived from these and never
+//! quantized again.
+
+mod obq;
+
+use gptq_compute::Pool;
+use gptq_compute::sweep::{Grid, Sweep, Swept};
+
+use crate::hessian::Factor;
+use crate::order::ColumnOrder;
+
+pub use obq::obq;
+
+/// A solved linear.
+#[derive(Debug, Clone)]
+pub struct Solution {
+    /// `[in, out]`, row-major.
+    pub codes: Vec<u8>,
+    /// `[groups, out]`.
+    pub scales: Vec<f32>,
+    /// `[groups, out]`.
+    pub zeros: Vec<u8>,
+    /// Group of each input, `[in]`.
+    pub g_idx: Vec<u32>,
+    /// ½ tr(ΔW H ΔWᵀ) with the damped H; 0 for [`rtn`].
+    pub loss: f64,
+}
+
+impl Solution {
+    fn new(swept: Swept, g_idx: &[u32]) -> Self {
+        let Swept { codes, scales, zeros, losses } = swept;
+        Self { codes, scales, zeros, g_idx: g_idx.to_vec(), loss: losses.iter().sum() }
+    }
+
+    /// The weights that the codes stand for, `[out, in]`.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let inputs = self.g_idx.len();
+        let outputs = self.codes.len() / inputs.max(1);
+        let mut weights = vec![0.0; self.codes.len()];
+        for (k, (row, &g)) in self.codes.chunks_exact(outputs.max(1)).zip(&self.g_idx).enumerate() {
+            let at = g as usize * outputs;
+            let params = self.scales[at..at + outputs].iter().zip(&self.zeros[at..at + outputs]);
+            for (n, (&q, (s, &z))) in row.iter().zip(params).enumerate() {
+                weights[n * inputs + k] = s * (f32::from(q) - f32::from(z));
+            }
+        }
+        weights
+    }
+}
+
+/// Rounds to nearest on the grid of each group: the baseline that uses no data. `weights`:
+/// `[out, in]`; groups of neighbouring inputs, -1 for one group.
+pub fn rtn(pool: &Pool, weights: &[f32], inputs: usize, group_size: i64, grid: Grid) -> Solution {
+    let options = crate::order::OrderOptions {
+        group_size,
+        desc_act: false,
+        act_group_aware: false,
+        static_groups: true,
+    };
+    let ColumnOrder { order, groups, g_idx, .. } = ColumnOrder::new(&vec![0.0; inputs], options);
+    let sweep = Sweep { factor: None, order: &order, groups: &groups, static_groups: true, grid };
+    Solution::new(sweep.run(pool, weights, weights.len() / inputs.max(1)), &g_idx)
+}
+
+/// GPTQ: the column sweep with error feedback (Frantar et al. 2023). `weights`: `[out, in]`.
+pub fn gptq(pool: &Pool, weights: &[f32], factor: &Factor, grid: Grid) -> Solution {
+    let ColumnOrder { order, groups, g_idx, static_groups } = &factor.columns;
+    let one_group = groups.iter().all(|&g| g == 0);
+    let inputs = order.len();
+    let sweep =
+        Sweep { factor: Some(&factor.upper), order, groups, static_groups: *static_groups, grid };
+    if !factor.dead.contains(&true) {
+        return Solution::new(sweep.run(pool, weights, weights.len() / inputs.max(1)), g_idx);
+    }
+    // Inputs that never fire get weight zero. A single group takes its range from all weights all
+    // the same, as the reference does.
+    let zeroed: Vec<f32> = weights
+        .chunks_exact(inputs.max(1))
+        .flat_map(|row| row.iter().zip(&factor.dead).map(|(w, dead)| if *dead { 0.0 } else { *w }))
+        .collect();
+    let outputs = weights.len() / inputs.max(1);
+    if one_group {
+        let swept = sweep.run_with_ranges(pool, &zeroed, weights, outputs);
+        return Solution::new(swept, g_idx);
+    }
+    Solution::new(sweep.run(pool, &zeroed, outputs), g_idx)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,22 @@
+//! What the tests of the workspace share: fixtures, expected values, comparisons, seeded random
+//! numbers and tiny models.
+//!
+//! A development dependency only. Everything here panics with a message that names the file, tensor
+//! or index instead of returning errors: its callers are tests. It knows none of the crates under
+//! test, so that it can be the independent side of a comparison.
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::missing_panics_doc,
+    reason = "every helper panics on bad fixtures; the module docs say so"
+)]
+
+mod compare;
+mod expected;
+pub mod fixtures;
+mod rng;
+mod tiny;
+
+pub use compare::{Difference, assert_close, assert_relative, difference};
+pub use expected::Expected;
+pub use rng::Rng;
+pub use tiny::{TinyLlama, byte_level_tokenizer, tiny_llama};
