@@ -12,6 +12,7 @@
 mod activation;
 pub mod arch;
 pub mod attention;
+mod bandwidth;
 pub mod cholesky;
 mod elementwise;
 mod error;
@@ -32,6 +33,7 @@ mod tensor;
 
 pub use activation::{Activation, activate, activate_gated};
 pub use attention::{AttnParams, AttnSpan, LayerKv, attention};
+pub use bandwidth::read_bandwidth;
 pub use elementwise::{add_scaled, clamp, embed, gather_cols, scale, soft_cap};
 pub use error::{ComputeError, Result};
 pub use gemm::{gemm_nt, gemm_peak_rate};

@@ -38,7 +38,7 @@ pub struct AttnParams {
     pub scale: f32,
     /// A query sees only keys at its own position or before.
     pub causal: bool,
-    /// A query at p sees keys at positions above p - window.
+    /// A query at p sees keys at positions above p - window and, without `causal`, below p + window.
     pub window: Option<usize>,
     /// score <- cap · tanh(score / cap).
     pub soft_cap: Option<f32>,
@@ -100,7 +100,7 @@ pub fn attention(
 
 /// Positions that the query at `position` sees, of `len` cached ones.
 fn visible(p: &AttnParams, position: usize, len: usize) -> Range<usize> {
-    let end = if p.causal { (position + 1).min(len) } else { len };
+    let end = if p.causal { position + 1 } else { p.window.map_or(len, |w| position + w) }.min(len);
     let start = p.window.map_or(0, |w| (position + 1).saturating_sub(w));
     start.min(end)..end
 }
@@ -169,6 +169,7 @@ mod tests {
                 (133, 100, Some(8), Some(3.0), false, true),
                 (65, 1, Some(70), None, true, true),
                 (40, 0, None, None, false, false),
+                (150, 0, Some(30), None, false, false),
             ] {
                 let p = AttnParams {
                     heads,

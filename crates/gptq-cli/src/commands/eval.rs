@@ -1,0 +1,133 @@
+//! `gptq eval`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+use gptq_eval::{EvalOptions, Protocol, evaluate};
+use gptq_model::Session;
+use gptq_quantize::{Progress, rss};
+use serde_json::{Value, json};
+
+use super::{load, pool, progress, read_text};
+use crate::Global;
+use crate::output::json as json_output;
+use crate::output::table::{Align, Table, colour_allowed};
+
+/// Measure perplexity on a text and, with --reference, the divergence from another model.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Directory, .gguf file or hub id.
+    model: String,
+    /// Text file.
+    #[arg(long, value_name = "FILE")]
+    perplexity: PathBuf,
+    /// gptq: non-overlapping windows, all tokens; llama.cpp: second half of each window. The two
+    /// numbers cannot be compared with each other.
+    #[arg(long, value_enum, default_value_t = ProtocolArg::Gptq)]
+    protocol: ProtocolArg,
+    /// Tokens per window; 2048 for gptq, 512 for llama.cpp.
+    #[arg(long, value_name = "N")]
+    seqlen: Option<usize>,
+    /// Only the first N windows.
+    #[arg(long, value_name = "N")]
+    max_windows: Option<usize>,
+    /// Model to compare with, as a rule the original: adds KL divergence and top-1 agreement.
+    #[arg(long, value_name = "MODEL")]
+    reference: Option<String>,
+    /// Print the result as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ProtocolArg {
+    Gptq,
+    #[value(name = "llama.cpp")]
+    LlamaCpp,
+}
+
+pub(crate) fn run(args: Args, global: &Global) -> anyhow::Result<()> {
+    let start = Instant::now();
+    let view = progress(global);
+    let text = read_text(&args.perplexity)?;
+    let (checkpoint, model) = load(&args.model, &view)?;
+    let tokenizer = checkpoint.tokenizer().context("the text cannot be tokenized")?;
+    let reference = args.reference.as_deref().map(|r| load(r, &view)).transpose()?;
+    let protocol = match args.protocol {
+        ProtocolArg::Gptq => Protocol::Gptq,
+        ProtocolArg::LlamaCpp => Protocol::LlamaCpp,
+    };
+    view.phase("tokenize");
+    let tokens = tokenizer.encode(&text, false).map_err(anyhow::Error::from)?;
+    drop(text);
+    // llama.cpp puts the beginning-of-text token where encoding with special tokens does.
+    let bos = tokenizer
+        .bos_id()
+        .filter(|id| tokenizer.encode("a", true).is_ok_and(|ids| ids.first() == Some(id)));
+    let options = EvalOptions {
+        protocol,
+        seqlen: args.seqlen.unwrap_or(protocol.default_seqlen()),
+        max_windows: args.max_windows,
+        bos,
+    };
+    if options.max_windows == Some(0) {
+        bail!("--max-windows 0 leaves nothing to score");
+    }
+    let pool = pool(global);
+    let mut session = Session::new(Arc::clone(&pool));
+    let mut reference_session = Session::new(pool);
+    view.phase("evaluate");
+    let result = evaluate(
+        &model,
+        &mut session,
+        reference.as_ref().map(|(_, model)| (model, &mut reference_session)),
+        &tokens,
+        &options,
+        |done, total| view.phase_progress(done, total),
+    )?;
+    view.finish();
+    let mut value = json!(result);
+    if let Value::Object(map) = &mut value {
+        map.insert("model".into(), json!(args.model));
+        map.insert("text".into(), json!(args.perplexity));
+        map.insert("reference".into(), json!(args.reference));
+        map.insert("seconds".into(), json!(start.elapsed().as_secs_f64()));
+        map.insert("peak_rss_bytes".into(), json!(rss::peak_bytes()));
+        for key in ["kl_mean", "kl_median", "kl_99", "kl_99_9", "kl_max", "top1_agreement"] {
+            map.entry(key).or_insert(Value::Null);
+        }
+    }
+    if args.json {
+        return json_output::print(&value);
+    }
+    let mut table = Table::new([("", Align::Left), ("value", Align::Right)]);
+    let label = format!("perplexity ({}, {} x {})", name(protocol), result.windows, result.seqlen);
+    table.row([label, format!("{:.4} ± {:.4}", result.perplexity, result.perplexity_stderr)]);
+    table.row(["tokens scored".to_owned(), result.tokens.to_string()]);
+    if let Some(reference) = result.reference_perplexity {
+        table.row(["perplexity of the reference".to_owned(), format!("{reference:.4}")]);
+    }
+    if let Some(d) = &result.divergence {
+        for (label, value) in [
+            ("KL mean", d.kl_mean),
+            ("KL median", d.kl_median),
+            ("KL 99 %", d.kl_99),
+            ("KL 99.9 %", d.kl_99_9),
+            ("KL largest", d.kl_max),
+        ] {
+            table.row([label.to_owned(), format!("{value:.6}")]);
+        }
+        table.row(["same top token".to_owned(), format!("{:.2} %", 100.0 * d.top1_agreement)]);
+    }
+    crate::output::print(&table.render(colour_allowed(&std::io::stdout())))
+}
+
+fn name(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Gptq => "gptq",
+        Protocol::LlamaCpp => "llama.cpp",
+    }
+}

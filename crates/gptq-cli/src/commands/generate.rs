@@ -1,0 +1,147 @@
+//! `gptq generate`.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use anyhow::Context;
+use gptq_format::Checkpoint;
+use gptq_format::chat::Message;
+use gptq_model::{FinishReason, GenerateOptions, Sampling, Session, generate};
+use serde_json::json;
+
+use super::{eos_ids, load, pool, progress};
+use crate::Global;
+use crate::output::json as json_output;
+
+/// Write text with a model.
+///
+/// Options that are not given come from the model's generation_config.json where it has them.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Directory, .gguf file or hub id.
+    model: String,
+    /// Text to continue, as it is.
+    #[arg(long, value_name = "TEXT", required_unless_present = "chat")]
+    prompt: Option<String>,
+    /// Message of a user, put into the model's chat template.
+    #[arg(long, value_name = "TEXT", conflicts_with = "prompt")]
+    chat: Option<String>,
+    /// System message before --chat.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
+    /// Most tokens to write.
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    max_new_tokens: usize,
+    /// Logits are divided by this; 0 always takes the most likely token. [default: the model's, else 0.7]
+    #[arg(long, value_name = "T")]
+    temperature: Option<f32>,
+    /// Sample among the K most likely tokens; 0 for all. [default: the model's, else 50]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Sample among the most likely tokens that sum up to this probability. [default: the model's, else 1]
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+    /// Drop tokens less likely than this share of the most likely one. [default: the model's, else 0]
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
+    /// Make tokens that occurred before less likely; 1 is off. [default: the model's, else 1]
+    #[arg(long, value_name = "R")]
+    repetition_penalty: Option<f32>,
+    /// Seed of the sampling.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    seed: u64,
+    /// Print the result as JSON instead of streaming the text.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    fn sampling(&self, checkpoint: &Checkpoint) -> Sampling {
+        let config = checkpoint.generation_config.as_ref();
+        // A model that is not meant to be sampled states no useful numbers.
+        let config = config
+            .filter(|c| c.get("do_sample").and_then(serde_json::Value::as_bool) == Some(true));
+        let number = |key: &str| config.and_then(|c| c.get(key)?.as_f64());
+        Sampling {
+            temperature: self
+                .temperature
+                .or(number("temperature").map(|x| x as f32))
+                .unwrap_or(0.7),
+            top_k: self.top_k.or(number("top_k").map(|x| x as usize)).unwrap_or(50),
+            top_p: self.top_p.or(number("top_p").map(|x| x as f32)).unwrap_or(1.0),
+            min_p: self.min_p.or(number("min_p").map(|x| x as f32)).unwrap_or(0.0),
+            repetition_penalty: self
+                .repetition_penalty
+                .or(number("repetition_penalty").map(|x| x as f32))
+                .unwrap_or(1.0),
+            seed: self.seed,
+        }
+    }
+}
+
+pub(crate) fn run(args: Args, global: &Global) -> anyhow::Result<()> {
+    let view = progress(global);
+    let (checkpoint, model) = load(&args.model, &view)?;
+    let tokenizer = checkpoint.tokenizer().context("the prompt cannot be tokenized")?;
+    view.finish();
+    let prompt = match (&args.chat, &args.prompt) {
+        (Some(text), _) => {
+            let system = args.system.iter().map(|s| Message::new("system", s.clone()));
+            let messages: Vec<Message> =
+                system.chain([Message::new("user", text.clone())]).collect();
+            // Templates contain their special tokens.
+            tokenizer.encode(&tokenizer.apply_chat_template(&messages, true)?, false)?
+        }
+        (None, prompt) => tokenizer.encode(prompt.as_deref().unwrap_or_default(), true)?,
+    };
+    let options = GenerateOptions {
+        max_new_tokens: args.max_new_tokens,
+        sampling: args.sampling(&checkpoint),
+        eos_ids: eos_ids(&checkpoint, Some(&tokenizer)),
+        stop: Vec::new(),
+    };
+    let mut session = Session::new(Arc::clone(&pool(global)));
+    let mut stream = tokenizer.decode_stream();
+    let (mut text, mut failed) = (String::new(), None);
+    let done = generate(&model, &mut session, &prompt, &options, |token| {
+        let shown = stream.push(token).map_err(anyhow::Error::from).and_then(|piece| {
+            let piece = piece.unwrap_or_default();
+            text.push_str(&piece);
+            if args.json { Ok(()) } else { crate::output::print(&piece) }
+        });
+        match shown {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                failed = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    })?;
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    let rest = stream.flush()?.unwrap_or_default();
+    text.push_str(&rest);
+    let decode_seconds: f64 = done.token_seconds.iter().sum();
+    let rate = done.token_seconds.len() as f64 / decode_seconds.max(f64::MIN_POSITIVE);
+    if !args.json {
+        crate::output::print(&format!("{rest}\n"))?;
+        tracing::info!("{} tokens, {rate:.1} tokens/s", done.tokens.len());
+        return Ok(());
+    }
+    json_output::print(&json!({
+        "model": args.model,
+        "seed": args.seed,
+        "prompt_tokens": prompt.len(),
+        "new_tokens": done.tokens.len(),
+        "tokens": done.tokens,
+        "text": text,
+        "finish_reason": match done.finish {
+            FinishReason::Eos(_) | FinishReason::Stop | FinishReason::Cancelled => "stop",
+            FinishReason::Length | FinishReason::Context => "length",
+        },
+        "prefill_seconds": done.prefill_seconds,
+        "decode_seconds": decode_seconds,
+        "tokens_per_second": rate,
+    }))
+}

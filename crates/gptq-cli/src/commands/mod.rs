@@ -1,0 +1,104 @@
+//! One file per verb, and what they share.
+
+mod bench;
+mod eval;
+mod generate;
+mod inspect;
+mod logits;
+mod quantize;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use gptq_compute::Pool;
+use gptq_format::{Checkpoint, hub};
+use gptq_model::Model;
+use gptq_quantize::Progress;
+
+use crate::Global;
+use crate::output::progress::ProgressView;
+
+/// What to do.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    Quantize(Box<quantize::Args>),
+    Eval(eval::Args),
+    Generate(generate::Args),
+    Bench(bench::Args),
+    Logits(logits::Args),
+    Inspect(inspect::Args),
+}
+
+impl Command {
+    pub(crate) fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        match self {
+            Self::Quantize(args) => quantize::run(*args, global),
+            Self::Eval(args) => eval::run(args, global),
+            Self::Generate(args) => generate::run(args, global),
+            Self::Bench(args) => bench::run(args, global),
+            Self::Logits(args) => logits::run(args, global),
+            Self::Inspect(args) => inspect::run(args),
+        }
+        .map(|()| ExitCode::SUCCESS)
+    }
+}
+
+/// The threads of the command.
+fn pool(global: &Global) -> Arc<Pool> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Arc::new(Pool::new(global.threads.map_or(cores, usize::from)))
+}
+
+fn progress(global: &Global) -> ProgressView {
+    ProgressView::new(global.quiet, global.verbose > 0)
+}
+
+/// The directory or file that `model` names; a hub id is looked up in the cache or downloaded.
+fn resolve(model: &str, view: &ProgressView) -> anyhow::Result<PathBuf> {
+    let path = hub::resolve(model, &|file, done, total| {
+        view.phase(&format!("download {file}"));
+        view.phase_progress(done as usize, total as usize);
+    })?;
+    Ok(path)
+}
+
+fn open(model: &str, view: &ProgressView) -> anyhow::Result<Checkpoint> {
+    Ok(Checkpoint::open(&resolve(model, view)?)?)
+}
+
+fn load(model: &str, view: &ProgressView) -> anyhow::Result<(Checkpoint, Model)> {
+    let checkpoint = open(model, view)?;
+    view.phase("load");
+    let model = Model::load(&checkpoint)?;
+    Ok((checkpoint, model))
+}
+
+/// A whole text file.
+fn read_text(path: &std::path::Path) -> anyhow::Result<String> {
+    std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read {} as UTF-8 text", path.display()))
+}
+
+/// The end-of-text tokens of a model: generation_config.json, else config.json, else the tokenizer.
+fn eos_ids(checkpoint: &Checkpoint, tokenizer: Option<&gptq_format::Tokenizer>) -> Vec<u32> {
+    let ids = |value: &serde_json::Value| -> Vec<u32> {
+        match value.get("eos_token_id") {
+            Some(serde_json::Value::Array(ids)) => {
+                ids.iter().filter_map(|v| v.as_u64()?.try_into().ok()).collect()
+            }
+            Some(id) => id.as_u64().and_then(|id| id.try_into().ok()).into_iter().collect(),
+            None => Vec::new(),
+        }
+    };
+    let config = serde_json::Value::Object(checkpoint.config.map().clone());
+    let mut found = checkpoint.generation_config.as_ref().map(ids).unwrap_or_default();
+    if found.is_empty() {
+        found = ids(&config);
+    }
+    if found.is_empty() {
+        found.extend(tokenizer.and_then(gptq_format::Tokenizer::eos_id));
+    }
+    found
+}

@@ -1,0 +1,338 @@
+//! `gptq quantize`.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+use gptq_compute::Pool;
+use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic, Tokenizer};
+use gptq_model::{Model, Session, Spec};
+use gptq_quantize::pipeline::Job;
+use gptq_quantize::{
+    CalibrationOptions, CalibrationSet, CalibrationSource, Method, Plan, QuantizeOptions,
+    SelfCalibration, plan, quantize, self_calibrate,
+};
+use serde_json::json;
+
+use super::{open, pool, progress};
+use crate::Global;
+use crate::output::progress::ProgressView;
+use crate::output::table::{Align, Table, colour_allowed};
+use crate::output::{json as json_output, plot, size};
+
+/// Quantize a float model to 8, 4, 3 or 2 bits and write a GPTQ checkpoint.
+///
+/// The output appears under its name only when it is whole. Names and defaults are those of
+/// transformers and GPTQModel.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Float model: directory, .gguf file or hub id.
+    model: String,
+    /// Directory to write.
+    #[arg(long, short, value_name = "DIR", required_unless_present = "dry_run")]
+    output: Option<PathBuf>,
+    /// How weights become codes: gptq; rtn rounds to nearest without data; obq is the exact greedy
+    /// baseline of the paper, for small models.
+    #[arg(long, value_enum, default_value_t = MethodArg::Gptq)]
+    method: MethodArg,
+    /// Bits per weight: 2, 3, 4 or 8.
+    #[arg(long, default_value = "4", value_parser = parse_bits)]
+    bits: Bits,
+    /// Inputs that share a scale: a multiple of 8, or -1 for the whole row.
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true, value_name = "N")]
+    group_size: i64,
+    /// Symmetric grid (the default).
+    #[arg(long, overrides_with = "no_sym")]
+    sym: bool,
+    /// Asymmetric grid: a zero point per group.
+    #[arg(long)]
+    no_sym: bool,
+    /// Quantize columns by descending activation; better, but engines must reorder inputs (g_idx).
+    #[arg(long)]
+    desc_act: bool,
+    /// Order columns by activation inside and among groups (GAR): most of the gain of --desc-act at
+    /// no cost for engines. On by default unless --desc-act or --group-size -1 is given.
+    #[arg(long, overrides_with = "no_act_group_aware")]
+    act_group_aware: bool,
+    /// Quantize columns from left to right.
+    #[arg(long)]
+    no_act_group_aware: bool,
+    /// Find all scales before the first column is quantized.
+    #[arg(long)]
+    static_groups: bool,
+    /// Share of the Hessian's mean diagonal that is added to its diagonal.
+    #[arg(long, default_value_t = 0.05, value_name = "P")]
+    damp_percent: f64,
+    /// Added to the damping while the factorization fails.
+    #[arg(long, default_value_t = 0.01, value_name = "P")]
+    damp_auto_increment: f64,
+    /// Search scales that minimise the rounding error to this power (2.4 is usual).
+    #[arg(long, value_name = "NORM")]
+    mse: Option<f32>,
+    /// Let all stages of a block see the float activations of that block, not only of the blocks before.
+    #[arg(long)]
+    no_true_sequential: bool,
+    /// Calibration text (.txt, .jsonl, .parquet; several are mixed), or `self`: the model writes it.
+    #[arg(long, value_name = "FILE|self", default_value = "self", num_args = 1)]
+    calibration: Vec<String>,
+    /// Calibration windows.
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    nsamples: usize,
+    /// Tokens per window.
+    #[arg(long, default_value_t = 2048, value_name = "N")]
+    seqlen: usize,
+    /// Seed of the windows and of self calibration.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    seed: u64,
+    /// Self calibration: sampling temperature.
+    #[arg(long, default_value_t = 1.0, value_name = "T")]
+    calibration_temperature: f32,
+    /// Self calibration: sample among so many most likely tokens; 0 for all.
+    #[arg(long, default_value_t = 50, value_name = "K")]
+    calibration_top_k: usize,
+    /// Zero-point convention: gptq (v1) opens everywhere, `gptq_v2` is exact for every zero point.
+    #[arg(long, value_enum, default_value_t = FormatArg::Gptq)]
+    format: FormatArg,
+    /// JSON file of per-module overrides: regex to bits, group_size, sym, desc_act; `-:regex` skips.
+    #[arg(long, value_name = "FILE")]
+    dynamic: Option<PathBuf>,
+    /// Largest weight file.
+    #[arg(long, default_value = "4GiB", value_parser = size::parse_bytes, value_name = "SIZE")]
+    max_shard_size: u64,
+    /// Replace the output directory if it exists.
+    #[arg(long)]
+    overwrite: bool,
+    /// Show what the run would need and stop.
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the report as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum MethodArg {
+    Gptq,
+    Rtn,
+    Obq,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum FormatArg {
+    Gptq,
+    #[value(name = "gptq_v2")]
+    GptqV2,
+}
+
+fn parse_bits(text: &str) -> Result<Bits, String> {
+    let bits: u8 = text.parse().map_err(|_| format!("`{text}` is not a number"))?;
+    Bits::try_from(bits).map_err(|e| e.to_string())
+}
+
+impl Args {
+    fn options(&self) -> anyhow::Result<QuantizeOptions> {
+        let dynamic = match &self.dynamic {
+            None => Dynamic::default(),
+            Some(path) => {
+                let serde_json::Value::Object(rules) = gptq_format::fs::read_json(path)? else {
+                    bail!("{}: expected a JSON object of rules", path.display());
+                };
+                Dynamic::from_map(&rules).with_context(|| path.display().to_string())?
+            }
+        };
+        Ok(QuantizeOptions {
+            method: match self.method {
+                MethodArg::Gptq => Method::Gptq,
+                MethodArg::Rtn => Method::Rtn,
+                MethodArg::Obq => Method::Obq,
+            },
+            bits: self.bits,
+            group_size: self.group_size,
+            sym: !self.no_sym,
+            desc_act: self.desc_act,
+            act_group_aware: self.act_group_aware
+                || !(self.no_act_group_aware || self.desc_act || self.group_size < 0),
+            static_groups: self.static_groups,
+            damp_percent: self.damp_percent,
+            damp_auto_increment: self.damp_auto_increment,
+            mse: self.mse,
+            true_sequential: !self.no_true_sequential,
+            format: match self.format {
+                FormatArg::Gptq => CheckpointFormat::Gptq,
+                FormatArg::GptqV2 => CheckpointFormat::GptqV2,
+            },
+            dynamic,
+            max_shard_bytes: self.max_shard_size,
+            overwrite: self.overwrite,
+        })
+    }
+
+    fn windows(&self) -> CalibrationOptions {
+        CalibrationOptions { nsamples: self.nsamples, seqlen: self.seqlen, seed: self.seed }
+    }
+}
+
+pub(crate) fn run(args: Args, global: &Global) -> anyhow::Result<()> {
+    let view = progress(global);
+    let options = args.options()?;
+    options.check()?;
+    let checkpoint = open(&args.model, &view)?;
+    let tokenizer = checkpoint.tokenizer();
+    let pool = pool(global);
+    let calibration = if options.method.needs_calibration() {
+        let tokenizer = match &tokenizer {
+            Ok(tokenizer) => tokenizer,
+            Err(error) => bail!("calibration needs the model's tokenizer: {error}"),
+        };
+        Some(calibrate(&args, &checkpoint, tokenizer, &pool, &view)?)
+    } else {
+        None
+    };
+    let output = args.output.clone().unwrap_or_else(|| "dry-run".into());
+    let job = Job {
+        checkpoint: &checkpoint,
+        tokenizer: tokenizer.as_ref().ok(),
+        model: &args.model,
+        calibration: calibration.as_ref(),
+        options: &options,
+        output: &output,
+        pool: &pool,
+    };
+    let plan = plan(&job)?;
+    view.finish();
+    if !global.quiet {
+        show_plan(&plan, &job);
+    }
+    if args.dry_run {
+        if args.json {
+            json_output::print(&json!({
+                "model": args.model,
+                "method": options.method.name(),
+                "quantize_config": options.config().to_json(),
+                "threads": pool.threads(),
+                "plan": plan.summary,
+                "totals": { "blocks": plan.blocks, "modules": plan.modules },
+            }))?;
+        }
+        return Ok(());
+    }
+    let report = quantize(&job, &view)?;
+    view.finish();
+    write_plots(&output, &report.modules)?;
+    if args.json {
+        return json_output::print(&report);
+    }
+    if !global.quiet {
+        for warning in &report.warnings {
+            tracing::warn!("{warning}");
+        }
+        eprint_summary(&report, &output);
+    }
+    Ok(())
+}
+
+/// Reads the calibration data, or lets the model write them.
+fn calibrate(
+    args: &Args,
+    checkpoint: &Checkpoint,
+    tokenizer: &Tokenizer,
+    pool: &Arc<Pool>,
+    view: &ProgressView,
+) -> anyhow::Result<CalibrationSet> {
+    use gptq_quantize::Progress;
+    let vocab = Spec::for_checkpoint(checkpoint)?.vocab;
+    if args.calibration.iter().any(|c| c == "self") {
+        if args.calibration.len() > 1 {
+            bail!("--calibration self cannot be mixed with files yet; give one or the other");
+        }
+        if args.dry_run {
+            // The plan depends on the number of tokens alone.
+            let windows = vec![vec![0; args.seqlen]; args.nsamples];
+            let report =
+                gptq_quantize::CalibrationReport::new(Vec::new(), &windows, &args.windows(), vocab);
+            return Ok(CalibrationSet::from_windows(windows, report));
+        }
+        view.phase("load");
+        let model = Model::load(checkpoint)?;
+        let mut session = Session::new(Arc::clone(pool));
+        let mut options = SelfCalibration::new(args.windows());
+        options.temperature = args.calibration_temperature;
+        options.top_k = args.calibration_top_k;
+        return Ok(self_calibrate(&model, &mut session, tokenizer, &options, view)?);
+    }
+    view.phase("calibration");
+    let sources =
+        args.calibration.iter().map(CalibrationSource::file).collect::<Result<Vec<_>, _>>()?;
+    Ok(CalibrationSet::load(&sources, tokenizer, vocab, &args.windows())?)
+}
+
+#[allow(clippy::print_stderr)] // The plan is for people, not data.
+fn show_plan(plan: &Plan, job: &Job<'_>) {
+    let o = job.options;
+    let group = if o.group_size < 0 { "rows".to_owned() } else { format!("g{}", o.group_size) };
+    let grid = if o.sym { "sym" } else { "asym" };
+    eprintln!(
+        "Plan  {} blocks, {} modules · {} {}-bit {group} {grid} · {:.2} bits per weight",
+        plan.blocks,
+        plan.modules,
+        o.method.name(),
+        o.bits.as_u32(),
+        plan.bits_per_weight
+    );
+    if let Some(c) = job.calibration {
+        let names: Vec<&str> = c.report.sources.iter().map(|s| s.name.as_str()).collect();
+        eprintln!(
+            "Data  {} · {} windows of {} tokens, {} different tokens",
+            if names.is_empty() { "self".to_owned() } else { names.join(", ") },
+            c.report.windows,
+            c.report.seqlen,
+            c.report.distinct_tokens
+        );
+        if let Some(note) = &c.report.note {
+            eprintln!("      {note}");
+        }
+    }
+    let s = &plan.summary;
+    eprintln!(
+        "Need  {} memory · {} disk · about {} on {} threads",
+        size::bytes(s.peak_rss_bytes),
+        size::bytes(s.output_bytes),
+        size::duration(std::time::Duration::from_secs_f64(s.seconds)),
+        job.pool.threads()
+    );
+    if std::io::stderr().is_terminal() || job.output == std::path::Path::new("dry-run") {
+        let mut table = Table::new([("memory", Align::Left), ("size", Align::Right)]);
+        for (part, bytes) in &plan.memory {
+            table.row([(*part).to_owned(), size::bytes(*bytes)]);
+        }
+        eprint!("{}", table.render(colour_allowed(&std::io::stderr())));
+    }
+}
+
+#[allow(clippy::print_stderr)] // As above.
+fn eprint_summary(report: &gptq_quantize::QuantReport, output: &std::path::Path) {
+    eprintln!(
+        "Done  {} · {} in {}, peak memory {}",
+        output.display(),
+        size::bytes(report.totals.output_bytes),
+        size::duration(std::time::Duration::from_secs_f64(report.seconds)),
+        report.peak_rss_bytes.map_or_else(|| "unknown".to_owned(), size::bytes)
+    );
+}
+
+fn write_plots(
+    output: &std::path::Path,
+    modules: &[gptq_quantize::ModuleRecord],
+) -> anyhow::Result<()> {
+    let directory = output.join("plots");
+    std::fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot create {}", directory.display()))?;
+    for (name, svg) in
+        [("loss.svg", plot::loss_by_layer(modules)), ("error.svg", plot::error_map(modules))]
+    {
+        gptq_format::fs::write_atomic(&directory.join(name), svg.as_bytes())?;
+    }
+    Ok(())
+}
