@@ -1,7 +1,5 @@
 //! Activation functions of the feed-forward part.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // Kernels: the processor has S's instructions.
-
 use crate::arch::{LANES, Simd};
 use crate::elementwise::{Elementwise, map};
 use crate::math;
@@ -45,33 +43,31 @@ impl Activation {
 
 #[inline(always)]
 unsafe fn value<S: Simd>(a: Activation, x: S::F) -> S::F {
-    unsafe {
-        match a {
-            Activation::Silu => S::mul(x, math::sigmoid::<S>(x)),
-            Activation::Gelu => {
-                // The error function has no cheap expression at full f32 accuracy; exact GELU
-                // families are few, so it goes lane by lane.
-                let mut lanes = [0.0f32; LANES];
-                S::store(lanes.as_mut_ptr(), x);
-                for v in &mut lanes {
-                    *v = 0.5 * *v * (1.0 + libm::erff(*v * std::f32::consts::FRAC_1_SQRT_2));
-                }
-                S::load(lanes.as_ptr())
+    match a {
+        Activation::Silu => S::mul(x, math::sigmoid::<S>(x)),
+        Activation::Gelu => {
+            // The error function has no cheap expression at full f32 accuracy; exact GELU
+            // families are few, so it goes lane by lane.
+            let mut lanes = [0.0f32; LANES];
+            S::store(lanes.as_mut_ptr(), x);
+            for v in &mut lanes {
+                *v = 0.5 * *v * (1.0 + libm::erff(*v * std::f32::consts::FRAC_1_SQRT_2));
             }
-            Activation::GeluTanh => {
-                // sqrt(2/pi) (x + 0.044715 x³)
-                let cubic = S::fma(S::mul(x, x), S::splat(0.044715), S::splat(1.0));
-                let t = math::tanh::<S>(S::mul(S::mul(x, cubic), S::splat(0.797_884_56)));
-                S::mul(S::mul(S::splat(0.5), x), S::add(S::splat(1.0), t))
-            }
-            Activation::GeluQuick => S::mul(x, math::sigmoid::<S>(S::mul(x, S::splat(1.702)))),
-            Activation::Relu => S::max(x, S::splat(0.0)),
-            Activation::ReluSquared => {
-                let r = S::max(x, S::splat(0.0));
-                S::mul(r, r)
-            }
-            Activation::Tanh => math::tanh::<S>(x),
+            S::load(lanes.as_ptr())
         }
+        Activation::GeluTanh => {
+            // sqrt(2/pi) (x + 0.044715 x³)
+            let cubic = S::fma(S::mul(x, x), S::splat(0.044715), S::splat(1.0));
+            let t = math::tanh::<S>(S::mul(S::mul(x, cubic), S::splat(0.797_884_56)));
+            S::mul(S::mul(S::splat(0.5), x), S::add(S::splat(1.0), t))
+        }
+        Activation::GeluQuick => S::mul(x, math::sigmoid::<S>(S::mul(x, S::splat(1.702)))),
+        Activation::Relu => S::max(x, S::splat(0.0)),
+        Activation::ReluSquared => {
+            let r = S::max(x, S::splat(0.0));
+            S::mul(r, r)
+        }
+        Activation::Tanh => math::tanh::<S>(x),
     }
 }
 
@@ -80,7 +76,7 @@ struct Plain(Activation);
 impl Elementwise for Plain {
     #[inline(always)]
     unsafe fn apply<S: Simd>(self, x: S::F, _: S::F) -> S::F {
-        unsafe { value::<S>(self.0, x) }
+        value::<S>(self.0, x)
     }
 }
 
@@ -89,7 +85,7 @@ struct Gated(Activation);
 impl Elementwise for Gated {
     #[inline(always)]
     unsafe fn apply<S: Simd>(self, x: S::F, y: S::F) -> S::F {
-        unsafe { S::mul(value::<S>(self.0, x), y) }
+        S::mul(value::<S>(self.0, x), y)
     }
 }
 
@@ -115,7 +111,8 @@ mod tests {
         let pool = Pool::new(1);
         let xs: Vec<f32> = (-400..400).map(|i| i as f32 * 0.025).collect();
         let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
-        let cases: [(&str, Box<dyn Fn(f64) -> f64>); 6] = [
+        type Definition = Box<dyn Fn(f64) -> f64>;
+        let cases: [(&str, Definition); 6] = [
             ("silu", Box::new(move |x| x * sigmoid(x))),
             ("gelu", Box::new(|x| 0.5 * x * (1.0 + libm::erf(x / 2f64.sqrt())))),
             (

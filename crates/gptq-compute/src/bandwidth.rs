@@ -1,7 +1,5 @@
 //! The rate at which this machine reads memory: the limit of decoding.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // Kernel: the processor has S's instructions, the slice bounds all pointers.
-
 use std::time::Instant;
 
 use crate::arch::{Kernel, LANES, Simd, dispatch};
@@ -19,17 +17,15 @@ impl Kernel for Sum<'_> {
     type Output = f32;
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> f32 {
-        unsafe {
-            let mut acc = [S::splat(0.0); 8];
-            for piece in self.0.chunks_exact(8 * LANES) {
-                for (i, a) in acc.iter_mut().enumerate() {
-                    let p = piece.as_ptr().add(i * LANES);
-                    S::prefetch(p.wrapping_add(1024).cast());
-                    *a = S::add(*a, S::load(p));
-                }
+        let mut acc = [S::splat(0.0); 8];
+        for piece in self.0.chunks_exact(8 * LANES) {
+            for (i, a) in acc.iter_mut().enumerate() {
+                let p = piece.as_ptr().add(i * LANES);
+                S::prefetch(p.wrapping_add(1024).cast());
+                *a = S::add(*a, S::load(p));
             }
-            acc.into_iter().map(|a| S::sum(a)).sum()
         }
+        acc.into_iter().map(|a| S::sum(a)).sum()
     }
 }
 

@@ -1,7 +1,5 @@
 //! Operations on single elements and rows: scaling, adding, gathering, embedding.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // Kernels: the processor has S's instructions, slices bound all pointers.
-
 use crate::arch::{Kernel, LANES, Simd, dispatch};
 use crate::math;
 use crate::matrix::DenseMatrix;
@@ -30,26 +28,24 @@ impl<O: Elementwise> Kernel for Map<'_, O> {
     unsafe fn run<S: Simd>(self) {
         let n = self.x.len();
         let whole = n - n % LANES;
-        unsafe {
-            for i in (0..whole).step_by(LANES) {
-                let p = self.x.as_mut_ptr().add(i);
-                let x = S::load(p);
-                let y = match self.y {
-                    Some(y) => S::load(y.as_ptr().add(i)),
-                    None => x,
-                };
-                S::store(p, self.op.apply::<S>(x, y));
+        for i in (0..whole).step_by(LANES) {
+            let p = self.x.as_mut_ptr().add(i);
+            let x = S::load(p);
+            let y = match self.y {
+                Some(y) => S::load(y.as_ptr().add(i)),
+                None => x,
+            };
+            S::store(p, self.op.apply::<S>(x, y));
+        }
+        if whole < n {
+            let (mut x, mut y) = ([0.0; LANES], [0.0; LANES]);
+            x[..n - whole].copy_from_slice(&self.x[whole..]);
+            if let Some(tail) = self.y {
+                y[..n - whole].copy_from_slice(&tail[whole..n]);
             }
-            if whole < n {
-                let (mut x, mut y) = ([0.0; LANES], [0.0; LANES]);
-                x[..n - whole].copy_from_slice(&self.x[whole..]);
-                if let Some(tail) = self.y {
-                    y[..n - whole].copy_from_slice(&tail[whole..n]);
-                }
-                let out = self.op.apply::<S>(S::load(x.as_ptr()), S::load(y.as_ptr()));
-                S::store(x.as_mut_ptr(), out);
-                self.x[whole..].copy_from_slice(&x[..n - whole]);
-            }
+            let out = self.op.apply::<S>(S::load(x.as_ptr()), S::load(y.as_ptr()));
+            S::store(x.as_mut_ptr(), out);
+            self.x[whole..].copy_from_slice(&x[..n - whole]);
         }
     }
 }
@@ -75,7 +71,7 @@ struct AddScaled(f32);
 impl Elementwise for AddScaled {
     #[inline(always)]
     unsafe fn apply<S: Simd>(self, x: S::F, y: S::F) -> S::F {
-        unsafe { S::fma(y, S::splat(self.0), x) }
+        S::fma(y, S::splat(self.0), x)
     }
 }
 
@@ -84,7 +80,7 @@ struct Scale(f32);
 impl Elementwise for Scale {
     #[inline(always)]
     unsafe fn apply<S: Simd>(self, x: S::F, _: S::F) -> S::F {
-        unsafe { S::mul(x, S::splat(self.0)) }
+        S::mul(x, S::splat(self.0))
     }
 }
 
@@ -93,10 +89,8 @@ struct SoftCap(f32);
 impl Elementwise for SoftCap {
     #[inline(always)]
     unsafe fn apply<S: Simd>(self, x: S::F, _: S::F) -> S::F {
-        unsafe {
-            let y = S::div(x, S::splat(self.0));
-            S::mul(math::tanh::<S>(y), S::splat(self.0))
-        }
+        let y = S::div(x, S::splat(self.0));
+        S::mul(math::tanh::<S>(y), S::splat(self.0))
     }
 }
 
@@ -105,7 +99,7 @@ struct Clamp(f32);
 impl Elementwise for Clamp {
     #[inline(always)]
     unsafe fn apply<S: Simd>(self, x: S::F, _: S::F) -> S::F {
-        unsafe { S::max(S::min(x, S::splat(self.0)), S::splat(-self.0)) }
+        S::max(S::min(x, S::splat(self.0)), S::splat(-self.0))
     }
 }
 

@@ -103,30 +103,27 @@ pub(crate) unsafe fn product(
     c: (*mut f32, usize, usize),
     accumulate: bool,
 ) {
-    // SAFETY: by contract.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            c.0,
-            c.2 as isize,
-            c.1 as isize,
-            accumulate,
-            a.0,
-            a.2 as isize,
-            a.1 as isize,
-            b.0,
-            b.2 as isize,
-            b.1 as isize,
-            1.0f32,
-            1.0f32,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        );
-    }
+    gemm::gemm(
+        m,
+        n,
+        k,
+        c.0,
+        c.2 as isize,
+        c.1 as isize,
+        accumulate,
+        a.0,
+        a.2 as isize,
+        a.1 as isize,
+        b.0,
+        b.2 as isize,
+        b.1 as isize,
+        1.0f32,
+        1.0f32,
+        false,
+        false,
+        false,
+        Parallelism::None,
+    );
 }
 
 /// y[r] = w[first + r] · x, four rows in flight.
@@ -141,13 +138,10 @@ impl Kernel for Gemv<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // SAFETY: the processor has the instructions of S.
-        unsafe {
-            match self.w.dtype() {
-                DenseType::F32 => self.rows::<S, 4>(|p| S::load(p.cast())),
-                DenseType::F16 => self.rows::<S, 2>(|p| S::load_f16(p.cast())),
-                DenseType::Bf16 => self.rows::<S, 2>(|p| S::load_bf16(p.cast())),
-            }
+        match self.w.dtype() {
+            DenseType::F32 => self.rows::<S, 4>(|p| S::load(p.cast())),
+            DenseType::F16 => self.rows::<S, 2>(|p| S::load_f16(p.cast())),
+            DenseType::Bf16 => self.rows::<S, 2>(|p| S::load_bf16(p.cast())),
         }
     }
 }
@@ -167,39 +161,37 @@ impl Gemv<'_> {
         let quad_rows = 4 * quads.len();
         // SAFETY: row r occupies bytes[r * k * SIZE..][..k * SIZE]; ends are copied before they
         // are loaded as whole vectors.
-        unsafe {
-            let dot = |rows: [usize; 4]| -> [f32; 4] {
-                let p = rows.map(|r| bytes[r * k * SIZE..(r + 1) * k * SIZE].as_ptr());
-                let mut acc = [S::splat(0.0); 4];
-                let mut i = 0;
-                while i < whole {
-                    let v = S::load(x.as_ptr().add(i));
-                    for r in 0..4 {
-                        S::prefetch(p[r].wrapping_add(i * SIZE + 2048));
-                        acc[r] = S::fma(load(p[r].add(i * SIZE)), v, acc[r]);
-                    }
-                    i += LANES;
+        let dot = |rows: [usize; 4]| -> [f32; 4] {
+            let p = rows.map(|r| bytes[r * k * SIZE..(r + 1) * k * SIZE].as_ptr());
+            let mut acc = [S::splat(0.0); 4];
+            let mut i = 0;
+            while i < whole {
+                let v = S::load(x.as_ptr().add(i));
+                for r in 0..4 {
+                    S::prefetch(p[r].wrapping_add(i * SIZE + 2048));
+                    acc[r] = S::fma(load(p[r].add(i * SIZE)), v, acc[r]);
                 }
-                if whole < k {
-                    let v = S::load(tail.as_ptr());
-                    for r in 0..4 {
-                        let mut end = [0u8; LANES * SIZE_MAX];
-                        end[..(k - whole) * SIZE].copy_from_slice(std::slice::from_raw_parts(
-                            p[r].add(whole * SIZE),
-                            (k - whole) * SIZE,
-                        ));
-                        acc[r] = S::fma(load(end.as_ptr()), v, acc[r]);
-                    }
+                i += LANES;
+            }
+            if whole < k {
+                let v = S::load(tail.as_ptr());
+                for r in 0..4 {
+                    let mut end = [0u8; LANES * SIZE_MAX];
+                    end[..(k - whole) * SIZE].copy_from_slice(std::slice::from_raw_parts(
+                        p[r].add(whole * SIZE),
+                        (k - whole) * SIZE,
+                    ));
+                    acc[r] = S::fma(load(end.as_ptr()), v, acc[r]);
                 }
-                acc.map(|a| S::sum(a))
-            };
-            for (q, y) in quads.iter_mut().enumerate() {
-                let r = first + 4 * q;
-                *y = dot([r, r + 1, r + 2, r + 3]);
             }
-            for (i, y) in rest.iter_mut().enumerate() {
-                *y = dot([first + quad_rows + i; 4])[0];
-            }
+            acc.map(|a| S::sum(a))
+        };
+        for (q, y) in quads.iter_mut().enumerate() {
+            let r = first + 4 * q;
+            *y = dot([r, r + 1, r + 2, r + 3]);
+        }
+        for (i, y) in rest.iter_mut().enumerate() {
+            *y = dot([first + quad_rows + i; 4])[0];
         }
     }
 }

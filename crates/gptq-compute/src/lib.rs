@@ -9,6 +9,16 @@
 //! Results never depend on the number of threads: work is cut into pieces whose boundaries depend
 //! on the shapes alone, and every piece is computed by one thread from start to end.
 
+// A kernel is an `unsafe fn` over `arch::Simd` under one contract, stated there; a block around every
+// intrinsic would say nothing more. Code outside such functions marks each unsafe step.
+#![allow(unsafe_op_in_unsafe_fn)]
+// Kernels must be compiled inside the `#[target_feature]` function of their instruction set.
+#![allow(clippy::inline_always)]
+// Loops over registers index several arrays at once.
+#![allow(clippy::needless_range_loop)]
+// All loads and stores are unaligned ones.
+#![allow(clippy::cast_ptr_alignment)]
+
 mod activation;
 pub mod arch;
 pub mod attention;

@@ -1,7 +1,5 @@
 //! Losses over rows of logits.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // Kernels: the processor has S's instructions, slices bound all pointers.
-
 use crate::arch::{Kernel, LANES, Simd, dispatch};
 use crate::math;
 use crate::pool::Pool;
@@ -17,25 +15,23 @@ impl Kernel for LogSumExp<'_> {
     unsafe fn run<S: Simd>(self) -> f64 {
         let x = self.0;
         let whole = x.len() - x.len() % LANES;
-        unsafe {
-            let mut m = S::splat(f32::NEG_INFINITY);
-            for i in (0..whole).step_by(LANES) {
-                m = S::max(m, S::load(x.as_ptr().add(i)));
-            }
-            let max = x[whole..].iter().fold(S::max_lane(m), |a, &b| a.max(b));
-            let (vmax, mut total) = (S::splat(max), 0.0f64);
-            // Partial sums stay short, so f32 keeps them exact to 1e-7.
-            for piece in x[..whole].chunks(256 * LANES) {
-                let mut acc = S::splat(0.0);
-                for i in (0..piece.len()).step_by(LANES) {
-                    let v = S::load(piece.as_ptr().add(i));
-                    acc = S::add(acc, math::exp::<S>(S::sub(v, vmax)));
-                }
-                total += f64::from(S::sum(acc));
-            }
-            total += x[whole..].iter().map(|&v| f64::from(v - max).exp()).sum::<f64>();
-            f64::from(max) + total.ln()
+        let mut m = S::splat(f32::NEG_INFINITY);
+        for i in (0..whole).step_by(LANES) {
+            m = S::max(m, S::load(x.as_ptr().add(i)));
         }
+        let max = x[whole..].iter().fold(S::max_lane(m), |a, &b| a.max(b));
+        let (vmax, mut total) = (S::splat(max), 0.0f64);
+        // Partial sums stay short, so f32 keeps them exact to 1e-7.
+        for piece in x[..whole].chunks(256 * LANES) {
+            let mut acc = S::splat(0.0);
+            for i in (0..piece.len()).step_by(LANES) {
+                let v = S::load(piece.as_ptr().add(i));
+                acc = S::add(acc, math::exp::<S>(S::sub(v, vmax)));
+            }
+            total += f64::from(S::sum(acc));
+        }
+        total += x[whole..].iter().map(|&v| f64::from(v - max).exp()).sum::<f64>();
+        f64::from(max) + total.ln()
     }
 }
 
@@ -53,23 +49,21 @@ impl Kernel for RowDivergence<'_> {
     unsafe fn run<S: Simd>(self) -> f64 {
         let Self { p, q, lp, lq } = self;
         let whole = p.len() - p.len() % LANES;
-        unsafe {
-            let (vlp, shift) = (S::splat(lp as f32), S::splat((lq - lp) as f32));
-            let mut total = 0.0f64;
-            for (p, q) in p[..whole].chunks(256 * LANES).zip(q[..whole].chunks(256 * LANES)) {
-                let mut acc = S::splat(0.0);
-                for i in (0..p.len()).step_by(LANES) {
-                    let (a, b) = (S::load(p.as_ptr().add(i)), S::load(q.as_ptr().add(i)));
-                    let weight = math::exp::<S>(S::sub(a, vlp));
-                    acc = S::fma(weight, S::add(S::sub(a, b), shift), acc);
-                }
-                total += f64::from(S::sum(acc));
+        let (vlp, shift) = (S::splat(lp as f32), S::splat((lq - lp) as f32));
+        let mut total = 0.0f64;
+        for (p, q) in p[..whole].chunks(256 * LANES).zip(q[..whole].chunks(256 * LANES)) {
+            let mut acc = S::splat(0.0);
+            for i in (0..p.len()).step_by(LANES) {
+                let (a, b) = (S::load(p.as_ptr().add(i)), S::load(q.as_ptr().add(i)));
+                let weight = math::exp::<S>(S::sub(a, vlp));
+                acc = S::fma(weight, S::add(S::sub(a, b), shift), acc);
             }
-            for (&a, &b) in p[whole..].iter().zip(&q[whole..]) {
-                total += (f64::from(a) - lp).exp() * (f64::from(a) - f64::from(b) + lq - lp);
-            }
-            total
+            total += f64::from(S::sum(acc));
         }
+        for (&a, &b) in p[whole..].iter().zip(&q[whole..]) {
+            total += (f64::from(a) - lp).exp() * (f64::from(a) - f64::from(b) + lq - lp);
+        }
+        total
     }
 }
 

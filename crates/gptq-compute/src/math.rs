@@ -1,7 +1,5 @@
 //! Elementary functions on vectors, accurate to a few units in the last place of f32.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // Every function: the processor has S's instructions.
-
 use crate::arch::Simd;
 
 /// e^x, relative error below 2e-7; 0 below -87.3 and e^88.3 above 88.3.
@@ -10,20 +8,18 @@ use crate::arch::Simd;
 /// polynomial of degree 7 on |r| <= ln 2 / 2.
 #[inline(always)]
 pub(crate) unsafe fn exp<S: Simd>(x: S::F) -> S::F {
-    unsafe {
-        let low = S::splat(-87.33654);
-        let y = S::max(S::min(x, S::splat(88.3)), low);
-        let n = S::round(S::mul(y, S::splat(std::f32::consts::LOG2_E)));
-        let r = S::fnma(n, S::splat(0.693_359_4), y);
-        let r = S::fnma(n, S::splat(-2.121_944_4e-4), r);
-        let mut p = S::splat(1.0 / 5040.0);
-        for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-            p = S::fma(p, r, S::splat(c));
-        }
-        let scale = S::shl(S::add_i32(S::to_i32(n), S::splat_i32(127)), 23);
-        let e = S::mul(p, S::from_bits(scale));
-        S::select(S::lt(x, low), S::splat(0.0), e)
+    let low = S::splat(-87.33654);
+    let y = S::max(S::min(x, S::splat(88.3)), low);
+    let n = S::round(S::mul(y, S::splat(std::f32::consts::LOG2_E)));
+    let r = S::fnma(n, S::splat(0.693_359_4), y);
+    let r = S::fnma(n, S::splat(-2.121_944_4e-4), r);
+    let mut p = S::splat(1.0 / 5040.0);
+    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = S::fma(p, r, S::splat(c));
     }
+    let scale = S::shl(S::add_i32(S::to_i32(n), S::splat_i32(127)), 23);
+    let e = S::mul(p, S::from_bits(scale));
+    S::select(S::lt(x, low), S::splat(0.0), e)
 }
 
 /// x^y for x >= 0 and a constant y > 0, relative error below 3e-6 for y = 2.4; 0^y = 0.
@@ -32,70 +28,62 @@ pub(crate) unsafe fn exp<S: Simd>(x: S::F) -> S::F {
 /// artanh((m-1)/(m+1)).
 #[inline(always)]
 pub(crate) unsafe fn pow<S: Simd>(x: S::F, y: f32) -> S::F {
-    unsafe {
-        let tiny = S::splat(f32::MIN_POSITIVE);
-        let bits = S::bits(S::max(x, tiny));
-        // Adding the distance to sqrt(1/2) moves the mantissas above sqrt(2) to the next exponent.
-        let shifted = S::add_i32(bits, S::splat_i32(0x3f80_0000 - 0x3f35_04f3));
-        let exponent = S::sub_i32(S::shr(shifted, 23), S::splat_i32(127));
-        let mantissa =
-            S::add_i32(S::and(shifted, S::splat_i32(0x007f_ffff)), S::splat_i32(0x3f35_04f3));
-        let m = S::from_bits(mantissa);
-        let one = S::splat(1.0);
-        let t = S::div(S::sub(m, one), S::add(m, one));
-        let t2 = S::mul(t, t);
-        let mut p = S::splat(1.0 / 9.0);
-        for c in [1.0 / 7.0, 1.0 / 5.0, 1.0 / 3.0, 1.0] {
-            p = S::fma(p, t2, S::splat(c));
-        }
-        let ln = S::mul(S::mul(S::splat(2.0), t), p);
-        let log2 = S::fma(ln, S::splat(std::f32::consts::LOG2_E), S::to_f32(exponent));
-        let e = exp2::<S>(S::mul(log2, S::splat(y)));
-        S::select(S::lt(x, tiny), S::splat(0.0), e)
+    let tiny = S::splat(f32::MIN_POSITIVE);
+    let bits = S::bits(S::max(x, tiny));
+    // Adding the distance to sqrt(1/2) moves the mantissas above sqrt(2) to the next exponent.
+    let shifted = S::add_i32(bits, S::splat_i32(0x3f80_0000 - 0x3f35_04f3));
+    let exponent = S::sub_i32(S::shr(shifted, 23), S::splat_i32(127));
+    let mantissa =
+        S::add_i32(S::and(shifted, S::splat_i32(0x007f_ffff)), S::splat_i32(0x3f35_04f3));
+    let m = S::from_bits(mantissa);
+    let one = S::splat(1.0);
+    let t = S::div(S::sub(m, one), S::add(m, one));
+    let t2 = S::mul(t, t);
+    let mut p = S::splat(1.0 / 9.0);
+    for c in [1.0 / 7.0, 1.0 / 5.0, 1.0 / 3.0, 1.0] {
+        p = S::fma(p, t2, S::splat(c));
     }
+    let ln = S::mul(S::mul(S::splat(2.0), t), p);
+    let log2 = S::fma(ln, S::splat(std::f32::consts::LOG2_E), S::to_f32(exponent));
+    let e = exp2::<S>(S::mul(log2, S::splat(y)));
+    S::select(S::lt(x, tiny), S::splat(0.0), e)
 }
 
 /// 2^x for x in [-126, 127]; 0 below.
 #[inline(always)]
 unsafe fn exp2<S: Simd>(x: S::F) -> S::F {
-    unsafe {
-        let low = S::splat(-126.0);
-        let y = S::max(S::min(x, S::splat(127.0)), low);
-        let n = S::round(y);
-        let r = S::mul(S::sub(y, n), S::splat(std::f32::consts::LN_2));
-        let mut p = S::splat(1.0 / 5040.0);
-        for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-            p = S::fma(p, r, S::splat(c));
-        }
-        let scale = S::shl(S::add_i32(S::to_i32(n), S::splat_i32(127)), 23);
-        S::select(S::lt(x, low), S::splat(0.0), S::mul(p, S::from_bits(scale)))
+    let low = S::splat(-126.0);
+    let y = S::max(S::min(x, S::splat(127.0)), low);
+    let n = S::round(y);
+    let r = S::mul(S::sub(y, n), S::splat(std::f32::consts::LN_2));
+    let mut p = S::splat(1.0 / 5040.0);
+    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = S::fma(p, r, S::splat(c));
     }
+    let scale = S::shl(S::add_i32(S::to_i32(n), S::splat_i32(127)), 23);
+    S::select(S::lt(x, low), S::splat(0.0), S::mul(p, S::from_bits(scale)))
 }
 
 /// 1 / (1 + e^-x).
 #[inline(always)]
 pub(crate) unsafe fn sigmoid<S: Simd>(x: S::F) -> S::F {
-    unsafe {
-        let one = S::splat(1.0);
-        S::div(one, S::add(one, exp::<S>(S::sub(S::splat(0.0), x))))
-    }
+    let one = S::splat(1.0);
+    S::div(one, S::add(one, exp::<S>(S::sub(S::splat(0.0), x))))
 }
 
 /// tanh x = 1 - 2 / (e^2x + 1) away from zero and its odd Taylor polynomial near it, where the
 /// quotient would cancel.
 #[inline(always)]
 pub(crate) unsafe fn tanh<S: Simd>(x: S::F) -> S::F {
-    unsafe {
-        let one = S::splat(1.0);
-        let e = exp::<S>(S::add(x, x));
-        let far = S::sub(one, S::div(S::splat(2.0), S::add(e, one)));
-        let x2 = S::mul(x, x);
-        let mut p = S::splat(-1382.0 / 155_925.0);
-        for c in [62.0 / 2835.0, -17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0, 1.0] {
-            p = S::fma(p, x2, S::splat(c));
-        }
-        S::select(S::lt(S::abs(x), S::splat(0.35)), S::mul(x, p), far)
+    let one = S::splat(1.0);
+    let e = exp::<S>(S::add(x, x));
+    let far = S::sub(one, S::div(S::splat(2.0), S::add(e, one)));
+    let x2 = S::mul(x, x);
+    let mut p = S::splat(-1382.0 / 155_925.0);
+    for c in [62.0 / 2835.0, -17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0, 1.0] {
+        p = S::fma(p, x2, S::splat(c));
     }
+    S::select(S::lt(S::abs(x), S::splat(0.35)), S::mul(x, p), far)
 }
 
 #[cfg(test)]
@@ -113,16 +101,14 @@ mod tests {
         #[inline(always)]
         unsafe fn run<S: Simd>(self) -> Self::Output {
             let mut out = [0.0; LANES];
-            unsafe {
-                let x = S::load(self.x.as_ptr());
-                let y = match self.which {
-                    0 => exp::<S>(x),
-                    1 => pow::<S>(x, 2.4),
-                    2 => tanh::<S>(x),
-                    _ => sigmoid::<S>(x),
-                };
-                S::store(out.as_mut_ptr(), y);
-            }
+            let x = S::load(self.x.as_ptr());
+            let y = match self.which {
+                0 => exp::<S>(x),
+                1 => pow::<S>(x, 2.4),
+                2 => tanh::<S>(x),
+                _ => sigmoid::<S>(x),
+            };
+            S::store(out.as_mut_ptr(), y);
             out
         }
     }

@@ -1,7 +1,5 @@
 //! Root-mean-square and layer normalisation.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // Kernels: the processor has S's instructions, slices bound all pointers.
-
 use crate::arch::{Kernel, LANES, Simd, dispatch};
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
@@ -43,46 +41,44 @@ impl Kernel for Row<'_> {
     unsafe fn run<S: Simd>(self) {
         let Self { norm, x, out, n } = self;
         let whole = n - n % LANES;
-        unsafe {
-            let mut mean = 0.0;
-            if norm.kind == NormKind::Layer {
-                let mut acc = S::splat(0.0);
-                for i in (0..whole).step_by(LANES) {
-                    acc = S::add(acc, S::load(x.add(i)));
-                }
-                let tail: f32 = (whole..n).map(|i| *x.add(i)).sum();
-                mean = (S::sum(acc) + tail) / n as f32;
-            }
-            let m = S::splat(mean);
+        let mut mean = 0.0;
+        if norm.kind == NormKind::Layer {
             let mut acc = S::splat(0.0);
             for i in (0..whole).step_by(LANES) {
-                let d = S::sub(S::load(x.add(i)), m);
-                acc = S::fma(d, d, acc);
+                acc = S::add(acc, S::load(x.add(i)));
             }
-            let tail: f32 = (whole..n).map(|i| (*x.add(i) - mean) * (*x.add(i) - mean)).sum();
-            let inv = 1.0 / ((S::sum(acc) + tail) / n as f32 + norm.eps).sqrt();
-            let offset = if norm.kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 };
-            let (vinv, voffset) = (S::splat(inv), S::splat(offset));
-            for i in (0..whole).step_by(LANES) {
-                let mut y = S::mul(S::sub(S::load(x.add(i)), m), vinv);
-                if let Some(w) = &norm.weight {
-                    y = S::mul(y, S::add(S::load(w.as_ptr().add(i)), voffset));
-                }
-                if let Some(b) = &norm.bias {
-                    y = S::add(y, S::load(b.as_ptr().add(i)));
-                }
-                S::store(out.add(i), y);
+            let tail: f32 = (whole..n).map(|i| *x.add(i)).sum();
+            mean = (S::sum(acc) + tail) / n as f32;
+        }
+        let m = S::splat(mean);
+        let mut acc = S::splat(0.0);
+        for i in (0..whole).step_by(LANES) {
+            let d = S::sub(S::load(x.add(i)), m);
+            acc = S::fma(d, d, acc);
+        }
+        let tail: f32 = (whole..n).map(|i| (*x.add(i) - mean) * (*x.add(i) - mean)).sum();
+        let inv = 1.0 / ((S::sum(acc) + tail) / n as f32 + norm.eps).sqrt();
+        let offset = if norm.kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 };
+        let (vinv, voffset) = (S::splat(inv), S::splat(offset));
+        for i in (0..whole).step_by(LANES) {
+            let mut y = S::mul(S::sub(S::load(x.add(i)), m), vinv);
+            if let Some(w) = &norm.weight {
+                y = S::mul(y, S::add(S::load(w.as_ptr().add(i)), voffset));
             }
-            for i in whole..n {
-                let mut y = (*x.add(i) - mean) * inv;
-                if let Some(w) = &norm.weight {
-                    y *= w[i] + offset;
-                }
-                if let Some(b) = &norm.bias {
-                    y += b[i];
-                }
-                *out.add(i) = y;
+            if let Some(b) = &norm.bias {
+                y = S::add(y, S::load(b.as_ptr().add(i)));
             }
+            S::store(out.add(i), y);
+        }
+        for i in whole..n {
+            let mut y = (*x.add(i) - mean) * inv;
+            if let Some(w) = &norm.weight {
+                y *= w[i] + offset;
+            }
+            if let Some(b) = &norm.bias {
+                y += b[i];
+            }
+            *out.add(i) = y;
         }
     }
 }

@@ -65,6 +65,9 @@ thread_local! {
 
 impl Pool {
     /// A pool of `threads` threads, the calling one included (at least one).
+    ///
+    /// # Panics
+    /// If the operating system refuses to start a thread.
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
             job: Mutex::new(None),
@@ -114,7 +117,7 @@ impl Pool {
         // SAFETY: only the lifetime changes; `run` does not return before every worker is done
         // with the pointer.
         let task: *const Task<'static> =
-            unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
+            unsafe { std::mem::transmute::<&Task<'_>, &Task<'static>>(task) };
         let job = Job { task, tasks };
         *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
         shared.next.store(0, Ordering::Relaxed);

@@ -46,7 +46,7 @@ impl RopeTable {
 
     /// Number of positions covered.
     pub fn positions(&self) -> usize {
-        if self.pairs == 0 { usize::MAX } else { self.cos.len() / self.pairs }
+        self.cos.len().checked_div(self.pairs).unwrap_or(usize::MAX)
     }
 
     /// Columns of each head that rotate.

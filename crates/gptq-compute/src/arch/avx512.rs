@@ -1,7 +1,6 @@
 //! AVX-512: one register is one vector of 16 lanes.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // One contract for all methods, stated at `Simd`.
-
+#[allow(clippy::wildcard_imports)] // Half of the module would be a list of intrinsics.
 use std::arch::x86_64::*;
 
 use super::{Kernel, Simd};
@@ -16,7 +15,7 @@ pub struct Avx512;
 /// The processor must have the features.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")]
 pub(super) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
-    unsafe { kernel.run::<Avx512>() }
+    kernel.run::<Avx512>()
 }
 
 /// Value of each two's complement code, by the low four bits of the index: `vpermps` looks at
@@ -44,158 +43,149 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
-        unsafe { _mm512_set1_ps(x) }
+        _mm512_set1_ps(x)
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> __m512 {
-        unsafe { _mm512_loadu_ps(p) }
+        _mm512_loadu_ps(p)
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: __m512) {
-        unsafe { _mm512_storeu_ps(p, v) }
+        _mm512_storeu_ps(p, v);
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> __m512 {
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+        _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> __m512 {
-        unsafe {
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(
-                p.cast(),
-            ))))
-        }
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(
+            p.cast(),
+        ))))
     }
     #[inline(always)]
     unsafe fn load_i8(p: *const i8) -> __m512 {
-        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())))
     }
     #[inline(always)]
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_add_ps(a, b) }
+        _mm512_add_ps(a, b)
     }
     #[inline(always)]
     unsafe fn sub(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_sub_ps(a, b) }
+        _mm512_sub_ps(a, b)
     }
     #[inline(always)]
     unsafe fn mul(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_mul_ps(a, b) }
+        _mm512_mul_ps(a, b)
     }
     #[inline(always)]
     unsafe fn div(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_div_ps(a, b) }
+        _mm512_div_ps(a, b)
     }
     #[inline(always)]
     unsafe fn min(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_min_ps(a, b) }
+        _mm512_min_ps(a, b)
     }
     #[inline(always)]
     unsafe fn max(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_max_ps(a, b) }
+        _mm512_max_ps(a, b)
     }
     #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
-        unsafe { _mm512_fmadd_ps(a, b, c) }
+        _mm512_fmadd_ps(a, b, c)
     }
     #[inline(always)]
     unsafe fn fnma(a: __m512, b: __m512, c: __m512) -> __m512 {
-        unsafe { _mm512_fnmadd_ps(a, b, c) }
+        _mm512_fnmadd_ps(a, b, c)
     }
     #[inline(always)]
     unsafe fn abs(a: __m512) -> __m512 {
-        unsafe { _mm512_abs_ps(a) }
+        _mm512_abs_ps(a)
     }
     #[inline(always)]
     unsafe fn sqrt(a: __m512) -> __m512 {
-        unsafe { _mm512_sqrt_ps(a) }
+        _mm512_sqrt_ps(a)
     }
     #[inline(always)]
     unsafe fn round(a: __m512) -> __m512 {
-        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+        _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a)
     }
     #[inline(always)]
     unsafe fn lt(a: __m512, b: __m512) -> __mmask16 {
-        unsafe { _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b) }
+        _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b)
     }
     #[inline(always)]
     unsafe fn select(m: __mmask16, a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_mask_blend_ps(m, b, a) }
+        _mm512_mask_blend_ps(m, b, a)
     }
     #[inline(always)]
     unsafe fn sum(a: __m512) -> f32 {
-        unsafe {
-            super::avx2::sum8(_mm256_add_ps(
-                _mm512_castps512_ps256(a),
-                _mm512_extractf32x8_ps::<1>(a),
-            ))
-        }
+        super::avx2::sum8(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a)))
     }
     #[inline(always)]
     unsafe fn max_lane(a: __m512) -> f32 {
-        unsafe { _mm512_reduce_max_ps(a) }
+        _mm512_reduce_max_ps(a)
     }
     #[inline(always)]
     unsafe fn load_i32(p: *const u32) -> __m512i {
-        unsafe { _mm512_loadu_si512(p.cast()) }
+        _mm512_loadu_si512(p.cast())
     }
     #[inline(always)]
     unsafe fn splat_i32(x: i32) -> __m512i {
-        unsafe { _mm512_set1_epi32(x) }
+        _mm512_set1_epi32(x)
     }
     #[inline(always)]
     unsafe fn add_i32(a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_add_epi32(a, b) }
+        _mm512_add_epi32(a, b)
     }
     #[inline(always)]
     unsafe fn sub_i32(a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_sub_epi32(a, b) }
+        _mm512_sub_epi32(a, b)
     }
     #[inline(always)]
     unsafe fn and(a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_and_si512(a, b) }
+        _mm512_and_si512(a, b)
     }
     #[inline(always)]
     unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_or_si512(a, b) }
+        _mm512_or_si512(a, b)
     }
     #[inline(always)]
     unsafe fn shr(a: __m512i, n: u32) -> __m512i {
-        unsafe { _mm512_srlv_epi32(a, _mm512_set1_epi32(n as i32)) }
+        _mm512_srlv_epi32(a, _mm512_set1_epi32(n as i32))
     }
     #[inline(always)]
     unsafe fn shl(a: __m512i, n: u32) -> __m512i {
-        unsafe { _mm512_sllv_epi32(a, _mm512_set1_epi32(n as i32)) }
+        _mm512_sllv_epi32(a, _mm512_set1_epi32(n as i32))
     }
     #[inline(always)]
     unsafe fn to_f32(a: __m512i) -> __m512 {
-        unsafe { _mm512_cvtepi32_ps(a) }
+        _mm512_cvtepi32_ps(a)
     }
     #[inline(always)]
     unsafe fn to_i32(a: __m512) -> __m512i {
-        unsafe { _mm512_cvtps_epi32(a) }
+        _mm512_cvtps_epi32(a)
     }
     #[inline(always)]
     unsafe fn bits(a: __m512) -> __m512i {
-        unsafe { _mm512_castps_si512(a) }
+        _mm512_castps_si512(a)
     }
     #[inline(always)]
     unsafe fn from_bits(a: __m512i) -> __m512 {
-        unsafe { _mm512_castsi512_ps(a) }
+        _mm512_castsi512_ps(a)
     }
     #[inline(always)]
     unsafe fn code(bits: u32, w: __m512i, shift: u32) -> __m512 {
-        unsafe {
-            if bits == 8 {
-                let up = _mm512_sllv_epi32(w, _mm512_set1_epi32(24 - shift as i32));
-                return _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(up));
-            }
-            let index = if shift == 0 { w } else { Self::shr(w, shift) };
-            _mm512_permutexvar_ps(index, _mm512_loadu_ps(TABLES[bits as usize - 2].as_ptr()))
+        if bits == 8 {
+            let up = _mm512_sllv_epi32(w, _mm512_set1_epi32(24 - shift as i32));
+            return _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(up));
         }
+        let index = if shift == 0 { w } else { Self::shr(w, shift) };
+        _mm512_permutexvar_ps(index, _mm512_loadu_ps(TABLES[bits as usize - 2].as_ptr()))
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
 }

@@ -47,13 +47,11 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> F {
-        // SAFETY: valid for 16 elements by the trait's contract.
-        unsafe { p.cast::<F>().read_unaligned() }
+        p.cast::<F>().read_unaligned()
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: F) {
-        // SAFETY: as above.
-        unsafe { p.cast::<F>().write_unaligned(v) }
+        p.cast::<F>().write_unaligned(v);
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> F {
@@ -137,8 +135,7 @@ impl Simd for Scalar {
 
     #[inline(always)]
     unsafe fn load_i32(p: *const u32) -> I {
-        // SAFETY: as above.
-        unsafe { p.cast::<I>().read_unaligned() }
+        p.cast::<I>().read_unaligned()
     }
     #[inline(always)]
     unsafe fn splat_i32(x: i32) -> I {

@@ -4,8 +4,6 @@
 //! keys, softmax of every row over what it sees, output = P V. Both products run on one register
 //! tile that multiplies broadcast elements with unpacked rows of 16 lanes.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // Kernel: the processor has S's instructions; `attention` checks all shapes.
-
 use super::{AttnParams, AttnSpan, BLOCK, visible};
 use crate::arch::{Kernel, LANES, Simd};
 use crate::math;
@@ -38,32 +36,30 @@ unsafe fn tile<S: Simd, const R: usize, const V: usize>(
     c: [*mut f32; R],
     accumulate: bool,
 ) {
-    unsafe {
-        let mut acc = [[S::splat(0.0); V]; R];
-        if accumulate {
-            for r in 0..R {
-                for v in 0..V {
-                    acc[r][v] = S::load(c[r].add(v * LANES));
-                }
-            }
-        }
-        for i in 0..k {
-            let row = b.add(i * ldb);
-            let mut lanes = [S::splat(0.0); V];
-            for v in 0..V {
-                lanes[v] = S::load(row.add(v * LANES));
-            }
-            for r in 0..R {
-                let x = S::splat(*a[r].add(i));
-                for v in 0..V {
-                    acc[r][v] = S::fma(x, lanes[v], acc[r][v]);
-                }
-            }
-        }
+    let mut acc = [[S::splat(0.0); V]; R];
+    if accumulate {
         for r in 0..R {
             for v in 0..V {
-                S::store(c[r].add(v * LANES), acc[r][v]);
+                acc[r][v] = S::load(c[r].add(v * LANES));
             }
+        }
+    }
+    for i in 0..k {
+        let row = b.add(i * ldb);
+        let mut lanes = [S::splat(0.0); V];
+        for v in 0..V {
+            lanes[v] = S::load(row.add(v * LANES));
+        }
+        for r in 0..R {
+            let x = S::splat(*a[r].add(i));
+            for v in 0..V {
+                acc[r][v] = S::fma(x, lanes[v], acc[r][v]);
+            }
+        }
+    }
+    for r in 0..R {
+        for v in 0..V {
+            S::store(c[r].add(v * LANES), acc[r][v]);
         }
     }
 }
@@ -82,34 +78,31 @@ unsafe fn product<S: Simd>(
     c: impl Fn(usize) -> *mut f32,
     accumulate: bool,
 ) {
-    unsafe {
-        macro_rules! rows_of {
-            ($r:literal, $v:literal, $row:ident, $vector:ident) => {
-                while rows - $row >= $r {
-                    let a: [*const f32; $r] = std::array::from_fn(|i| a($row + i));
-                    let c: [*mut f32; $r] =
-                        std::array::from_fn(|i| c($row + i).add($vector * LANES));
-                    tile::<S, $r, $v>(k, a, b.add($vector * LANES), ldb, c, accumulate);
-                    $row += $r;
-                }
-            };
-        }
-        let mut vector = 0;
-        while vectors - vector >= 4 {
-            let mut row = 0;
-            if S::WIDE {
-                rows_of!(6, 4, row, vector);
-                rows_of!(3, 4, row, vector);
+    macro_rules! rows_of {
+        ($r:literal, $v:literal, $row:ident, $vector:ident) => {
+            while rows - $row >= $r {
+                let a: [*const f32; $r] = std::array::from_fn(|i| a($row + i));
+                let c: [*mut f32; $r] = std::array::from_fn(|i| c($row + i).add($vector * LANES));
+                tile::<S, $r, $v>(k, a, b.add($vector * LANES), ldb, c, accumulate);
+                $row += $r;
             }
-            rows_of!(1, 4, row, vector);
-            vector += 4;
+        };
+    }
+    let mut vector = 0;
+    while vectors - vector >= 4 {
+        let mut row = 0;
+        if S::WIDE {
+            rows_of!(6, 4, row, vector);
+            rows_of!(3, 4, row, vector);
         }
-        while vector < vectors {
-            let mut row = 0;
-            rows_of!(6, 1, row, vector);
-            rows_of!(1, 1, row, vector);
-            vector += 1;
-        }
+        rows_of!(1, 4, row, vector);
+        vector += 4;
+    }
+    while vector < vectors {
+        let mut row = 0;
+        rows_of!(6, 1, row, vector);
+        rows_of!(1, 1, row, vector);
+        vector += 1;
     }
 }
 
@@ -138,55 +131,53 @@ impl Kernel for Task<'_> {
         }
         let (scores, outputs) = scratch.split_at_mut(rows * width);
         let (scores, outputs) = (scores.as_mut_ptr(), outputs.as_mut_ptr());
-        unsafe {
-            for block in begin..end {
-                let (keys, _) = kv.block(block, kv_head);
-                let at = (block - begin) * BLOCK;
-                product::<S>(
-                    rows,
-                    BLOCK / LANES,
-                    d,
-                    |r| q.as_slice().as_ptr().add(offset(r)),
-                    (keys.as_ptr(), BLOCK),
-                    |r| scores.add(r * width + at),
-                    false,
-                );
-            }
-            let mut inverse = [0.0f32; super::ROWS];
-            let mut many = Vec::new();
-            let inverse = if rows <= super::ROWS {
-                &mut inverse[..]
-            } else {
-                many.resize(rows, 0.0);
-                &mut many[..]
-            };
-            for (r, inverse) in inverse.iter_mut().enumerate().take(rows) {
-                let seen = visible(p, position(r), len);
-                let row = std::slice::from_raw_parts_mut(scores.add(r * width), width);
-                let range = seen.start - begin * BLOCK..seen.end - begin * BLOCK;
-                let slope = p.alibi.as_ref().map_or(0.0, |a| a[head(r)]);
-                let bias = (begin * BLOCK) as f32 - position(r) as f32;
-                *inverse = softmax::<S>(row, range, p, slope, bias);
-            }
-            for block in begin..end {
-                let (_, values) = kv.block(block, kv_head);
-                let at = (block - begin) * BLOCK;
-                product::<S>(
-                    rows,
-                    padded / LANES,
-                    BLOCK.min(len - block * BLOCK),
-                    |r| scores.add(r * width + at).cast_const(),
-                    (values.as_ptr(), padded),
-                    |r| outputs.add(r * padded),
-                    block > begin,
-                );
-            }
-            for (r, &inverse) in inverse.iter().enumerate().take(rows) {
-                // The columns of one head in one row belong to this task.
-                let to = out.range(offset(r), d);
-                let from = std::slice::from_raw_parts(outputs.add(r * padded), d);
-                to.iter_mut().zip(from).for_each(|(t, f)| *t = f * inverse);
-            }
+        for block in begin..end {
+            let (keys, _) = kv.block(block, kv_head);
+            let at = (block - begin) * BLOCK;
+            product::<S>(
+                rows,
+                BLOCK / LANES,
+                d,
+                |r| q.as_slice().as_ptr().add(offset(r)),
+                (keys.as_ptr(), BLOCK),
+                |r| scores.add(r * width + at),
+                false,
+            );
+        }
+        let mut inverse = [0.0f32; super::ROWS];
+        let mut many = Vec::new();
+        let inverse = if rows <= super::ROWS {
+            &mut inverse[..]
+        } else {
+            many.resize(rows, 0.0);
+            &mut many[..]
+        };
+        for (r, inverse) in inverse.iter_mut().enumerate().take(rows) {
+            let seen = visible(p, position(r), len);
+            let row = std::slice::from_raw_parts_mut(scores.add(r * width), width);
+            let range = seen.start - begin * BLOCK..seen.end - begin * BLOCK;
+            let slope = p.alibi.as_ref().map_or(0.0, |a| a[head(r)]);
+            let bias = (begin * BLOCK) as f32 - position(r) as f32;
+            *inverse = softmax::<S>(row, range, p, slope, bias);
+        }
+        for block in begin..end {
+            let (_, values) = kv.block(block, kv_head);
+            let at = (block - begin) * BLOCK;
+            product::<S>(
+                rows,
+                padded / LANES,
+                BLOCK.min(len - block * BLOCK),
+                |r| scores.add(r * width + at).cast_const(),
+                (values.as_ptr(), padded),
+                |r| outputs.add(r * padded),
+                block > begin,
+            );
+        }
+        for (r, &inverse) in inverse.iter().enumerate().take(rows) {
+            // The columns of one head in one row belong to this task.
+            let to = out.range(offset(r), d);
+            let from = std::slice::from_raw_parts(outputs.add(r * padded), d);
+            to.iter_mut().zip(from).for_each(|(t, f)| *t = f * inverse);
         }
     }
 }
@@ -207,38 +198,36 @@ unsafe fn softmax<S: Simd>(
     let part = row[range].as_mut_ptr();
     let whole = n - n % LANES;
     let plain = p.soft_cap.is_none() && slope == 0.0;
-    unsafe {
-        if !plain {
-            for i in 0..n {
-                let mut s = *part.add(i) * p.scale;
-                if let Some(cap) = p.soft_cap {
-                    s = cap * (s / cap).tanh();
-                }
-                *part.add(i) = s + slope * ((start + i) as f32 + bias);
+    if !plain {
+        for i in 0..n {
+            let mut s = *part.add(i) * p.scale;
+            if let Some(cap) = p.soft_cap {
+                s = cap * (s / cap).tanh();
             }
+            *part.add(i) = s + slope * ((start + i) as f32 + bias);
         }
-        let scale = if plain { p.scale } else { 1.0 };
-        let mut m = S::splat(f32::NEG_INFINITY);
-        for i in (0..whole).step_by(LANES) {
-            m = S::max(m, S::load(part.add(i)));
-        }
-        let max = (whole..n).fold(S::max_lane(m), |a, i| a.max(*part.add(i))) * scale;
-        let (vscale, vmax) = (S::splat(scale), S::splat(-max));
-        let mut sum = S::splat(0.0);
-        for i in (0..whole).step_by(LANES) {
-            let e = math::exp::<S>(S::fma(S::load(part.add(i)), vscale, vmax));
-            S::store(part.add(i), e);
-            sum = S::add(sum, e);
-        }
-        let mut total = S::sum(sum);
-        if whole < n {
-            let mut tail = [f32::NEG_INFINITY; LANES];
-            std::ptr::copy_nonoverlapping(part.add(whole), tail.as_mut_ptr(), n - whole);
-            let e = math::exp::<S>(S::fma(S::load(tail.as_ptr()), vscale, vmax));
-            S::store(tail.as_mut_ptr(), e);
-            std::ptr::copy_nonoverlapping(tail.as_ptr(), part.add(whole), n - whole);
-            total += tail[..n - whole].iter().sum::<f32>();
-        }
-        1.0 / total
     }
+    let scale = if plain { p.scale } else { 1.0 };
+    let mut m = S::splat(f32::NEG_INFINITY);
+    for i in (0..whole).step_by(LANES) {
+        m = S::max(m, S::load(part.add(i)));
+    }
+    let max = (whole..n).fold(S::max_lane(m), |a, i| a.max(*part.add(i))) * scale;
+    let (vscale, vmax) = (S::splat(scale), S::splat(-max));
+    let mut sum = S::splat(0.0);
+    for i in (0..whole).step_by(LANES) {
+        let e = math::exp::<S>(S::fma(S::load(part.add(i)), vscale, vmax));
+        S::store(part.add(i), e);
+        sum = S::add(sum, e);
+    }
+    let mut total = S::sum(sum);
+    if whole < n {
+        let mut tail = [f32::NEG_INFINITY; LANES];
+        std::ptr::copy_nonoverlapping(part.add(whole), tail.as_mut_ptr(), n - whole);
+        let e = math::exp::<S>(S::fma(S::load(tail.as_ptr()), vscale, vmax));
+        S::store(tail.as_mut_ptr(), e);
+        std::ptr::copy_nonoverlapping(tail.as_ptr(), part.add(whole), n - whole);
+        total += tail[..n - whole].iter().sum::<f32>();
+    }
+    1.0 / total
 }

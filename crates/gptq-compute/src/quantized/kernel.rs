@@ -4,8 +4,6 @@
 //! and the scale are applied once:  acc += s · (Σ x q - z Σ x).  The order of all additions is the
 //! same for every tile height, so a token's result does not depend on what it is batched with.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // Kernels: the processor has S's instructions; `run_tile` checks all bounds.
-
 use super::{PAD, QuantizedMatrix, unit_columns, unit_words};
 use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_on};
 use crate::tensor::Tensor;
@@ -46,7 +44,7 @@ impl QuantizedMatrix {
 
 impl Layout<'_> {
     /// Floats of one packed row: the padded inputs and their sum per group.
-    pub(crate) fn packed_len(&self) -> usize {
+    pub(crate) fn packed_len(self) -> usize {
         self.0.padded_in + self.0.groups()
     }
 }
@@ -115,12 +113,10 @@ unsafe fn multiply<S: Simd, const MT: usize, const P: usize>(
     code: [S::F; P],
     x: *const f32,
 ) {
-    unsafe {
-        for i in 0..MT {
-            let v = S::splat(*x.add(i));
-            for p in 0..P {
-                part[p][i] = S::fma(code[p], v, part[p][i]);
-            }
+    for i in 0..MT {
+        let v = S::splat(*x.add(i));
+        for p in 0..P {
+            part[p][i] = S::fma(code[p], v, part[p][i]);
         }
     }
 }
@@ -138,95 +134,92 @@ impl<const BITS: u32, const MT: usize, const P: usize> Kernel for Tile<'_, BITS,
         let Self { m, panel, x, sums, out } = self;
         let (groups, panel_words) = (m.groups(), m.words_per_panel());
         let words = unit_words(BITS);
-        unsafe {
-            let mut acc = [[S::splat(0.0); MT]; P];
-            let mut w: [*const u32; P] =
-                std::array::from_fn(|p| m.codes.as_ptr().add((panel + p) * panel_words * LANES));
-            let mut x = x;
-            for g in 0..groups {
-                let mut part = [[S::splat(0.0); MT]; P];
-                for _ in 0..m.group_units[g] {
-                    macro_rules! step {
-                        ($j:expr, $code:expr) => {{
-                            let code: [S::F; P] = std::array::from_fn($code);
-                            multiply::<S, MT, P>(&mut part, code, x.add($j as usize * MT));
-                        }};
-                    }
-                    let a: [S::I; P] = std::array::from_fn(|p| S::load_i32(w[p]));
-                    if MT <= 4 {
-                        for p in 0..P {
-                            S::prefetch(w[p].wrapping_add(PREFETCH * LANES).cast());
-                        }
-                    }
-                    match BITS {
-                        2 => unroll!(J in [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15] {
-                            step!(J, |p: usize| S::code(2, a[p], 2 * J));
-                        }),
-                        4 => unroll!(J in [0 1 2 3 4 5 6 7] {
-                            step!(J, |p: usize| S::code(4, a[p], 4 * J));
-                        }),
-                        8 => unroll!(J in [0 1 2 3] {
-                            step!(J, |p: usize| S::code(8, a[p], 8 * J));
-                        }),
-                        _ => {
-                            let b: [S::I; P] =
-                                std::array::from_fn(|p| S::load_i32(w[p].add(LANES)));
-                            let c: [S::I; P] =
-                                std::array::from_fn(|p| S::load_i32(w[p].add(2 * LANES)));
-                            unroll!(J in [0 1 2 3 4 5 6 7 8 9] {
-                                step!(J, |p: usize| S::code(3, a[p], 3 * J));
-                            });
-                            step!(10, |p: usize| {
-                                S::code(3, S::or(S::shr(a[p], 30), S::shl(b[p], 2)), 0)
-                            });
-                            unroll!(J in [11 12 13 14 15 16 17 18 19 20] {
-                                step!(J, |p: usize| S::code(3, b[p], 3 * J - 32));
-                            });
-                            step!(21, |p: usize| {
-                                S::code(3, S::or(S::shr(b[p], 31), S::shl(c[p], 1)), 0)
-                            });
-                            unroll!(J in [22 23 24 25 26 27 28 29 30 31] {
-                                step!(J, |p: usize| S::code(3, c[p], 3 * J - 64));
-                            });
-                        }
-                    }
-                    x = x.add(unit_columns(BITS) * MT);
+        let mut acc = [[S::splat(0.0); MT]; P];
+        let mut w: [*const u32; P] =
+            std::array::from_fn(|p| m.codes.as_ptr().add((panel + p) * panel_words * LANES));
+        let mut x = x;
+        for g in 0..groups {
+            let mut part = [[S::splat(0.0); MT]; P];
+            for _ in 0..m.group_units[g] {
+                macro_rules! step {
+                    ($j:expr, $code:expr) => {{
+                        let code: [S::F; P] = std::array::from_fn($code);
+                        multiply::<S, MT, P>(&mut part, code, x.add($j as usize * MT));
+                    }};
+                }
+                let a: [S::I; P] = std::array::from_fn(|p| S::load_i32(w[p]));
+                if MT <= 4 {
                     for p in 0..P {
-                        w[p] = w[p].add(words * LANES);
+                        S::prefetch(w[p].wrapping_add(PREFETCH * LANES).cast());
                     }
                 }
+                match BITS {
+                    2 => unroll!(J in [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15] {
+                        step!(J, |p: usize| S::code(2, a[p], 2 * J));
+                    }),
+                    4 => unroll!(J in [0 1 2 3 4 5 6 7] {
+                        step!(J, |p: usize| S::code(4, a[p], 4 * J));
+                    }),
+                    8 => unroll!(J in [0 1 2 3] {
+                        step!(J, |p: usize| S::code(8, a[p], 8 * J));
+                    }),
+                    _ => {
+                        let b: [S::I; P] = std::array::from_fn(|p| S::load_i32(w[p].add(LANES)));
+                        let c: [S::I; P] =
+                            std::array::from_fn(|p| S::load_i32(w[p].add(2 * LANES)));
+                        unroll!(J in [0 1 2 3 4 5 6 7 8 9] {
+                            step!(J, |p: usize| S::code(3, a[p], 3 * J));
+                        });
+                        step!(10, |p: usize| {
+                            S::code(3, S::or(S::shr(a[p], 30), S::shl(b[p], 2)), 0)
+                        });
+                        unroll!(J in [11 12 13 14 15 16 17 18 19 20] {
+                            step!(J, |p: usize| S::code(3, b[p], 3 * J - 32));
+                        });
+                        step!(21, |p: usize| {
+                            S::code(3, S::or(S::shr(b[p], 31), S::shl(c[p], 1)), 0)
+                        });
+                        unroll!(J in [22 23 24 25 26 27 28 29 30 31] {
+                            step!(J, |p: usize| S::code(3, c[p], 3 * J - 64));
+                        });
+                    }
+                }
+                x = x.add(unit_columns(BITS) * MT);
                 for p in 0..P {
-                    let at = ((panel + p) * groups + g) * LANES;
-                    if let Some(zeros) = &m.zero_offsets {
-                        let z = S::load_i8(zeros.as_ptr().add(at));
-                        for i in 0..MT {
-                            part[p][i] = S::fnma(z, S::splat(*sums.add(g * MT + i)), part[p][i]);
-                        }
-                    }
-                    let s = S::load_f16(m.scales.as_ptr().add(at));
-                    for i in 0..MT {
-                        acc[p][i] = S::fma(s, part[p][i], acc[p][i]);
-                    }
+                    w[p] = w[p].add(words * LANES);
                 }
             }
             for p in 0..P {
-                let first = (panel + p) * LANES;
-                let n = LANES.min(m.out_features - first);
-                let mut lanes = [0.0; LANES];
-                if let Some(bias) = out.bias {
-                    lanes[..n].copy_from_slice(&bias[first..first + n]);
+                let at = ((panel + p) * groups + g) * LANES;
+                if let Some(zeros) = &m.zero_offsets {
+                    let z = S::load_i8(zeros.as_ptr().add(at));
+                    for i in 0..MT {
+                        part[p][i] = S::fnma(z, S::splat(*sums.add(g * MT + i)), part[p][i]);
+                    }
                 }
-                let bias = S::load(lanes.as_ptr());
+                let s = S::load_f16(m.scales.as_ptr().add(at));
                 for i in 0..MT {
-                    if i < out.rows {
-                        let y = S::add(acc[p][i], bias);
-                        let to = out.ptr.add(i * out.stride + first);
-                        if n == LANES {
-                            S::store(to, y);
-                        } else {
-                            S::store(lanes.as_mut_ptr(), y);
-                            std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, n);
-                        }
+                    acc[p][i] = S::fma(s, part[p][i], acc[p][i]);
+                }
+            }
+        }
+        for p in 0..P {
+            let first = (panel + p) * LANES;
+            let n = LANES.min(m.out_features - first);
+            let mut lanes = [0.0; LANES];
+            if let Some(bias) = out.bias {
+                lanes[..n].copy_from_slice(&bias[first..first + n]);
+            }
+            let bias = S::load(lanes.as_ptr());
+            for i in 0..MT {
+                if i < out.rows {
+                    let y = S::add(acc[p][i], bias);
+                    let to = out.ptr.add(i * out.stride + first);
+                    if n == LANES {
+                        S::store(to, y);
+                    } else {
+                        S::store(lanes.as_mut_ptr(), y);
+                        std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, n);
                     }
                 }
             }

@@ -90,7 +90,7 @@ impl QuantizedMatrix {
         if !in_features.is_multiple_of(multiple) {
             return Err(ComputeError::InFeatures { in_features, multiple, bits });
         }
-        let groups = if out_features == 0 { 0 } else { parts.scales.len() / out_features };
+        let groups = parts.scales.len().checked_div(out_features).unwrap_or(0);
         let words = in_features / multiple * unit_words(bits);
         for (what, expected, got) in [
             ("qweight", words * out_features, parts.qweight.len()),

@@ -1,7 +1,5 @@
 //! Scales and zero points of a group of weights.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // Kernel code: the processor has S's instructions.
-
 use half::f16;
 
 use crate::arch::{LANES, Simd};
@@ -41,61 +39,57 @@ impl Grid {
     /// shares. A group of zeros gets [-1, 1].
     #[inline(always)]
     pub(super) unsafe fn find<S: Simd>(&self, weights: &[[f32; LANES]]) -> (S::F, S::F) {
-        unsafe {
-            let zero = S::splat(0.0);
-            let (mut low, mut high) = (zero, zero);
-            for w in weights {
-                let w = S::load(w.as_ptr());
-                (low, high) = (S::min(low, w), S::max(high, w));
-            }
-            if self.sym {
-                high = S::max(S::abs(low), high);
-                low = S::select(S::lt(low, zero), S::sub(zero, high), low);
-            }
-            // Empty ranges: low == high == 0.
-            let empty = S::lt(S::sub(high, low), S::splat(f32::MIN_POSITIVE));
-            low = S::select(empty, S::splat(-1.0), low);
-            high = S::select(empty, S::splat(1.0), high);
-
-            let (mut scale, mut offset) = self.params::<S>(low, high);
-            if let Some(norm) = self.mse {
-                let mut best = S::splat(f32::INFINITY);
-                for step in 0..80u8 {
-                    let p = S::splat(1.0 - f32::from(step) / 100.0);
-                    let (s, z) = self.params::<S>(S::mul(low, p), S::mul(high, p));
-                    let mut error = zero;
-                    for w in weights {
-                        let w = S::load(w.as_ptr());
-                        let (_, value) = self.round::<S>(w, s, z);
-                        error = S::add(error, math::pow::<S>(S::abs(S::sub(value, w)), norm));
-                    }
-                    let better = S::lt(error, best);
-                    best = S::select(better, error, best);
-                    scale = S::select(better, s, scale);
-                    offset = S::select(better, z, offset);
-                }
-            }
-            (scale, offset)
+        let zero = S::splat(0.0);
+        let (mut low, mut high) = (zero, zero);
+        for w in weights {
+            let w = S::load(w.as_ptr());
+            (low, high) = (S::min(low, w), S::max(high, w));
         }
+        if self.sym {
+            high = S::max(S::abs(low), high);
+            low = S::select(S::lt(low, zero), S::sub(zero, high), low);
+        }
+        // Empty ranges: low == high == 0.
+        let empty = S::lt(S::sub(high, low), S::splat(f32::MIN_POSITIVE));
+        low = S::select(empty, S::splat(-1.0), low);
+        high = S::select(empty, S::splat(1.0), high);
+
+        let (mut scale, mut offset) = self.params::<S>(low, high);
+        if let Some(norm) = self.mse {
+            let mut best = S::splat(f32::INFINITY);
+            for step in 0..80u8 {
+                let p = S::splat(1.0 - f32::from(step) / 100.0);
+                let (s, z) = self.params::<S>(S::mul(low, p), S::mul(high, p));
+                let mut error = zero;
+                for w in weights {
+                    let w = S::load(w.as_ptr());
+                    let (_, value) = self.round::<S>(w, s, z);
+                    error = S::add(error, math::pow::<S>(S::abs(S::sub(value, w)), norm));
+                }
+                let better = S::lt(error, best);
+                best = S::select(better, error, best);
+                scale = S::select(better, s, scale);
+                offset = S::select(better, z, offset);
+            }
+        }
+        (scale, offset)
     }
 
     /// Scale and zero point of a range.
     #[inline(always)]
     unsafe fn params<S: Simd>(&self, low: S::F, high: S::F) -> (S::F, S::F) {
-        unsafe {
-            let top = self.max_code() as f32;
-            let scale = self.storable::<S>(S::div(S::sub(high, low), S::splat(top)));
-            if self.sym {
-                return (scale, S::splat((1 << (self.bits - 1)) as f32));
-            }
-            let zero = S::round(S::div(S::sub(S::splat(0.0), low), scale));
-            let zero = S::min(S::max(zero, S::splat(0.0)), S::splat(top));
-            let min = S::splat(f32::from(self.min_zero));
-            // With the zero point moved up, the codes above it must still reach `high`.
-            let raised = self.storable::<S>(S::div(high, S::splat(top - f32::from(self.min_zero))));
-            let low_zero = S::lt(zero, min);
-            (S::select(low_zero, raised, scale), S::max(zero, min))
+        let top = self.max_code() as f32;
+        let scale = self.storable::<S>(S::div(S::sub(high, low), S::splat(top)));
+        if self.sym {
+            return (scale, S::splat((1 << (self.bits - 1)) as f32));
         }
+        let zero = S::round(S::div(S::sub(S::splat(0.0), low), scale));
+        let zero = S::min(S::max(zero, S::splat(0.0)), S::splat(top));
+        let min = S::splat(f32::from(self.min_zero));
+        // With the zero point moved up, the codes above it must still reach `high`.
+        let raised = self.storable::<S>(S::div(high, S::splat(top - f32::from(self.min_zero))));
+        let low_zero = S::lt(zero, min);
+        (S::select(low_zero, raised, scale), S::max(zero, min))
     }
 
     /// The scale as it will be stored.
@@ -105,22 +99,18 @@ impl Grid {
             return scale;
         }
         let mut lanes = [0.0f32; LANES];
-        unsafe {
-            S::store(lanes.as_mut_ptr(), scale);
-            for s in &mut lanes {
-                *s = f16::from_f32(s.min(f16::MAX.to_f32())).to_f32().max(MIN_SCALE);
-            }
-            S::load(lanes.as_ptr())
+        S::store(lanes.as_mut_ptr(), scale);
+        for s in &mut lanes {
+            *s = f16::from_f32(s.min(f16::MAX.to_f32())).to_f32().max(MIN_SCALE);
         }
+        S::load(lanes.as_ptr())
     }
 
     /// Code and value of weights `w`.
     #[inline(always)]
     pub(super) unsafe fn round<S: Simd>(&self, w: S::F, scale: S::F, zero: S::F) -> (S::F, S::F) {
-        unsafe {
-            let q = S::add(S::round(S::div(w, scale)), zero);
-            let q = S::min(S::max(q, S::splat(0.0)), S::splat(self.max_code() as f32));
-            (q, S::mul(scale, S::sub(q, zero)))
-        }
+        let q = S::add(S::round(S::div(w, scale)), zero);
+        let q = S::min(S::max(q, S::splat(0.0)), S::splat(self.max_code() as f32));
+        (q, S::mul(scale, S::sub(q, zero)))
     }
 }

@@ -1,7 +1,5 @@
 //! The sweep over panels of 16 rows.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // Kernel: the processor has S's instructions; `Sweep::run` checks all shapes.
-
 use super::{BLOCK, Sweep};
 use crate::arch::{Kernel, LANES, Simd};
 
@@ -75,25 +73,23 @@ impl Kernel for SweepPanels<'_> {
         let columns = sweep.order.len();
         // Columns of U inside the current block, made contiguous: [column][row].
         let mut inner = vec![0.0f32; BLOCK * BLOCK];
-        unsafe {
-            for panel in panels.iter_mut() {
-                prepare::<S>(sweep, panel, ranges);
-            }
-            for start in (0..columns).step_by(BLOCK) {
-                let end = (start + BLOCK).min(columns);
-                if let Some(u) = sweep.factor {
-                    for c in start..end {
-                        for b in start..=c {
-                            inner[(c - start) * BLOCK + b - start] = u[b * columns + c];
-                        }
+        for panel in panels.iter_mut() {
+            prepare::<S>(sweep, panel, ranges);
+        }
+        for start in (0..columns).step_by(BLOCK) {
+            let end = (start + BLOCK).min(columns);
+            if let Some(u) = sweep.factor {
+                for c in start..end {
+                    for b in start..=c {
+                        inner[(c - start) * BLOCK + b - start] = u[b * columns + c];
                     }
                 }
-                for panel in panels.iter_mut() {
-                    block::<S>(sweep, panel, start..end, &inner);
-                }
-                if let Some(u) = sweep.factor {
-                    trailing::<S>(panels, u, start..end, columns);
-                }
+            }
+            for panel in panels.iter_mut() {
+                block::<S>(sweep, panel, start..end, &inner);
+            }
+            if let Some(u) = sweep.factor {
+                trailing::<S>(panels, u, start..end, columns);
             }
         }
     }
@@ -116,11 +112,9 @@ unsafe fn prepare<S: Simd>(sweep: &Sweep<'_>, panel: &mut Panel, ranges: &[f32])
             members[g].push(*w);
         }
         for (g, members) in members.iter().enumerate() {
-            unsafe {
-                let (scale, zero) = sweep.grid.find::<S>(members);
-                S::store(panel.scales[g].as_mut_ptr(), scale);
-                S::store(panel.zeros[g].as_mut_ptr(), zero);
-            }
+            let (scale, zero) = sweep.grid.find::<S>(members);
+            S::store(panel.scales[g].as_mut_ptr(), scale);
+            S::store(panel.zeros[g].as_mut_ptr(), zero);
         }
     }
     panel.weights = sweep.order.iter().map(|&k| panel.weights[k as usize]).collect();
@@ -135,37 +129,34 @@ unsafe fn block<S: Simd>(
     inner: &[f32],
 ) {
     let (start, columns) = (range.start, sweep.order.len());
-    unsafe {
-        for c in range {
-            let g = sweep.groups[c] as usize;
-            if !sweep.static_groups && (c == 0 || sweep.groups[c - 1] as usize != g) {
-                // As in the reference, the range of a group that starts inside a block does not
-                // see the corrections of that block.
-                let end = (c..columns).find(|&i| sweep.groups[i] as usize != g).unwrap_or(columns);
-                let (scale, zero) = sweep.grid.find::<S>(&panel.weights[c..end]);
-                S::store(panel.scales[g].as_mut_ptr(), scale);
-                S::store(panel.zeros[g].as_mut_ptr(), zero);
+    for c in range {
+        let g = sweep.groups[c] as usize;
+        if !sweep.static_groups && (c == 0 || sweep.groups[c - 1] as usize != g) {
+            // As in the reference, the range of a group that starts inside a block does not
+            // see the corrections of that block.
+            let end = (c..columns).find(|&i| sweep.groups[i] as usize != g).unwrap_or(columns);
+            let (scale, zero) = sweep.grid.find::<S>(&panel.weights[c..end]);
+            S::store(panel.scales[g].as_mut_ptr(), scale);
+            S::store(panel.zeros[g].as_mut_ptr(), zero);
+        }
+        let mut w = S::load(panel.weights[c].as_ptr());
+        let u = &inner[(c - start) * BLOCK..][..=c - start];
+        if sweep.factor.is_some() {
+            for (u, e) in u[..c - start].iter().zip(&panel.errors) {
+                w = S::fnma(S::splat(*u), S::load(e.as_ptr()), w);
             }
-            let mut w = S::load(panel.weights[c].as_ptr());
-            let u = &inner[(c - start) * BLOCK..][..=c - start];
-            if sweep.factor.is_some() {
-                for (u, e) in u[..c - start].iter().zip(&panel.errors) {
-                    w = S::fnma(S::splat(*u), S::load(e.as_ptr()), w);
-                }
-            }
-            let (scale, zero) =
-                (S::load(panel.scales[g].as_ptr()), S::load(panel.zeros[g].as_ptr()));
-            let (code, value) = sweep.grid.round::<S>(w, scale, zero);
-            let mut lanes = [0.0; LANES];
-            S::store(lanes.as_mut_ptr(), code);
-            panel.codes[sweep.order[c] as usize] = lanes.map(|q| q as u8);
-            if sweep.factor.is_some() {
-                let error = S::div(S::sub(w, value), S::splat(u[c - start]));
-                S::store(panel.errors[c - start].as_mut_ptr(), error);
-                S::store(lanes.as_mut_ptr(), error);
-                for (loss, e) in panel.losses.iter_mut().zip(lanes) {
-                    *loss += 0.5 * f64::from(e) * f64::from(e);
-                }
+        }
+        let (scale, zero) = (S::load(panel.scales[g].as_ptr()), S::load(panel.zeros[g].as_ptr()));
+        let (code, value) = sweep.grid.round::<S>(w, scale, zero);
+        let mut lanes = [0.0; LANES];
+        S::store(lanes.as_mut_ptr(), code);
+        panel.codes[sweep.order[c] as usize] = lanes.map(|q| q as u8);
+        if sweep.factor.is_some() {
+            let error = S::div(S::sub(w, value), S::splat(u[c - start]));
+            S::store(panel.errors[c - start].as_mut_ptr(), error);
+            S::store(lanes.as_mut_ptr(), error);
+            for (loss, e) in panel.losses.iter_mut().zip(lanes) {
+                *loss += 0.5 * f64::from(e) * f64::from(e);
             }
         }
     }
@@ -179,35 +170,33 @@ unsafe fn trailing<S: Simd>(
     range: std::ops::Range<usize>,
     columns: usize,
 ) {
-    unsafe {
-        let mut c = range.end;
-        macro_rules! tile {
-            ($t:literal) => {
-                while columns - c >= $t {
-                    for panel in panels.iter_mut() {
-                        let mut acc = [S::splat(0.0); $t];
+    let mut c = range.end;
+    macro_rules! tile {
+        ($t:literal) => {
+            while columns - c >= $t {
+                for panel in panels.iter_mut() {
+                    let mut acc = [S::splat(0.0); $t];
+                    for j in 0..$t {
+                        acc[j] = S::load(panel.weights[c + j].as_ptr());
+                    }
+                    for (b, error) in range.clone().zip(&panel.errors) {
+                        let e = S::load(error.as_ptr());
+                        let row = u.as_ptr().add(b * columns + c);
                         for j in 0..$t {
-                            acc[j] = S::load(panel.weights[c + j].as_ptr());
-                        }
-                        for (b, error) in range.clone().zip(&panel.errors) {
-                            let e = S::load(error.as_ptr());
-                            let row = u.as_ptr().add(b * columns + c);
-                            for j in 0..$t {
-                                acc[j] = S::fnma(S::splat(*row.add(j)), e, acc[j]);
-                            }
-                        }
-                        for j in 0..$t {
-                            S::store(panel.weights[c + j].as_mut_ptr(), acc[j]);
+                            acc[j] = S::fnma(S::splat(*row.add(j)), e, acc[j]);
                         }
                     }
-                    c += $t;
+                    for j in 0..$t {
+                        S::store(panel.weights[c + j].as_mut_ptr(), acc[j]);
+                    }
                 }
-            };
-        }
-        if S::WIDE {
-            tile!(16);
-        }
-        tile!(4);
-        tile!(1);
+                c += $t;
+            }
+        };
     }
+    if S::WIDE {
+        tile!(16);
+    }
+    tile!(4);
+    tile!(1);
 }
