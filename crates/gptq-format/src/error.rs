@@ -202,6 +202,12 @@ pub enum FormatError {
         /// The final directory.
         path: PathBuf,
     },
+    /// The output file exists.
+    #[error("`{}` exists; choose another file or allow overwriting", path.display())]
+    FileExists {
+        /// The file.
+        path: PathBuf,
+    },
     /// Another run is writing to the same output.
     #[error("another run is writing to `{}` (lock file `{}`); wait for it or choose another output", path.display(), lock.display())]
     Locked {

@@ -245,7 +245,7 @@ fn has_content(directory: &Path) -> Result<bool> {
     }
 }
 
-fn parent(path: &Path) -> &Path {
+pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
@@ -253,7 +253,7 @@ fn parent(path: &Path) -> &Path {
 }
 
 /// `.NAME<suffix>` beside `path`.
-fn sibling(path: &Path, suffix: &str) -> Result<PathBuf> {
+pub(crate) fn sibling(path: &Path, suffix: &str) -> Result<PathBuf> {
     let Some(name) = path.file_name() else {
         let source = std::io::Error::other("the path has no last component to name the output");
         return Err(FormatError::io("write to", path)(source));

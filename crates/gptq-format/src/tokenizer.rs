@@ -11,8 +11,8 @@ use serde_json::{Map, Value};
 use crate::chat::{ChatError, ChatTemplate, Message};
 use crate::error::FormatError;
 use crate::fs::write_atomic;
-use crate::gguf::{GgufError, GgufFile};
-use crate::tokenizer_gguf;
+use crate::gguf::{GgufError, GgufFile, GgufValue};
+use crate::tokenizer_gguf::{self, ExportError};
 
 pub use stream::DecodeStream;
 
@@ -56,6 +56,14 @@ pub enum TokenizerError {
         value: String,
         /// The values that are supported, separated by commas.
         supported: String,
+    },
+    /// The tokenizer does what GGUF has no words for.
+    #[error("the tokenizer of `{}` cannot be written as GGUF: {reason}", path.display())]
+    NotGguf {
+        /// Where the tokenizer came from.
+        path: PathBuf,
+        /// What it does.
+        reason: String,
     },
     /// Text could not be encoded or ids not decoded.
     #[error("the tokenizer of `{}` failed: {reason}", path.display())]
@@ -229,6 +237,36 @@ impl Tokenizer {
                 Ok(())
             }
         }
+    }
+
+    /// Copies the tokenizer's files from one checkpoint directory to another as they are; those that do not exist are left
+    /// out.
+    ///
+    /// # Errors
+    /// [`TokenizerError::File`] if a file cannot be read or written.
+    pub fn copy_files(from: &Path, to: &Path) -> Result<(), TokenizerError> {
+        directory::copy(from, to)
+    }
+
+    /// The `tokenizer.*` metadata of a GGUF file for a model with `rows` token embeddings; ids without a token are filled
+    /// up. `ends` are ids beside the end-of-sequence token that end a turn.
+    ///
+    /// # Errors
+    /// [`TokenizerError::NotGguf`] if llama.cpp could not be told how the tokenizer works, so that it would give other
+    /// tokens.
+    pub fn gguf_metadata(
+        &self,
+        rows: usize,
+        ends: &[u32],
+    ) -> Result<Vec<(String, GgufValue)>, TokenizerError> {
+        let json = self.inner.to_string(false).map_err(|e| self.failed(&*e))?;
+        let json: Value = serde_json::from_str(&json).map_err(|e| self.failed(&e))?;
+        tokenizer_gguf::metadata(self, &json, rows, ends).map_err(|error| match error {
+            ExportError::Tokenizer(error) => error,
+            ExportError::Reason(reason) => {
+                TokenizerError::NotGguf { path: self.path.clone(), reason }
+            }
+        })
     }
 
     fn special_id(&self, role: &str) -> Option<u32> {

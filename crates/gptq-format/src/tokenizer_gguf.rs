@@ -1,7 +1,11 @@
-//! The tokenizer that a GGUF file describes in its metadata, rebuilt as the `tokenizers` library would load it.
+//! The tokenizer that a GGUF file describes in its metadata, rebuilt as the `tokenizers` library would load it; and the
+//! metadata for a tokenizer.
 
 mod bytelevel;
+mod export;
 mod sentencepiece;
+
+pub(crate) use export::{ExportError, metadata};
 
 use std::collections::BTreeMap;
 

@@ -11,9 +11,10 @@ use gptq_format::Checkpoint;
 
 use crate::fused::FusedColumns;
 use crate::load::{LinearSource, Loader};
+use crate::moe::Router;
 use crate::rope::Rope;
-use crate::spec::{GateUp, Mlp, Positions, Qkv, Spec, SublayerNorms};
-use crate::stages::{LinearSpec, Stage};
+use crate::spec::{GateUp, Mlp, Moe, Positions, Qkv, Spec, SublayerNorms};
+use crate::stages::{LinearSpec, Part, Stage};
 use crate::state::{BlockState, Ctx, SeqSpan, check_spans};
 use crate::{ModelError, Result};
 
@@ -26,7 +27,10 @@ pub struct Block {
     qk_norms: Option<[Norm; 2]>,
     params: AttnParams,
     fused: Option<FusedColumns>,
-    linears: [Vec<Slot>; 4],
+    router: Option<Router>,
+    order: Vec<Stage>,
+    /// By [`Stage::place`].
+    linears: Vec<Vec<Slot>>,
 }
 
 struct Norms {
@@ -76,7 +80,7 @@ impl Block {
             };
             Ok([load(qk.q, q)?, load(qk.k, k)?])
         });
-        let slots = |stage: Stage| -> Result<Vec<Slot>> {
+        let slots = |&stage: &Stage| -> Result<Vec<Slot>> {
             let slot = |linear: LinearSpec| {
                 let weights =
                     (source != LinearSource::Unset).then(|| loader.linear(&linear, source));
@@ -84,9 +88,12 @@ impl Block {
             };
             spec.stage_linears(layer, stage).into_iter().map(slot).collect()
         };
+        let order = spec.stage_order(layer);
+        let mut attention_names = spec.residual.attention;
+        attention_names.before = attention_names.before.filter(|_| !spec.layers[layer].bare);
         Ok(Self {
             layer,
-            attention_norms: norms(&spec.residual.attention)?,
+            attention_norms: norms(&attention_names)?,
             mlp_norms: norms(&spec.residual.mlp)?,
             qk_norms: qk_norms.transpose()?,
             params: attention_params(spec, layer),
@@ -94,12 +101,9 @@ impl Block {
                 Qkv::Fused { order, .. } => Some(order.columns(&spec.attention)),
                 Qkv::Separate { .. } => None,
             },
-            linears: [
-                slots(Stage::Qkv)?,
-                slots(Stage::AttnOut)?,
-                slots(Stage::MlpUp)?,
-                slots(Stage::MlpDown)?,
-            ],
+            router: spec.moe(layer).map(|moe| Router::load(&loader, &block, moe)).transpose()?,
+            linears: order.iter().map(slots).collect::<Result<_>>()?,
+            order,
             spec: Arc::clone(spec),
         })
     }
@@ -109,18 +113,27 @@ impl Block {
         self.layer
     }
 
+    /// The stages in the order in which they run.
+    pub fn stages(&self) -> &[Stage] {
+        &self.order
+    }
+
     /// The linears of `stage`: what they are.
+    ///
+    /// # Panics
+    /// If the block has no such stage.
+    #[track_caller]
     pub fn linear_specs(&self, stage: Stage) -> impl ExactSizeIterator<Item = &LinearSpec> {
-        self.linears[stage as usize].iter().map(|slot| &slot.spec)
+        self.linears[self.place(stage)].iter().map(|slot| &slot.spec)
     }
 
     /// Linear number `index` of `stage`, if it is loaded.
     ///
     /// # Panics
-    /// If the stage has not so many linears.
+    /// If the block has no such stage or the stage not so many linears.
     #[track_caller]
     pub fn linear(&self, stage: Stage, index: usize) -> Option<&Linear> {
-        self.linears[stage as usize][index].linear.as_ref()
+        self.linears[self.place(stage)][index].linear.as_ref()
     }
 
     /// Replaces linear number `index` of `stage`.
@@ -129,16 +142,17 @@ impl Block {
     /// If its shape is not that of the spec.
     ///
     /// # Panics
-    /// If the stage has not so many linears.
+    /// If the block has no such stage or the stage not so many linears.
     #[track_caller]
     pub fn set_linear(&mut self, stage: Stage, index: usize, linear: Linear) -> Result<()> {
-        let slot = &mut self.linears[stage as usize][index];
+        let place = self.place(stage);
+        let slot = &mut self.linears[place][index];
         let expected = (slot.spec.out_features, slot.spec.in_features);
         let got = (linear.weight.out_features(), linear.weight.in_features());
         if expected != got {
             return Err(ModelError::LinearShape {
                 layer: self.layer,
-                linear: slot.spec.name.to_owned(),
+                linear: slot.spec.name.clone(),
                 expected,
                 got,
             });
@@ -150,16 +164,26 @@ impl Block {
     /// Takes linear number `index` of `stage` out of the block.
     ///
     /// # Panics
-    /// If the stage has not so many linears.
+    /// If the block has no such stage or the stage not so many linears.
     #[track_caller]
     pub fn take_linear(&mut self, stage: Stage, index: usize) -> Option<Linear> {
-        self.linears[stage as usize][index].linear.take()
+        let place = self.place(stage);
+        self.linears[place][index].linear.take()
     }
 
-    /// Bytes of weights that one pass reads.
+    /// Bytes of weights that one token reads; of the experts those of as many as it goes to.
     pub fn weight_bytes(&self) -> usize {
-        let linears = self.linears.iter().flatten().filter_map(|slot| slot.linear.as_ref());
-        linears.map(|linear| linear.weight.bytes()).sum()
+        let bytes = |slots: &Vec<Slot>| -> usize {
+            let linears = slots.iter().filter_map(|slot| slot.linear.as_ref());
+            linears.map(|linear| linear.weight.bytes()).sum()
+        };
+        let of = |expert: bool| {
+            let stages = self.order.iter().zip(&self.linears);
+            stages.filter(move |(stage, _)| stage.expert().is_some() == expert)
+        };
+        let experts: usize = of(true).map(|(_, slots)| bytes(slots)).sum();
+        let active = self.moe().map_or(0, |moe| experts * moe.top_k / moe.count);
+        of(false).map(|(_, slots)| bytes(slots)).sum::<usize>() + active
     }
 
     /// Computes the input of the first stage from the stream.
@@ -168,11 +192,15 @@ impl Block {
     }
 
     /// Takes `state.input` through the linears of `stage` and what follows them: afterwards `state.input` is the input of
-    /// the next stage or, after [`Stage::MlpDown`], `state.hidden` is the block's output. Stages run in the order of
-    /// [`Stage::ALL`]; only [`Stage::Qkv`] uses `seqs`, and appends to their caches.
+    /// the next stage or, after the last one, `state.hidden` is the block's output. Stages run in the order of
+    /// [`Block::stages`]; only [`Stage::Qkv`] uses `seqs`, and appends to their caches. The input of an expert's stages has
+    /// the rows of the tokens that are routed to it, which may be none.
     ///
     /// # Errors
     /// If a linear is not loaded or the spans do not cover the rows.
+    ///
+    /// # Panics
+    /// If the block has no such stage.
     pub fn run_stage(
         &self,
         ctx: &mut Ctx,
@@ -183,9 +211,36 @@ impl Block {
         match stage {
             Stage::Qkv => self.attend(ctx, state, seqs),
             Stage::AttnOut => self.leave_attention(ctx, state),
-            Stage::MlpUp => self.widen(ctx, state),
-            Stage::MlpDown => self.leave_mlp(ctx, state),
+            Stage::MlpUp(part) => {
+                self.widen(ctx, part, &state.input)?;
+                swap(&mut state.input, &mut ctx.gate);
+                Ok(())
+            }
+            Stage::MlpDown(part) => self.leave_mlp(ctx, state, part),
         }
+    }
+
+    /// What the input of an expert's `stage` would be if every token were routed to it, while that stage comes next: for
+    /// experts that see too few tokens. For other stages it is the input itself.
+    ///
+    /// # Errors
+    /// If a linear of the expert is not loaded.
+    pub fn unrouted_input(
+        &self,
+        ctx: &mut Ctx,
+        stage: Stage,
+        state: &BlockState,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        match stage {
+            Stage::MlpUp(Part::Expert(_)) => copy(&ctx.pool, &state.moe.input, out),
+            Stage::MlpDown(part @ Part::Expert(_)) => {
+                self.widen(ctx, part, &state.moe.input)?;
+                copy(&ctx.pool, &ctx.gate, out);
+            }
+            _ => copy(&ctx.pool, &state.input, out),
+        }
+        Ok(())
     }
 
     /// The whole block: [`Block::begin`] and all stages.
@@ -199,7 +254,7 @@ impl Block {
         seqs: &mut [SeqSpan<'_>],
     ) -> Result<()> {
         self.begin(ctx, state);
-        Stage::ALL.iter().try_for_each(|&stage| self.run_stage(ctx, stage, state, seqs))
+        self.order.iter().try_for_each(|&stage| self.run_stage(ctx, stage, state, seqs))
     }
 
     /// Input of a sublayer from the stream.
@@ -269,50 +324,66 @@ impl Block {
     }
 
     fn leave_attention(&self, ctx: &mut Ctx, state: &mut BlockState) -> Result<()> {
-        self.project(ctx, state, Stage::AttnOut, &self.attention_norms)?;
-        if !self.spec.residual.parallel {
+        self.project(ctx, &state.input, Stage::AttnOut)?;
+        self.normalize_output(ctx, &self.attention_norms);
+        if self.spec.residual.parallel {
+            swap(&mut ctx.out, &mut state.carry);
+            match &self.mlp_norms.before {
+                Some(before) => norm(&ctx.pool, &state.hidden, before, &mut state.input),
+                None => swap(&mut state.input, &mut state.shared),
+            }
+        } else {
             self.add(ctx, state, &self.attention_norms);
             self.enter(ctx, state, &self.mlp_norms);
-            return Ok(());
         }
-        swap(&mut ctx.out, &mut state.carry);
-        match &self.mlp_norms.before {
-            Some(before) => norm(&ctx.pool, &state.hidden, before, &mut state.input),
-            None => swap(&mut state.input, &mut state.shared),
+        if let (Some(router), Some(moe)) = (&self.router, self.moe()) {
+            let BlockState { input, moe: routed, .. } = state;
+            router.route(ctx, moe, input, routed);
+            routed.enter(Part::Expert(0), input);
         }
         Ok(())
     }
 
-    fn widen(&self, ctx: &mut Ctx, state: &mut BlockState) -> Result<()> {
+    /// What lies between the projections of one part of the MLP for the rows of `input`, into `ctx.gate`.
+    fn widen(&self, ctx: &mut Ctx, part: Part, input: &Tensor) -> Result<()> {
         let Ctx { pool, scratch, wide, gate, out, .. } = ctx;
-        let get = |index| self.get(Stage::MlpUp, index);
-        match self.spec.mlp {
+        let get = |index| self.get(Stage::MlpUp(part), index);
+        let mlp = self.form(part);
+        if input.rows() == 0 {
+            gate.resize(0, mlp.width());
+            return Ok(());
+        }
+        match *mlp {
             Mlp::Gated { gate_up: GateUp::Separate { .. }, activation, .. } => {
-                linear(
-                    pool,
-                    &state.input,
-                    &mut [(get(0)?, &mut *gate), (get(1)?, &mut *wide)],
-                    scratch,
-                );
+                let mut jobs = [(get(0)?, &mut *gate), (get(1)?, &mut *wide)];
+                linear(pool, input, &mut jobs, scratch);
                 activate_gated(pool, activation, gate, wide);
             }
             Mlp::Gated { gate_up: GateUp::Fused(_), width, activation, .. } => {
-                linear(pool, &state.input, &mut [(get(0)?, &mut *wide)], scratch);
+                linear(pool, input, &mut [(get(0)?, &mut *wide)], scratch);
                 gather_cols(pool, wide, &[(0, width)], gate);
                 gather_cols(pool, wide, &[(width, width)], out);
                 activate_gated(pool, activation, gate, out);
             }
             Mlp::Plain { activation, .. } => {
-                linear(pool, &state.input, &mut [(get(0)?, &mut *gate)], scratch);
+                linear(pool, input, &mut [(get(0)?, &mut *gate)], scratch);
                 activate(pool, activation, gate);
             }
         }
-        swap(&mut state.input, gate);
         Ok(())
     }
 
-    fn leave_mlp(&self, ctx: &mut Ctx, state: &mut BlockState) -> Result<()> {
-        self.project(ctx, state, Stage::MlpDown, &self.mlp_norms)?;
+    fn leave_mlp(&self, ctx: &mut Ctx, state: &mut BlockState, part: Part) -> Result<()> {
+        self.project(ctx, &state.input, Stage::MlpDown(part))?;
+        if let Some(moe) = self.moe() {
+            state.moe.leave(part, &ctx.out);
+            if let Some(next) = moe.after(part) {
+                state.moe.enter(next, &mut state.input);
+                return Ok(());
+            }
+            state.moe.finish(&mut ctx.out);
+        }
+        self.normalize_output(ctx, &self.mlp_norms);
         if self.spec.residual.parallel {
             add_scaled(&ctx.pool, &mut state.hidden, &state.carry, self.spec.residual.multiplier);
         }
@@ -320,21 +391,24 @@ impl Block {
         Ok(())
     }
 
-    /// The output of a sublayer, normalised where the spec says so, into `ctx.out`.
-    fn project(
-        &self,
-        ctx: &mut Ctx,
-        state: &BlockState,
-        stage: Stage,
-        norms: &Norms,
-    ) -> Result<()> {
-        let Ctx { pool, scratch, wide, out, .. } = ctx;
-        linear(pool, &state.input, &mut [(self.get(stage, 0)?, &mut *out)], scratch);
+    /// The only linear of `stage` on `input`, into `ctx.out`.
+    fn project(&self, ctx: &mut Ctx, input: &Tensor, stage: Stage) -> Result<()> {
+        let projection = self.get(stage, 0)?;
+        if input.rows() == 0 {
+            ctx.out.resize(0, projection.weight.out_features());
+        } else {
+            linear(&ctx.pool, input, &mut [(projection, &mut ctx.out)], &mut ctx.scratch);
+        }
+        Ok(())
+    }
+
+    /// Normalises the output of a sublayer, `ctx.out`, where the spec says so.
+    fn normalize_output(&self, ctx: &mut Ctx, norms: &Norms) {
+        let Ctx { pool, wide, out, .. } = ctx;
         if let Some(after) = &norms.after {
             norm(pool, out, after, wide);
             swap(out, wide);
         }
-        Ok(())
     }
 
     /// Adds `ctx.out` to the stream and normalises the stream where the spec says so.
@@ -347,11 +421,28 @@ impl Block {
         }
     }
 
+    fn moe(&self) -> Option<&Moe> {
+        self.spec.moe(self.layer)
+    }
+
+    /// The form of one part of the MLP.
+    fn form(&self, part: Part) -> &Mlp {
+        match (part, self.moe()) {
+            (Part::Expert(_), Some(moe)) => &moe.expert,
+            (Part::Shared, Some(Moe { shared: Some(shared), .. })) => &shared.mlp,
+            _ => &self.spec.mlp,
+        }
+    }
+
+    fn place(&self, stage: Stage) -> usize {
+        stage.place(self.moe())
+    }
+
     fn get(&self, stage: Stage, index: usize) -> Result<&Linear> {
-        let slot = &self.linears[stage as usize][index];
+        let slot = &self.linears[self.place(stage)][index];
         slot.linear.as_ref().ok_or_else(|| ModelError::LinearNotLoaded {
             layer: self.layer,
-            linear: slot.spec.name.to_owned(),
+            linear: slot.spec.name.clone(),
         })
     }
 }

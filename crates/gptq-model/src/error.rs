@@ -109,14 +109,30 @@ pub enum ModelError {
         /// Number of tokens in the vocabulary.
         vocab: usize,
     },
-    /// A sequence is longer than the table of learned positions.
+    /// A token type that the model does not have.
+    #[error("token type {kind} is not below {known}, the number of token types of this model")]
+    TokenType {
+        /// The type.
+        kind: u32,
+        /// Number of types.
+        known: usize,
+    },
+    /// A model without a direction was asked for the next token.
     #[error(
-        "position {position} is beyond the {limit} learned positions of this model; use shorter sequences"
+        "family {family} reads in both directions and predicts no next token; embed text with it instead"
+    )]
+    NotCausal {
+        /// The family.
+        family: String,
+    },
+    /// A sequence is longer than the table of learned positions, or than what is implemented of its family.
+    #[error(
+        "position {position} is beyond the {limit} positions of this model; use shorter sequences"
     )]
     Position {
         /// The first position that does not fit.
         position: usize,
-        /// Number of learned positions.
+        /// Number of positions.
         limit: usize,
     },
     /// A stage was run before its linears were loaded or set.

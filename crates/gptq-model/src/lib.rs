@@ -18,13 +18,18 @@
 
 pub mod block;
 pub mod cache;
+pub mod embedder;
+pub mod encode;
 pub mod error;
 pub mod families;
 mod fields;
 pub mod fused;
 pub mod generate;
+pub mod head;
 mod load;
 pub mod model;
+mod moe;
+pub mod pooling;
 mod random;
 pub mod rope;
 pub mod sampler;
@@ -34,14 +39,18 @@ pub mod state;
 
 pub use block::Block;
 pub use cache::Sequence;
+pub use embedder::Embedder;
+pub use encode::{EncodeInput, Encoded};
 pub use error::{ModelError, Result};
 pub use families::{FAMILIES, Family};
 pub use generate::{
     BatchOptions, FinishReason, GenerateOptions, Generated, generate, generate_batch,
 };
+pub use head::HeadLayer;
 pub use load::{LinearSource, load_linear};
-pub use model::{Embedder, HeadLayer, Model, Rows, Session};
+pub use model::{Model, Rows, Session};
+pub use pooling::{Pooling, SentencePooling};
 pub use sampler::{Sampler, Sampling};
 pub use spec::Spec;
-pub use stages::{LinearSpec, Stage, StageSpec};
+pub use stages::{LinearSpec, Part, Stage, StageSpec};
 pub use state::{BlockState, Ctx, SeqSpan};

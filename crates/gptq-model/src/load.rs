@@ -6,6 +6,7 @@ use std::sync::Arc;
 use gptq_compute::{DenseMatrix, DenseType, GptqParts, Linear, Matrix, Norm, QuantizedMatrix};
 use gptq_format::{Checkpoint, DType, FormatError, GptqLinear, TensorStore};
 
+use crate::head::bias_owner;
 use crate::spec::{NormSpec, Spec};
 use crate::stages::LinearSpec;
 use crate::{ModelError, Result};
@@ -34,6 +35,43 @@ pub fn load_linear(
     Loader { checkpoint, spec }.linear(linear, source)
 }
 
+impl Spec {
+    /// The architecture of a checkpoint: its config, with the prefix of the tensors' names taken from the tensors, since
+    /// checkpoints of the bare model leave it (or its first part) out.
+    ///
+    /// # Errors
+    /// As [`Spec::from_config`].
+    pub fn for_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
+        let mut spec = Self::from_config(&checkpoint.config)?;
+        let tensors = &checkpoint.tensors;
+        let has = |base: &str| tensors.contains(&format!("{base}{}.weight", spec.embedding.name));
+        let shorter = spec.base.split_once('.').map_or("", |(_, rest)| rest);
+        let base =
+            [spec.base.as_str(), shorter, ""].into_iter().find(|base| has(base)).map(str::to_owned);
+        spec.base = base.unwrap_or(spec.base);
+        // Encoders are saved with the head of their task, with another one, or without any.
+        let lacks = |module: &str| {
+            !["weight", "qweight"].iter().any(|end| tensors.contains(&format!("{module}.{end}")))
+        };
+        if let (Some(transform), Some(name)) = (spec.head.transform, spec.head.name) {
+            // Classifiers may have the first part of the head.
+            let bias = format!("{}.bias", bias_owner(checkpoint, name));
+            if lacks(transform.dense) || (spec.head.bias && !tensors.contains(&bias)) {
+                (spec.head.transform, spec.head.name) = (None, None);
+            }
+        }
+        spec.head.pooler = spec.head.pooler.filter(|name| !lacks(&format!("{}{name}", spec.base)));
+        let beyond = format!("{}.", spec.block_name(spec.layer_count()));
+        if let Some(name) = tensors.names().find(|name| name.starts_with(&beyond)) {
+            let (file, layers) = (checkpoint.path.display(), spec.layer_count());
+            tracing::warn!(
+                "{file} holds {name}, but its config has {layers} blocks; the rest is left out"
+            );
+        }
+        Ok(spec)
+    }
+}
+
 /// Loads named tensors of one checkpoint.
 pub(crate) struct Loader<'a> {
     pub(crate) checkpoint: &'a Checkpoint,
@@ -51,11 +89,16 @@ impl Loader<'_> {
 
     /// The norm `name` over `width` columns.
     pub(crate) fn norm(&self, name: &str, width: usize, spec: NormSpec) -> Result<Norm> {
-        let vector = |suffix: &str| self.vector(&format!("{name}.{suffix}"), width);
+        // Checkpoints converted from TensorFlow have the names of its layer norm.
+        let vector = |suffix: &str, old: &str| {
+            let (new, old) = (format!("{name}.{suffix}"), format!("{name}.{old}"));
+            let is_old = self.store().contains(&old) && !self.store().contains(&new);
+            self.vector(if is_old { &old } else { &new }, width)
+        };
         Ok(Norm {
             kind: spec.kind,
-            weight: spec.weight.then(|| vector("weight")).transpose()?,
-            bias: spec.bias.then(|| vector("bias")).transpose()?,
+            weight: spec.weight.then(|| vector("weight", "gamma")).transpose()?,
+            bias: spec.bias.then(|| vector("bias", "beta")).transpose()?,
             eps: spec.eps,
         })
     }

@@ -3,227 +3,40 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use gptq_compute::{
-    DenseMatrix, Linear, Matrix, Norm, Pool, Tensor, add_scaled, embed, linear, norm, scale,
-    soft_cap,
-};
+use gptq_compute::{LayerKv, Pool, Tensor};
 use gptq_format::Checkpoint;
 
 use crate::block::Block;
 use crate::cache::Sequence;
-use crate::load::{LinearSource, Loader};
-use crate::spec::{Positions, Spec};
-use crate::stages::LinearSpec;
+use crate::embedder::Embedder;
+use crate::head::HeadLayer;
+use crate::load::LinearSource;
+use crate::spec::Spec;
 use crate::state::{BlockState, Ctx, SeqSpan};
 use crate::{ModelError, Result};
 
-/// Token and position embedding and what else happens before the first block.
-pub struct Embedder {
-    spec: Arc<Spec>,
-    tokens: DenseMatrix,
-    positions: Option<DenseMatrix>,
-    norm: Option<Norm>,
-    project_in: Option<Linear>,
-}
-
-impl Embedder {
-    /// Loads the embedding; where its type allows it stays in the mapped file.
-    ///
-    /// # Errors
-    /// A tensor that is missing, unreadable or of another shape than the spec asks for.
-    pub fn load(checkpoint: &Checkpoint, spec: &Arc<Spec>) -> Result<Self> {
-        let loader = Loader { checkpoint, spec };
-        let Spec { base, embedding, hidden, .. } = &**spec;
-        let weight = |name: &str| format!("{base}{name}.weight");
-        let positions = match spec.positions {
-            Positions::Learned { name, offset } => {
-                let rows = spec.max_positions + offset;
-                Some(loader.matrix(&weight(name), rows, *hidden, LinearSource::Mapped)?)
-            }
-            Positions::Rotary(_) | Positions::Alibi { .. } => None,
-        };
-        let norm = embedding
-            .norm
-            .map(|name| loader.norm(&format!("{base}{name}"), embedding.width, spec.norm));
-        let project_in = embedding.project_in.map(|name| {
-            let matrix =
-                loader.matrix(&weight(name), *hidden, embedding.width, LinearSource::Mapped)?;
-            Ok::<_, ModelError>(Linear { weight: Matrix::Dense(matrix), bias: None })
-        });
-        Ok(Self {
-            tokens: loader.matrix(
-                &weight(embedding.name),
-                spec.vocab,
-                embedding.width,
-                LinearSource::Mapped,
-            )?,
-            positions,
-            norm: norm.transpose()?,
-            project_in: project_in.transpose()?,
-            spec: Arc::clone(spec),
-        })
-    }
-
-    /// The residual stream before the first block: `ids` and `positions` `[rows]` to `out` `[rows, hidden]`.
-    ///
-    /// # Errors
-    /// An id outside the vocabulary, or a position beyond a table of learned positions.
-    pub fn forward(
-        &self,
-        ctx: &mut Ctx,
-        ids: &[u32],
-        positions: &[u32],
-        out: &mut Tensor,
-    ) -> Result<()> {
-        let vocab = self.spec.vocab;
-        if let Some((index, &id)) = ids.iter().enumerate().find(|&(_, &id)| id as usize >= vocab) {
-            return Err(ModelError::Token { id, index, vocab });
-        }
-        if ids.len() != positions.len() {
-            return Err(ModelError::Batch(format!(
-                "{} ids with {} positions",
-                ids.len(),
-                positions.len()
-            )));
-        }
-        let pool = Arc::clone(&ctx.pool);
-        embed(&self.tokens, ids, out);
-        if self.spec.embedding.scale != 1.0 {
-            scale(&pool, out, self.spec.embedding.scale);
-        }
-        if let Some(embedding_norm) = &self.norm {
-            norm(&pool, out, embedding_norm, &mut ctx.spare);
-            std::mem::swap(out, &mut ctx.spare);
-        }
-        if let Some(project_in) = &self.project_in {
-            linear(&pool, out, &mut [(project_in, &mut ctx.spare)], &mut ctx.scratch);
-            std::mem::swap(out, &mut ctx.spare);
-        }
-        if let (Some(table), Positions::Learned { offset, .. }) =
-            (&self.positions, &self.spec.positions)
-        {
-            let end = positions.iter().max().map_or(0, |&last| last as usize + 1);
-            self.spec.check_positions(end)?;
-            ctx.rows.clear();
-            ctx.rows.extend(positions.iter().map(|position| position + *offset as u32));
-            embed(table, &ctx.rows, &mut ctx.spare);
-            add_scaled(&pool, out, &ctx.spare, 1.0);
-        }
-        Ok(())
-    }
-}
-
-/// What happens after the last block: the final norm and the projection to logits.
-pub struct HeadLayer {
-    spec: Arc<Spec>,
-    norm: Option<Norm>,
-    project_out: Option<Linear>,
-    projection: Linear,
-}
-
-impl HeadLayer {
-    /// Loads the head. With `tied` to the embedding it shares its memory; a quantized head in the checkpoint is used as it
-    /// is.
-    ///
-    /// # Errors
-    /// A tensor that is missing, unreadable or of another shape than the spec asks for.
-    pub fn load(checkpoint: &Checkpoint, spec: &Arc<Spec>, embedder: &Embedder) -> Result<Self> {
-        let loader = Loader { checkpoint, spec };
-        let Spec { base, embedding, hidden, vocab, head, .. } = &**spec;
-        let module = LinearSpec {
-            name: head.name,
-            module: head.name.to_owned(),
-            out_features: *vocab,
-            in_features: embedding.width,
-            bias: head.bias,
-            transposed: false,
-        };
-        let quantized = checkpoint.tensors.contains(&format!("{}.qweight", head.name));
-        let projection = if head.tied && !quantized {
-            let bias = loader.bias(head.name, *vocab, head.bias)?;
-            Linear { weight: Matrix::Dense(embedder.tokens.clone()), bias }
-        } else {
-            loader.linear(&module, LinearSource::Mapped)?
-        };
-        let project_out = head.project_out.map(|name| {
-            let name = format!("{base}{name}.weight");
-            let matrix = loader.matrix(&name, embedding.width, *hidden, LinearSource::Mapped)?;
-            Ok::<_, ModelError>(Linear { weight: Matrix::Dense(matrix), bias: None })
-        });
-        Ok(Self {
-            norm: head
-                .norm
-                .map(|name| loader.norm(&format!("{base}{name}"), *hidden, spec.norm))
-                .transpose()?,
-            project_out: project_out.transpose()?,
-            projection,
-            spec: Arc::clone(spec),
-        })
-    }
-
-    /// The final norm (and, where the family has it, the projection to the embedding's width): `[rows, hidden]` to
-    /// `[rows, in_features of the head]`.
-    pub fn normalize(&self, ctx: &mut Ctx, hidden: &Tensor, out: &mut Tensor) {
-        match &self.norm {
-            Some(final_norm) => norm(&ctx.pool, hidden, final_norm, out),
-            None => crate::block::copy(&ctx.pool, hidden, out),
-        }
-        if let Some(project_out) = &self.project_out {
-            linear(&ctx.pool, out, &mut [(project_out, &mut ctx.spare)], &mut ctx.scratch);
-            std::mem::swap(out, &mut ctx.spare);
-        }
-    }
-
-    /// Logits `[rows, vocab]` of normalised rows.
-    pub fn logits(&self, ctx: &mut Ctx, normalized: &Tensor, out: &mut Tensor) {
-        linear(&ctx.pool, normalized, &mut [(&self.projection, &mut *out)], &mut ctx.scratch);
-        if self.spec.head.scale != 1.0 {
-            scale(&ctx.pool, out, self.spec.head.scale);
-        }
-        if let Some(cap) = self.spec.head.soft_cap {
-            soft_cap(&ctx.pool, out, cap);
-        }
-    }
-
-    /// The projection to logits.
-    pub fn projection(&self) -> &Linear {
-        &self.projection
-    }
-
-    /// Replaces the projection to logits.
-    ///
-    /// # Errors
-    /// If its shape is another.
-    pub fn set_projection(&mut self, projection: Linear) -> Result<()> {
-        let shape = |l: &Linear| (l.weight.out_features(), l.weight.in_features());
-        let (expected, got) = (shape(&self.projection), shape(&projection));
-        if expected != got {
-            let (layer, linear) = (self.spec.layer_count(), self.spec.head.name.to_owned());
-            return Err(ModelError::LinearShape { layer, linear, expected, got });
-        }
-        self.projection = projection;
-        Ok(())
-    }
-}
-
 /// A model in memory: weights in their stored type, quantized linears as packed codes.
 pub struct Model {
-    spec: Arc<Spec>,
-    embedder: Embedder,
-    blocks: Vec<Block>,
-    head: HeadLayer,
+    pub(crate) spec: Arc<Spec>,
+    pub(crate) embedder: Embedder,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) head: HeadLayer,
 }
 
 /// Buffers of forward calls, reused from call to call: after the first calls of a shape nothing is allocated.
 pub struct Session {
     /// Threads, tables and kernel buffers.
     pub ctx: Ctx,
-    state: BlockState,
-    ids: Vec<u32>,
-    positions: Vec<u32>,
-    rows: Vec<Range<usize>>,
+    pub(crate) state: BlockState,
+    pub(crate) ids: Vec<u32>,
+    pub(crate) types: Vec<u32>,
+    pub(crate) positions: Vec<u32>,
+    pub(crate) rows: Vec<Range<usize>>,
+    /// Keys and values of one block, one per sequence, while a batch is encoded.
+    pub(crate) caches: Vec<LayerKv>,
     picked: Tensor,
-    normalized: Tensor,
+    pub(crate) normalized: Tensor,
+    pub(crate) pooled: Tensor,
     logits: Tensor,
 }
 
@@ -234,10 +47,13 @@ impl Session {
             ctx: Ctx::new(pool),
             state: BlockState::default(),
             ids: Vec::new(),
+            types: Vec::new(),
             positions: Vec::new(),
             rows: Vec::new(),
+            caches: Vec::new(),
             picked: Tensor::default(),
             normalized: Tensor::default(),
+            pooled: Tensor::default(),
             logits: Tensor::default(),
         }
     }
@@ -299,15 +115,16 @@ impl Model {
     /// Bytes of weights that decoding one token reads.
     pub fn weight_bytes(&self) -> usize {
         let blocks: usize = self.blocks.iter().map(Block::weight_bytes).sum();
-        blocks + self.head.projection.weight.bytes()
+        blocks + self.head.projection().map_or(0, |head| head.weight.bytes())
     }
 
     /// Runs new tokens of several sequences through all blocks: `ids[i]` continues `batch[i]`. The result is
     /// [`Session::hidden`]; [`Model::logits`] goes on from there.
     ///
     /// # Errors
-    /// An id outside the vocabulary, a position beyond a table of learned positions, an empty list of ids, or a sequence
-    /// made for a model with another number of blocks. A failed call leaves the sequences as they were.
+    /// An id outside the vocabulary, a position beyond a table of learned positions, an empty list of ids, a sequence made
+    /// for a model with another number of blocks, or a model that reads in both directions. A failed call leaves the
+    /// sequences as they were.
     pub fn forward(
         &self,
         session: &mut Session,
@@ -334,6 +151,9 @@ impl Model {
         flat.clear();
         positions.clear();
         rows.clear();
+        if !self.spec.attention.causal {
+            return Err(ModelError::NotCausal { family: self.spec.family.to_owned() });
+        }
         let fits = |sequence: &Sequence| sequence.layers.len() == self.blocks.len();
         if batch.len() != ids.len()
             || ids.iter().any(|new| new.is_empty())
@@ -367,7 +187,8 @@ impl Model {
         Ok(())
     }
 
-    /// Logits `[rows, vocab]` of the last forward call; of no row if that failed.
+    /// Logits `[rows, vocab]` of the last call of [`Model::forward`] or [`Model::encode`]; of no row if that failed, and
+    /// `[rows, 0]` for a model that gives hidden states only.
     pub fn logits<'s>(&self, session: &'s mut Session, which: Rows) -> &'s Tensor {
         let Session { ctx, state, rows, picked, normalized, logits, .. } = session;
         let all = !rows.is_empty() && (which == Rows::All || rows.len() == state.hidden.rows());

@@ -27,6 +27,11 @@ pub struct Rope {
 pub enum RopeScaling {
     /// Not at all.
     None,
+    /// Not at all up to this many positions; what the family does beyond is not implemented.
+    Limited {
+        /// Longest sequence, in tokens.
+        max_positions: usize,
+    },
     /// All divided by `factor` (position interpolation, Chen et al. 2023).
     Linear {
         /// Divisor.
@@ -85,7 +90,7 @@ impl Rope {
         let base = |theta: f64| (0..d / 2).map(move |i| power(theta, 2 * i, d));
         let inverse = |theta: f64| base(theta).map(|p| 1.0 / p).collect::<Vec<f32>>();
         match &self.scaling {
-            RopeScaling::None => (inverse(self.theta), 1.0),
+            RopeScaling::None | RopeScaling::Limited { .. } => (inverse(self.theta), 1.0),
             RopeScaling::Linear { factor } => {
                 (inverse(self.theta).into_iter().map(|f| f / *factor as f32).collect(), 1.0)
             }

@@ -1,10 +1,9 @@
 //! An architecture as data. Reading a [`Spec`] tells how a family differs from the others; [`crate::Block`] obeys it.
 
 use gptq_compute::{Activation, NormKind};
-use gptq_format::Checkpoint;
 
 use crate::fused::FusedOrder;
-use crate::rope::Rope;
+use crate::rope::{Rope, RopeScaling};
 use crate::{ModelError, Result};
 
 /// Everything that distinguishes one model from another, apart from its weights.
@@ -32,8 +31,10 @@ pub struct Spec {
     pub norm: NormSpec,
     /// The attention sublayer.
     pub attention: Attention,
-    /// The MLP sublayer.
+    /// The MLP sublayer of the blocks without experts.
     pub mlp: Mlp,
+    /// The MLP sublayer of the blocks with experts ([`Layer::moe`]).
+    pub moe: Option<Moe>,
     /// How sublayers, norms and the residual stream are wired.
     pub residual: Residual,
     /// What happens after the last block.
@@ -51,16 +52,18 @@ pub struct Embedding {
     pub width: usize,
     /// The embedding is multiplied by this.
     pub scale: f32,
-    /// Norm of the embedding.
-    pub norm: Option<&'static str>,
     /// Bias-free linear `[hidden, width]` after the embedding.
     pub project_in: Option<&'static str>,
+    /// Tensor `[types, hidden]` of token types (sentence A or B), added to the embedding, and its number of rows.
+    pub types: Option<(&'static str, usize)>,
+    /// Norm of the sum of all embeddings.
+    pub norm: Option<&'static str>,
 }
 
 impl Embedding {
     /// A plain lookup of full width.
     pub fn plain(name: &'static str, hidden: usize) -> Self {
-        Self { name, width: hidden, scale: 1.0, norm: None, project_in: None }
+        Self { name, width: hidden, scale: 1.0, project_in: None, types: None, norm: None }
     }
 }
 
@@ -75,6 +78,8 @@ pub enum Positions {
         name: &'static str,
         /// Rows at the start of the table that no position uses.
         offset: usize,
+        /// This token takes the row of its id and is not counted by the positions of the others (RoBERTa's padding).
+        padding: Option<u32>,
     },
     /// Scores grow with `slope * key position`, one slope per head.
     Alibi {
@@ -110,6 +115,13 @@ impl NormSpec {
     /// Layer norm with weight and bias.
     pub fn layer(eps: f32) -> Self {
         Self { kind: NormKind::Layer, eps, weight: true, bias: true }
+    }
+}
+
+impl Positions {
+    /// A table of one row per position from 0 on.
+    pub fn learned(name: &'static str) -> Self {
+        Self::Learned { name, offset: 0, padding: None }
     }
 }
 
@@ -219,6 +231,20 @@ pub enum Mlp {
     },
 }
 
+impl Mlp {
+    /// All projections have a bias.
+    pub fn bias(&self) -> bool {
+        let (Self::Gated { bias, .. } | Self::Plain { bias, .. }) = *self;
+        bias
+    }
+
+    /// Width between the projections.
+    pub fn width(&self) -> usize {
+        let (Self::Gated { width, .. } | Self::Plain { width, .. }) = *self;
+        width
+    }
+}
+
 /// The two projections of a gated MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GateUp {
@@ -231,6 +257,37 @@ pub enum GateUp {
     },
     /// One linear with the gate's outputs first.
     Fused(&'static str),
+}
+
+/// A mixture of experts (Shazeer et al. 2017; Mixtral): each token's MLP is the weighted sum of the `top_k` experts that
+/// the router finds most likely, by softmax over all. Names relative to the block.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Moe {
+    /// The router, a linear `[count, hidden]` without bias; it is never quantized.
+    pub router: &'static str,
+    /// Name of the list of experts.
+    pub experts: &'static str,
+    /// Number of experts.
+    pub count: usize,
+    /// Experts per token.
+    pub top_k: usize,
+    /// The weights of a token's experts are divided by their sum.
+    pub renormalize: bool,
+    /// One expert; names relative to it.
+    pub expert: Mlp,
+    /// An expert that every token goes to.
+    pub shared: Option<SharedExpert>,
+}
+
+/// An expert that every token of a mixture goes to; names relative to the block.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SharedExpert {
+    /// Name of the expert.
+    pub name: &'static str,
+    /// Its form; names relative to it.
+    pub mlp: Mlp,
+    /// A linear `[1, hidden]` without bias whose sigmoid is the expert's weight; it is never quantized.
+    pub gate: &'static str,
 }
 
 /// Norms around one sublayer; names relative to the block.
@@ -313,16 +370,36 @@ pub struct Head {
     pub norm: Option<&'static str>,
     /// Bias-free linear `[width, hidden]` before the head, relative to [`Spec::base`].
     pub project_out: Option<&'static str>,
-    /// The projection to logits (full name), used where it is not tied.
-    pub name: &'static str,
+    /// What masked language models have between the final norm and the projection to logits.
+    pub transform: Option<Transform>,
+    /// The projection to logits (full name), used where it is not tied; `None` for a model that gives hidden states only.
+    pub name: Option<&'static str>,
     /// The token embedding is the projection.
     pub tied: bool,
     /// The projection has a bias.
     pub bias: bool,
+    /// The rows of the projection are scaled to length 1 (Baichuan 2).
+    pub unit_rows: bool,
     /// Logits are multiplied by this.
     pub scale: f32,
     /// Logits become `cap * tanh(logit / cap)`.
     pub soft_cap: Option<f32>,
+    /// Linear `[hidden, hidden]` with bias, then tanh, on each sequence's first row: the pooled output, beside the logits.
+    /// Relative to [`Spec::base`].
+    pub pooler: Option<&'static str>,
+}
+
+/// `norm(activation(dense(x)))`; full names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Transform {
+    /// A linear `[hidden, hidden]`.
+    pub dense: &'static str,
+    /// It has a bias.
+    pub bias: bool,
+    /// The function between.
+    pub activation: Activation,
+    /// A norm like the others of the model.
+    pub norm: &'static str,
 }
 
 impl Head {
@@ -331,11 +408,30 @@ impl Head {
         Self {
             norm: Some(norm),
             project_out: None,
-            name,
+            transform: None,
+            name: Some(name),
             tied,
             bias: false,
+            unit_rows: false,
             scale: 1.0,
             soft_cap: None,
+            pooler: None,
+        }
+    }
+
+    /// The head of a masked language model (with a bias) and the pooler, both of which a checkpoint may leave out.
+    pub fn masked(
+        transform: Transform,
+        name: &'static str,
+        tied: bool,
+        pooler: Option<&'static str>,
+    ) -> Self {
+        Self {
+            norm: None,
+            transform: Some(transform),
+            bias: true,
+            pooler,
+            ..Self::plain("", name, tied)
         }
     }
 }
@@ -343,10 +439,14 @@ impl Head {
 /// What differs from block to block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Layer {
-    /// A query sees only the last `window` keys, itself included.
+    /// A query sees only the last `window` keys, itself included; without causality also the next `window - 1`.
     pub window: Option<usize>,
     /// Index into [`Positions::Rotary`]; `None`: no rotation in this block.
     pub rope: Option<usize>,
+    /// The MLP is [`Spec::moe`].
+    pub moe: bool,
+    /// The attention has no norm before it, whatever [`Residual`] says (ModernBERT's first block).
+    pub bare: bool,
 }
 
 impl Spec {
@@ -373,37 +473,18 @@ impl Spec {
         2 * self.attention.kv_width() * size_of::<f32>() * self.layer_count()
     }
 
-    /// Whether sequences of `length` tokens can be placed: learned positions limit them, the other schemes do not.
+    /// Whether sequences of `length` tokens can be placed: learned positions limit them, most other schemes do not.
     pub(crate) fn check_positions(&self, length: usize) -> Result<()> {
-        match self.positions {
-            Positions::Learned { .. } if length > self.max_positions => Err(ModelError::Position {
-                position: self.max_positions,
-                limit: self.max_positions,
-            }),
-            _ => Ok(()),
+        let limited = |rope: &Rope| matches!(rope.scaling, RopeScaling::Limited { .. });
+        let bounded = match &self.positions {
+            Positions::Learned { .. } => true,
+            Positions::Rotary(ropes) => ropes.iter().any(limited),
+            Positions::Alibi { .. } => false,
+        };
+        if bounded && length > self.max_positions {
+            let limit = self.max_positions;
+            return Err(ModelError::Position { position: limit, limit });
         }
-    }
-
-    /// The architecture of a checkpoint: its config, with the prefix of the tensors' names taken from the tensors, since
-    /// checkpoints of the bare model leave it (or its first part) out.
-    ///
-    /// # Errors
-    /// As [`Spec::from_config`].
-    pub fn for_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
-        let mut spec = Self::from_config(&checkpoint.config)?;
-        let tensors = &checkpoint.tensors;
-        let has = |base: &str| tensors.contains(&format!("{base}{}.weight", spec.embedding.name));
-        let shorter = spec.base.split_once('.').map_or("", |(_, rest)| rest);
-        let base =
-            [spec.base.as_str(), shorter, ""].into_iter().find(|base| has(base)).map(str::to_owned);
-        spec.base = base.unwrap_or(spec.base);
-        let beyond = format!("{}.", spec.block_name(spec.layer_count()));
-        if let Some(name) = tensors.names().find(|name| name.starts_with(&beyond)) {
-            let (file, layers) = (checkpoint.path.display(), spec.layer_count());
-            tracing::warn!(
-                "{file} holds {name}, but its config has {layers} blocks; the rest is left out"
-            );
-        }
-        Ok(spec)
+        Ok(())
     }
 }

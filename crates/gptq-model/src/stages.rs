@@ -1,6 +1,6 @@
 //! Stages: the linears of a block that share one input, in the order in which they run.
 
-use crate::spec::{GateUp, Mlp, Qkv, Spec};
+use crate::spec::{GateUp, Mlp, Moe, Qkv, Spec};
 
 /// A group of linears that share one input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -9,15 +9,46 @@ pub enum Stage {
     Qkv,
     /// Projection of the attention's output.
     AttnOut,
-    /// Projections to the wide side of the MLP.
-    MlpUp,
+    /// Projections to the wide side of (a part of) the MLP.
+    MlpUp(Part),
     /// Projection back from the wide side.
-    MlpDown,
+    MlpDown(Part),
+}
+
+/// A part of a block's MLP. The parts of a mixture of experts run one after the other on their own rows of one input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Part {
+    /// The whole MLP of a block without experts.
+    Dense,
+    /// One expert; its rows are the tokens that are routed to it, which may be none.
+    Expert(u32),
+    /// The expert that every token goes to.
+    Shared,
 }
 
 impl Stage {
-    /// All stages in the order in which they run, which is true-sequential order.
-    pub const ALL: [Stage; 4] = [Stage::Qkv, Stage::AttnOut, Stage::MlpUp, Stage::MlpDown];
+    /// The expert whose linears these are.
+    pub fn expert(self) -> Option<u32> {
+        match self {
+            Self::MlpUp(Part::Expert(expert)) | Self::MlpDown(Part::Expert(expert)) => Some(expert),
+            _ => None,
+        }
+    }
+
+    /// Place in [`Spec::stage_order`] of a block that has the stage.
+    pub(crate) fn place(self, moe: Option<&Moe>) -> usize {
+        let part = |part| match part {
+            Part::Dense => 0,
+            Part::Expert(expert) => expert as usize,
+            Part::Shared => moe.map_or(0, |moe| moe.count),
+        };
+        match self {
+            Self::Qkv => 0,
+            Self::AttnOut => 1,
+            Self::MlpUp(of) => 2 + 2 * part(of),
+            Self::MlpDown(of) => 3 + 2 * part(of),
+        }
+    }
 }
 
 /// The linears of one stage of one block.
@@ -33,7 +64,7 @@ pub struct StageSpec {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearSpec {
     /// Name within the block, for example `self_attn.q_proj`.
-    pub name: &'static str,
+    pub name: String,
     /// Full module name, for example `model.layers.3.self_attn.q_proj`; tensors are named after it.
     pub module: String,
     /// Output width.
@@ -47,57 +78,87 @@ pub struct LinearSpec {
 }
 
 impl Spec {
-    /// The stages of block `layer` in the order in which they run.
-    pub fn stages(&self, layer: usize) -> Vec<StageSpec> {
-        Stage::ALL
-            .iter()
-            .map(|&stage| StageSpec { stage, linears: self.stage_linears(layer, stage) })
-            .collect()
+    /// The mixture of experts of block `layer`, if it has one.
+    pub fn moe(&self, layer: usize) -> Option<&Moe> {
+        self.moe.as_ref().filter(|_| self.layers[layer].moe)
     }
 
-    /// The linears of one stage of block `layer`.
+    /// The stages of block `layer` in the order in which they run, which is true-sequential order.
+    pub fn stage_order(&self, layer: usize) -> Vec<Stage> {
+        let mut stages = vec![Stage::Qkv, Stage::AttnOut];
+        let mut add = |part| stages.extend([Stage::MlpUp(part), Stage::MlpDown(part)]);
+        match self.moe(layer) {
+            Some(moe) => {
+                (0..moe.count as u32).map(Part::Expert).for_each(&mut add);
+                moe.shared.iter().for_each(|_| add(Part::Shared));
+            }
+            None => add(Part::Dense),
+        }
+        stages
+    }
+
+    /// The stages of block `layer` with their linears, in the order in which they run.
+    pub fn stages(&self, layer: usize) -> Vec<StageSpec> {
+        let linears = |stage| StageSpec { stage, linears: self.stage_linears(layer, stage) };
+        self.stage_order(layer).into_iter().map(linears).collect()
+    }
+
+    /// The linears of one stage of block `layer`; none if the block has no such stage.
     pub fn stage_linears(&self, layer: usize, stage: Stage) -> Vec<LinearSpec> {
         let block = self.block_name(layer);
-        let linear =
-            |name: &'static str, out_features: usize, in_features: usize, bias: bool| LinearSpec {
-                name,
-                module: format!("{block}.{name}"),
-                out_features,
-                in_features,
-                bias,
-                transposed: self.conv1d,
-            };
+        let linear = |name: String, out_features: usize, in_features: usize, bias: bool| {
+            let module = format!("{block}.{name}");
+            LinearSpec { name, module, out_features, in_features, bias, transposed: self.conv1d }
+        };
         let attention = &self.attention;
-        let (q_width, kv_width) = (attention.q_width(), attention.kv_width());
+        let (hidden, q_width, kv_width) = (self.hidden, attention.q_width(), attention.kv_width());
         match stage {
             Stage::Qkv => match attention.qkv {
-                Qkv::Separate { q, k, v } => vec![
-                    linear(q, q_width, self.hidden, attention.qkv_bias),
-                    linear(k, kv_width, self.hidden, attention.qkv_bias),
-                    linear(v, kv_width, self.hidden, attention.qkv_bias),
-                ],
+                Qkv::Separate { q, k, v } => [(q, q_width), (k, kv_width), (v, kv_width)]
+                    .map(|(name, width)| linear(name.into(), width, hidden, attention.qkv_bias))
+                    .into(),
                 Qkv::Fused { name, .. } => {
-                    vec![linear(name, q_width + 2 * kv_width, self.hidden, attention.qkv_bias)]
+                    let width = q_width + 2 * kv_width;
+                    vec![linear(name.into(), width, hidden, attention.qkv_bias)]
                 }
             },
-            Stage::AttnOut => vec![linear(attention.out, self.hidden, q_width, attention.out_bias)],
-            Stage::MlpUp => match self.mlp {
-                Mlp::Gated { gate_up: GateUp::Separate { gate, up }, width, bias, .. } => {
-                    vec![
-                        linear(gate, width, self.hidden, bias),
-                        linear(up, width, self.hidden, bias),
-                    ]
+            Stage::AttnOut => {
+                vec![linear(attention.out.into(), hidden, q_width, attention.out_bias)]
+            }
+            Stage::MlpUp(part) => {
+                let Some((prefix, mlp)) = self.part(layer, part) else { return Vec::new() };
+                let up = |name: &str, width| {
+                    linear(format!("{prefix}{name}"), width, hidden, mlp.bias())
+                };
+                match *mlp {
+                    Mlp::Gated { gate_up: GateUp::Separate { gate, up: other }, width, .. } => {
+                        vec![up(gate, width), up(other, width)]
+                    }
+                    Mlp::Gated { gate_up: GateUp::Fused(name), width, .. } => {
+                        vec![up(name, 2 * width)]
+                    }
+                    Mlp::Plain { up: name, width, .. } => vec![up(name, width)],
                 }
-                Mlp::Gated { gate_up: GateUp::Fused(name), width, bias, .. } => {
-                    vec![linear(name, 2 * width, self.hidden, bias)]
-                }
-                Mlp::Plain { up, width, bias, .. } => vec![linear(up, width, self.hidden, bias)],
-            },
-            Stage::MlpDown => match self.mlp {
-                Mlp::Gated { down, width, bias, .. } | Mlp::Plain { down, width, bias, .. } => {
-                    vec![linear(down, self.hidden, width, bias)]
-                }
-            },
+            }
+            Stage::MlpDown(part) => {
+                let Some((prefix, mlp)) = self.part(layer, part) else { return Vec::new() };
+                let (Mlp::Gated { down, width, .. } | Mlp::Plain { down, width, .. }) = *mlp;
+                vec![linear(format!("{prefix}{down}"), hidden, width, mlp.bias())]
+            }
+        }
+    }
+
+    /// Prefix of the names and form of one part of the MLP of block `layer`, if the block has it.
+    pub(crate) fn part(&self, layer: usize, part: Part) -> Option<(String, &Mlp)> {
+        match (part, self.moe(layer)) {
+            (Part::Dense, None) => Some((String::new(), &self.mlp)),
+            (Part::Expert(expert), Some(moe)) if (expert as usize) < moe.count => {
+                Some((format!("{}.{expert}.", moe.experts), &moe.expert))
+            }
+            (Part::Shared, Some(Moe { shared: Some(shared), .. })) => {
+                Some((format!("{}.", shared.name), &shared.mlp))
+            }
+            _ => None,
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use gptq_compute::{LayerKv, Pool, Scratch, Tensor};
 
+use crate::moe::MoeState;
 use crate::rope::RopeTables;
 use crate::{ModelError, Result};
 
@@ -23,6 +24,7 @@ pub struct Ctx {
     pub(crate) wide: Tensor,
     pub(crate) gate: Tensor,
     pub(crate) out: Tensor,
+    pub(crate) scores: Tensor,
     pub(crate) positions: Vec<u32>,
 }
 
@@ -41,6 +43,7 @@ impl Ctx {
             wide: Tensor::default(),
             gate: Tensor::default(),
             out: Tensor::default(),
+            scores: Tensor::default(),
             positions: Vec::new(),
         }
     }
@@ -51,12 +54,14 @@ impl Ctx {
 pub struct BlockState {
     /// The residual stream `[rows, hidden]`: before [`crate::Block::begin`] the block's input, after the last stage its output.
     pub hidden: Tensor,
-    /// Input of the next stage `[rows, in_features of the stage]`.
+    /// Input of the next stage `[rows, in_features of the stage]`; of an expert's stages only the rows routed to it.
     pub input: Tensor,
     /// Input that both sublayers of a parallel block share, kept while the attention runs.
     pub(crate) shared: Tensor,
     /// Output of the attention of a parallel block, kept while the MLP runs.
     pub(crate) carry: Tensor,
+    /// The MLP's input and output while its experts run.
+    pub(crate) moe: MoeState,
 }
 
 impl BlockState {
@@ -70,7 +75,8 @@ impl BlockState {
         [&self.hidden, &self.input, &self.shared, &self.carry]
             .iter()
             .map(|t| t.capacity_bytes())
-            .sum()
+            .sum::<usize>()
+            + self.moe.bytes()
     }
 }
 

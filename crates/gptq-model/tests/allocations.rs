@@ -34,7 +34,7 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn decoding_allocates_nothing() {
-    for name in ["llama", "quant/b4_g32_sym_desc.gptq", "gpt_neox"] {
+    for name in ["llama", "quant/b4_g32_sym_desc.gptq", "gpt_neox", "qwen2_moe"] {
         let Some(dir) = fixtures::dir(name) else { continue };
         let model = load(&open(&dir));
         let mut session = session();

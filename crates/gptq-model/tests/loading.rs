@@ -8,7 +8,7 @@ use std::sync::Arc;
 use common::open;
 use gptq_compute::{DenseMatrix, Linear, Matrix, Pool, Tensor};
 use gptq_format::{Checkpoint, Config};
-use gptq_model::{Block, BlockState, Ctx, LinearSource, Model, ModelError, Spec, Stage};
+use gptq_model::{Block, BlockState, Ctx, LinearSource, Model, ModelError, Part, Spec, Stage};
 use gptq_testkit::fixtures;
 use serde_json::{Value, json};
 
@@ -62,7 +62,8 @@ fn linears_can_be_left_out_set_and_taken() {
     let mut ctx = Ctx::new(Arc::new(Pool::new(1)));
     let mut state = BlockState::new(Tensor::zeros(3, spec.hidden));
     block.begin(&mut ctx, &mut state);
-    let error = block.run_stage(&mut ctx, Stage::MlpUp, &mut state, &mut []).unwrap_err();
+    let error =
+        block.run_stage(&mut ctx, Stage::MlpUp(Part::Dense), &mut state, &mut []).unwrap_err();
     assert!(
         matches!(&error, ModelError::LinearNotLoaded { linear, .. } if linear == "mlp.gate_proj"),
         "{error}"
@@ -72,15 +73,15 @@ fn linears_can_be_left_out_set_and_taken() {
         let weight = Matrix::Dense(DenseMatrix::from_f32(out, inputs, vec![0.5; out * inputs]));
         Linear { weight, bias: None }
     };
-    let error = block.set_linear(Stage::MlpDown, 0, dense(64, 64)).unwrap_err();
+    let error = block.set_linear(Stage::MlpDown(Part::Dense), 0, dense(64, 64)).unwrap_err();
     assert!(
         matches!(error, ModelError::LinearShape { expected: (64, 128), got: (64, 64), .. }),
         "{error}"
     );
-    block.set_linear(Stage::MlpDown, 0, dense(64, 128)).unwrap();
+    block.set_linear(Stage::MlpDown(Part::Dense), 0, dense(64, 128)).unwrap();
     assert_eq!(block.weight_bytes(), 64 * 128 * 4);
-    assert!(block.take_linear(Stage::MlpDown, 0).is_some());
-    assert!(block.linear(Stage::MlpDown, 0).is_none());
+    assert!(block.take_linear(Stage::MlpDown(Part::Dense), 0).is_some());
+    assert!(block.linear(Stage::MlpDown(Part::Dense), 0).is_none());
 }
 
 #[test]

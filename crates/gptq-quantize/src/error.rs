@@ -50,6 +50,18 @@ pub enum QuantizeError {
         /// Its bits.
         bits: u32,
     },
+    /// A weight that is not a number.
+    #[error("{path}: tensor {tensor} holds {value} at index {index}; the file is damaged")]
+    WeightNotFinite {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Position of the first such weight.
+        index: usize,
+        /// Its value.
+        value: f32,
+    },
     /// The model computes something that is not a number.
     #[error(
         "layer {layer}: the inputs of {module} are not finite; the weights of the model or of an \

@@ -34,11 +34,23 @@ pub struct ModuleRecord {
     pub damp_tries: u32,
     /// Calibration tokens behind the Hessian.
     pub nsamples: u64,
+    /// Of an expert only: how it was calibrated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expert: Option<ExpertRecord>,
     /// Seconds spent on this module alone (solve and pack; shared work of its stage is in the
     /// phases of the report).
     pub seconds: f64,
     /// Resident memory after it, in bytes; `null` where the platform does not tell.
     pub rss_bytes: Option<u64>,
+}
+
+/// How an expert's linear was calibrated.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExpertRecord {
+    /// Calibration tokens that the router sent to the expert.
+    pub tokens: u64,
+    /// What was done because they were too few: `rtn` or `all-tokens`; `null` where they were enough.
+    pub fallback: Option<String>,
 }
 
 /// What a run is expected to need, before it starts.
@@ -132,7 +144,7 @@ pub fn warnings(modules: &[ModuleRecord]) -> Vec<String> {
     for errors in medians.values_mut() {
         errors.sort_by(f64::total_cmp);
     }
-    let mut found = Vec::new();
+    let mut found = starved(modules);
     for record in modules {
         let name = format!("layer {} {}", record.layer, record.module);
         let inputs = record.shape[1] as u64;
@@ -164,6 +176,27 @@ pub fn warnings(modules: &[ModuleRecord]) -> Vec<String> {
     found
 }
 
+/// One sentence per block in which experts saw too few tokens.
+fn starved(modules: &[ModuleRecord]) -> Vec<String> {
+    let mut layers: BTreeMap<usize, (&str, Vec<String>)> = BTreeMap::new();
+    for record in modules {
+        let Some(ExpertRecord { tokens, fallback: Some(how) }) = &record.expert else { continue };
+        let (_, list) = layers.entry(record.layer).or_insert_with(|| (how, Vec::new()));
+        list.push(format!("{} ({tokens})", record.module));
+    }
+    let sentence = |(layer, (how, list)): (usize, (&str, Vec<String>))| {
+        const SHOWN: usize = 6;
+        let more = if list.len() > SHOWN { ", …" } else { "" };
+        format!(
+            "layer {layer}: {} linears of experts saw too few calibration tokens and fell back to {how}: {}{more}; use \
+             more --nsamples",
+            list.len(),
+            list[..list.len().min(SHOWN)].join(", ")
+        )
+    };
+    layers.into_iter().map(sentence).collect()
+}
+
 /// How far above the median of its kind an error is called an outlier.
 pub const OUTLIER_FACTOR: f64 = 5.0;
 
@@ -183,6 +216,7 @@ pub(crate) mod tests {
             damp_percent: 0.05,
             damp_tries: 1,
             nsamples: 4096,
+            expert: None,
             seconds: 0.5,
             rss_bytes: None,
         }

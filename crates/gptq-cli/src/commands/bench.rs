@@ -45,7 +45,7 @@ fn prompt(model: &Model, sequence: usize, tokens: usize) -> Vec<u32> {
         .collect()
 }
 
-pub(crate) fn run(args: Args, global: &Global) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     if args.prompt_tokens == 0 || args.new_tokens < 2 || args.batch == 0 {
         bail!("nothing to measure: needs --prompt-tokens 1, --new-tokens 2 and --batch 1 or more");
     }

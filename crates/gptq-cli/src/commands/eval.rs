@@ -49,7 +49,7 @@ enum ProtocolArg {
     LlamaCpp,
 }
 
-pub(crate) fn run(args: Args, global: &Global) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let start = Instant::now();
     let view = progress(global);
     let text = read_text(&args.perplexity)?;

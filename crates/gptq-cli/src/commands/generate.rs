@@ -79,7 +79,7 @@ impl Args {
     }
 }
 
-pub(crate) fn run(args: Args, global: &Global) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let view = progress(global);
     let (checkpoint, model) = load(&args.model, &view)?;
     let tokenizer = checkpoint.tokenizer().context("the prompt cannot be tokenized")?;

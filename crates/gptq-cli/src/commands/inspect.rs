@@ -2,170 +2,212 @@
 
 use std::collections::BTreeMap;
 
-use gptq_format::{Checkpoint, CheckpointKind, hub};
-use gptq_model::Spec;
+use gptq_checkpoint::inspect::TensorRow;
+use gptq_checkpoint::{Inspection, ModuleInfo, TensorStats};
 use serde_json::{Value, json};
 
+use super::{open, progress};
+use crate::Global;
 use crate::output::table::{Align, Table, colour_allowed};
 use crate::output::{json as json_output, size};
 
-/// Show what a checkpoint holds, from its headers alone.
+/// Show what a checkpoint holds, from its headers alone, or the values of one tensor.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Directory, .gguf file or hub id.
     model: String,
-    /// List every quantized module.
+    /// List every quantized module and every other tensor instead of one line for each kind.
     #[arg(long)]
     modules: bool,
+    /// Read this tensor (of a quantized module: its weights) and describe its values.
+    #[arg(long, value_name = "NAME", conflicts_with = "modules")]
+    tensor: Option<String>,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
 }
 
-pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::open(&hub::resolve(&args.model, &|_, _, _| {})?)?;
-    let spec = Spec::for_checkpoint(&checkpoint)?;
-    let facts = Facts::collect(&checkpoint)?;
-    let format = match (&checkpoint.kind, &checkpoint.quantize_config) {
-        (CheckpointKind::Gguf(_), _) => "gguf",
-        (_, Some(_)) => "gptq",
-        _ => "safetensors",
-    };
-    let quantization = checkpoint.quantize_config.as_ref().map(|c| {
-        json!({
-            "bits": c.bits.as_u32(),
-            "group_size": c.group_size,
-            "sym": c.sym,
-            "desc_act": c.desc_act,
-            "checkpoint_format": c.format.as_str(),
-            "quantizer": c.meta.get("quantizer"),
-            "bits_per_weight": facts.bits_per_weight(),
-        })
-    });
-    if args.json {
-        return json_output::print(&json!({
-            "model": args.model,
-            "format": format,
-            "family": spec.family,
-            "blocks": spec.layer_count(),
-            "parameters": facts.parameters,
-            "file_bytes": facts.file_bytes,
-            "f16_bytes": 2 * facts.parameters,
-            "dtypes": facts.dtypes,
-            "quantization": quantization,
-            "modules": facts.modules,
-            "not_quantized": facts.others,
-        }));
-    }
-    let mut table = Table::new([("", Align::Left), ("value", Align::Left)]);
-    let mut row = |label: &str, value: String| table.row([label.to_owned(), value]);
-    row("format", format.to_owned());
-    row("family", format!("{}, {} blocks", spec.family, spec.layer_count()));
-    row("parameters", format!("{:.1} M", facts.parameters as f64 / 1e6));
-    row(
-        "size",
-        format!(
-            "{} ({:.0} % of f16)",
-            size::bytes(facts.file_bytes),
-            100.0 * facts.file_bytes as f64 / (2.0 * facts.parameters.max(1) as f64)
-        ),
-    );
-    let dtypes: Vec<String> =
-        facts.dtypes.iter().map(|(t, n)| format!("{t} {:.1} M", *n as f64 / 1e6)).collect();
-    row("types", dtypes.join(", "));
-    if let Some(q) = &quantization {
-        let text = |key: &str| q[key].as_str().map_or_else(|| q[key].to_string(), str::to_owned);
-        row(
-            "quantization",
-            format!(
-                "{} bits, group {}, sym {}, desc_act {}, {}",
-                text("bits"),
-                text("group_size"),
-                text("sym"),
-                text("desc_act"),
-                text("checkpoint_format")
-            ),
-        );
-        row("quantizer", text("quantizer"));
-        row("bits per weight", format!("{:.3}", facts.bits_per_weight()));
-        row("quantized modules", facts.modules.len().to_string());
-    }
-    let mut text = table.render(colour_allowed(&std::io::stdout()));
-    if args.modules {
-        let mut table = Table::new([
-            ("module", Align::Left),
-            ("out x in", Align::Right),
-            ("bits", Align::Right),
-            ("group", Align::Right),
-        ]);
-        for m in &facts.modules {
-            let shape = format!("{} x {}", m["shape"][0], m["shape"][1]);
-            let name = m["module"].as_str().unwrap_or_default().to_owned();
-            table.row([name, shape, m["bits"].to_string(), m["group_size"].to_string()]);
+pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
+    let view = progress(global);
+    let checkpoint = open(&args.model, &view)?;
+    view.finish();
+    if let Some(name) = &args.tensor {
+        let stats = gptq_checkpoint::tensor_stats(&checkpoint, name)?;
+        if args.json {
+            return json_output::print(&with_model(args, &stats)?);
         }
-        text.push('\n');
-        text.push_str(&table.render(colour_allowed(&std::io::stdout())));
+        return crate::output::print(&describe(&stats));
     }
+    let seen = gptq_checkpoint::inspect(&checkpoint)?;
+    if args.json {
+        return json_output::print(&with_model(args, &seen)?);
+    }
+    let colour = colour_allowed(&std::io::stdout());
+    let mut text = summary(&seen).render(colour);
+    if !seen.modules.is_empty() {
+        text.push('\n');
+        text.push_str(&modules(&seen.modules, args.modules).render(colour));
+    }
+    text.push('\n');
+    text.push_str(&tensors(&seen.tensors, args.modules).render(colour));
     crate::output::print(&text)
 }
 
-/// What the headers tell.
-#[derive(Default)]
-struct Facts {
-    parameters: u64,
-    file_bytes: u64,
-    dtypes: BTreeMap<String, u64>,
-    modules: Vec<Value>,
-    others: Vec<String>,
-    quantized_weights: u64,
-    quantized_bytes: u64,
+/// The object with the model's name in front.
+fn with_model(args: &Args, value: &impl serde::Serialize) -> anyhow::Result<Value> {
+    let mut out = json!({ "model": args.model });
+    if let (Value::Object(out), Value::Object(rest)) = (&mut out, serde_json::to_value(value)?) {
+        out.extend(rest);
+    }
+    Ok(out)
 }
 
-impl Facts {
-    fn collect(checkpoint: &Checkpoint) -> anyhow::Result<Self> {
-        let store = &checkpoint.tensors;
-        let mut facts = Self { file_bytes: store.total_bytes(), ..Self::default() };
-        for name in store.names() {
-            let info = store.info(name)?;
-            let part = name.rsplit_once('.');
-            let module = part.map_or("", |(module, _)| module);
-            let packed = store.contains(&format!("{module}.qweight"));
-            if packed
-                && matches!(part, Some((_, "qweight" | "qzeros" | "scales" | "g_idx" | "bias")))
-            {
-                facts.quantized_bytes += info.bytes as u64;
-                if !name.ends_with(".qweight") {
-                    continue;
-                }
-                let settings =
-                    checkpoint.quantize_config.as_ref().and_then(|c| c.settings_for(module));
-                let (&[words, outputs], Some(settings)) = (info.shape.as_slice(), settings) else {
-                    facts.others.push(name.to_owned());
-                    continue;
-                };
-                let bits = settings.bits.as_u32();
-                let inputs = words * 32 / bits as usize;
-                let weights = (inputs * outputs) as u64;
-                facts.quantized_weights += weights;
-                facts.parameters += weights;
-                *facts.dtypes.entry(format!("{bits}-bit")).or_default() += weights;
-                facts.modules.push(json!({
-                    "module": module,
-                    "shape": [outputs, inputs],
-                    "bits": bits,
-                    "group_size": settings.group_size,
-                }));
-                continue;
-            }
-            let elements = info.elements() as u64;
-            facts.parameters += elements;
-            *facts.dtypes.entry(info.dtype.to_string()).or_default() += elements;
-            facts.others.push(name.to_owned());
+fn summary(seen: &Inspection) -> Table {
+    let mut table = Table::new([("", Align::Left), ("value", Align::Left)]);
+    let mut row = |label: &str, value: String| table.row([label.to_owned(), value]);
+    row("format", seen.format.to_owned());
+    let blocks = seen.blocks.map_or("family not known".into(), |n| format!("{n} blocks"));
+    row("model", format!("{}, {blocks}", seen.family.as_deref().unwrap_or("?")));
+    row("parameters", millions(seen.parameters));
+    let share = 100.0 * seen.file_bytes as f64 / seen.f16_bytes.max(1) as f64;
+    row("size", format!("{} ({share:.0} % of f16)", size::bytes(seen.file_bytes)));
+    let types: Vec<String> =
+        seen.dtypes.iter().map(|(name, count)| format!("{name} {}", millions(*count))).collect();
+    row("types", types.join(", "));
+    if let Some(q) = &seen.quantization {
+        let settings = format!(
+            "{} bits, group {}, sym {}, desc_act {}, {}",
+            q.bits, q.group_size, q.sym, q.desc_act, q.checkpoint_format
+        );
+        row("quantization", settings);
+        row("quantizer", q.quantizer.as_ref().map_or("not told".into(), plain));
+        if !q.dynamic.is_empty() {
+            let rules: Vec<String> = q.dynamic.iter().map(|(k, v)| format!("{k} {v}")).collect();
+            row("dynamic", rules.join("; "));
         }
-        Ok(facts)
+        row("bits per weight", format!("{:.3}", q.bits_per_weight));
     }
+    table
+}
 
-    fn bits_per_weight(&self) -> f64 {
-        8.0 * self.quantized_bytes as f64 / self.quantized_weights.max(1) as f64
+/// The texts of a value without quotes.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Array(values) => values.iter().map(plain).collect::<Vec<_>>().join(", "),
+        other => other.to_string(),
+    }
+}
+
+/// One line per module, or per kind: the same name, settings and shape in several blocks.
+fn modules(modules: &[ModuleInfo], each: bool) -> Table {
+    let mut table = Table::new([
+        ("quantized", Align::Left),
+        ("count", Align::Right),
+        ("out x in", Align::Right),
+        ("bits", Align::Right),
+        ("group", Align::Right),
+        ("sym", Align::Left),
+        ("desc_act", Align::Left),
+        ("bits per weight", Align::Right),
+    ]);
+    let cells = |m: &ModuleInfo| {
+        [
+            format!("{} x {}", m.shape[0], m.shape[1]),
+            m.bits.to_string(),
+            m.group_size.to_string(),
+            m.sym.to_string(),
+            m.desc_act.to_string(),
+            format!("{:.3}", m.bits_per_weight),
+        ]
+    };
+    for (name, count, cells) in kinds(modules, each, |m| &m.module, cells) {
+        table.row([name, count].into_iter().chain(cells));
+    }
+    table
+}
+
+fn tensors(tensors: &[TensorRow], each: bool) -> Table {
+    let mut table = Table::new([
+        ("not quantized", Align::Left),
+        ("count", Align::Right),
+        ("shape", Align::Right),
+        ("type", Align::Left),
+    ]);
+    let cells = |t: &TensorRow| {
+        let shape: Vec<String> = t.shape.iter().map(usize::to_string).collect();
+        [shape.join(" x "), t.dtype.clone()]
+    };
+    for (name, count, cells) in kinds(tensors, each, |t| &t.tensor, cells) {
+        table.row([name, count].into_iter().chain(cells));
+    }
+    table
+}
+
+/// Rows in the order of their first member: name, count and cells.
+fn kinds<'a, T, const N: usize>(
+    items: &'a [T],
+    each: bool,
+    name: impl Fn(&'a T) -> &'a String,
+    cells: impl Fn(&'a T) -> [String; N],
+) -> Vec<(String, String, [String; N])> {
+    let mut rows: Vec<(String, usize, [String; N])> = Vec::new();
+    let mut known: BTreeMap<(String, [String; N]), usize> = BTreeMap::new();
+    for item in items {
+        let shown = if each { name(item).clone() } else { without_numbers(name(item)) };
+        let cells = cells(item);
+        let index = *known.entry((shown.clone(), cells.clone())).or_insert(rows.len());
+        match rows.get_mut(index) {
+            Some(row) => row.1 += 1,
+            None => rows.push((shown, 1, cells)),
+        }
+    }
+    rows.into_iter().map(|(name, count, cells)| (name, count.to_string(), cells)).collect()
+}
+
+/// `model.layers.*.mlp.up_proj` for block 3's.
+fn without_numbers(name: &str) -> String {
+    let part = |part: &str| {
+        let number = !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+        if number { "*".to_owned() } else { part.to_owned() }
+    };
+    name.split('.').map(part).collect::<Vec<_>>().join(".")
+}
+
+fn describe(stats: &TensorStats) -> String {
+    let mut table = Table::new([("", Align::Left), ("value", Align::Left)]);
+    let mut row = |label: &str, value: String| table.row([label.to_owned(), value]);
+    let number = |x: Option<f64>| x.map_or("none".into(), |x| format!("{x:.6e}"));
+    row("tensor", stats.tensor.clone());
+    row("shape", format!("{:?}", stats.shape));
+    row("type", stats.dtype.clone());
+    row("min", number(stats.min));
+    row("max", number(stats.max));
+    row("mean", number(stats.mean));
+    row("std", number(stats.std));
+    row("NaN", stats.nan.to_string());
+    row("infinite", stats.infinite.to_string());
+    row("zero", stats.zero.to_string());
+    table.render(colour_allowed(&std::io::stdout()))
+}
+
+fn millions(count: u64) -> String {
+    format!("{:.1} M", count as f64 / 1e6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_are_counted_in_order_of_appearance() {
+        let names = ["a.0.q", "a.0.k", "a.1.q", "a.1.k", "head"].map(str::to_owned);
+        let rows = |each| -> Vec<(String, String)> {
+            let rows = kinds(&names, each, |name| name, |name| [name.len().to_string()]);
+            rows.into_iter().map(|(name, count, _)| (name, count)).collect()
+        };
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        assert_eq!(rows(false), [pair("a.*.q", "2"), pair("a.*.k", "2"), pair("head", "1")]);
+        assert_eq!(rows(true).len(), 5);
     }
 }

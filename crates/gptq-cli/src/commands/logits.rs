@@ -31,7 +31,7 @@ pub(crate) struct Args {
     json: bool,
 }
 
-pub(crate) fn run(args: Args, global: &Global) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let start = Instant::now();
     let view = progress(global);
     let (batch, seq, rows) = read_input(&args.input)?;

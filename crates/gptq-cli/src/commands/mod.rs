@@ -1,11 +1,13 @@
 //! One file per verb, and what they share.
 
 mod bench;
+mod convert;
 mod eval;
 mod generate;
 mod inspect;
 mod logits;
 mod quantize;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -29,17 +31,21 @@ pub(crate) enum Command {
     Bench(bench::Args),
     Logits(logits::Args),
     Inspect(inspect::Args),
+    Verify(verify::Args),
+    Convert(convert::Args),
 }
 
 impl Command {
     pub(crate) fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
         match self {
-            Self::Quantize(args) => quantize::run(*args, global),
-            Self::Eval(args) => eval::run(args, global),
-            Self::Generate(args) => generate::run(args, global),
-            Self::Bench(args) => bench::run(args, global),
-            Self::Logits(args) => logits::run(args, global),
-            Self::Inspect(args) => inspect::run(args),
+            Self::Quantize(args) => quantize::run(&args, global),
+            Self::Eval(args) => eval::run(&args, global),
+            Self::Generate(args) => generate::run(&args, global),
+            Self::Bench(args) => bench::run(&args, global),
+            Self::Logits(args) => logits::run(&args, global),
+            Self::Inspect(args) => inspect::run(&args, global),
+            Self::Verify(args) => return verify::run(&args, global),
+            Self::Convert(args) => convert::run(&args, global),
         }
         .map(|()| ExitCode::SUCCESS)
     }

@@ -11,8 +11,8 @@ use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic, Tokenizer};
 use gptq_model::{Model, Session, Spec};
 use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
-    CalibrationOptions, CalibrationSet, CalibrationSource, Method, Plan, QuantizeOptions,
-    SelfCalibration, plan, quantize, self_calibrate,
+    CalibrationOptions, CalibrationSet, CalibrationSource, Method, MoeFallback, Plan,
+    QuantizeOptions, SelfCalibration, plan, quantize, self_calibrate,
 };
 use serde_json::json;
 
@@ -74,6 +74,10 @@ pub(crate) struct Args {
     /// Let all stages of a block see the float activations of that block, not only of the blocks before.
     #[arg(long)]
     no_true_sequential: bool,
+    /// What to do with an expert of a mixture that fewer calibration tokens were routed to than a
+    /// quarter of its inputs: round it to nearest, or solve it on all tokens.
+    #[arg(long, value_enum, default_value_t = MoeFallbackArg::Rtn)]
+    moe_fallback: MoeFallbackArg,
     /// Calibration text (.txt, .jsonl, .parquet; several are mixed), or `self`: the model writes it.
     #[arg(long, value_name = "FILE|self", default_value = "self", num_args = 1)]
     calibration: Vec<String>,
@@ -120,6 +124,12 @@ enum MethodArg {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum MoeFallbackArg {
+    Rtn,
+    AllTokens,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum FormatArg {
     Gptq,
     #[value(name = "gptq_v2")]
@@ -159,6 +169,10 @@ impl Args {
             damp_auto_increment: self.damp_auto_increment,
             mse: self.mse,
             true_sequential: !self.no_true_sequential,
+            moe_fallback: match self.moe_fallback {
+                MoeFallbackArg::Rtn => MoeFallback::Rtn,
+                MoeFallbackArg::AllTokens => MoeFallback::AllTokens,
+            },
             format: match self.format {
                 FormatArg::Gptq => CheckpointFormat::Gptq,
                 FormatArg::GptqV2 => CheckpointFormat::GptqV2,
@@ -174,7 +188,7 @@ impl Args {
     }
 }
 
-pub(crate) fn run(args: Args, global: &Global) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let view = progress(global);
     let options = args.options()?;
     options.check()?;
@@ -186,7 +200,7 @@ pub(crate) fn run(args: Args, global: &Global) -> anyhow::Result<()> {
             Ok(tokenizer) => tokenizer,
             Err(error) => bail!("calibration needs the model's tokenizer: {error}"),
         };
-        Some(calibrate(&args, &checkpoint, tokenizer, &pool, &view)?)
+        Some(calibrate(args, &checkpoint, tokenizer, &pool, &view)?)
     } else {
         None
     };

@@ -22,7 +22,8 @@ pub(crate) fn error(error: &anyhow::Error) {
     for cause in error.chain().skip(1) {
         let cause = cause.to_string();
         if !told.contains(&cause) {
-            text.push_str(&format!("\n  because: {cause}"));
+            text += "\n  because: ";
+            text += &cause;
             told = cause;
         }
     }

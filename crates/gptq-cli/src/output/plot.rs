@@ -293,6 +293,7 @@ mod tests {
             damp_percent: 0.05,
             damp_tries: 1,
             nsamples: 1,
+            expert: None,
             seconds: 0.0,
             rss_bytes: None,
         }

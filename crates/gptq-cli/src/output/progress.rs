@@ -337,6 +337,7 @@ mod tests {
             damp_percent: 0.05,
             damp_tries: 1,
             nsamples: 262_144,
+            expert: None,
             seconds: 0.9,
             rss_bytes: Some(3 << 30),
         };

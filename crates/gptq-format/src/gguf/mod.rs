@@ -1,7 +1,7 @@
 //! GGUF files: header, metadata, dequantization, and the Hugging Face view of names, shapes and config.
 //!
 //! [`GgufFile::open`] reads the header only; tensor data are read by whoever needs them, through [`GgufFile::read_f32`]
-//! or by the ranges that [`GgufFile::hf_tensors`] gives.
+//! or by the ranges that [`GgufFile::hf_tensors`] gives. [`GgufWriter`] writes new files.
 
 mod config;
 mod dequant;
@@ -12,6 +12,7 @@ mod names;
 pub(crate) mod testing;
 mod types;
 mod value;
+mod writer;
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
@@ -20,9 +21,10 @@ use std::path::{Path, PathBuf};
 pub use dequant::{DequantError, dequantize_rows};
 pub use error::GgufError;
 pub use header::{GgufHeader, GgufTensor};
-pub use names::{Architecture, HfTensor, RowMap};
+pub use names::{Architecture, HfTensor, RowMap, gguf_name};
 pub use types::GgmlType;
 pub use value::{GgufArray, GgufValue};
+pub use writer::{GgufWriter, PlannedTensor};
 
 /// Bytes of the file that are read first; enough for the header of most models.
 const FIRST_READ: u64 = 16 << 20;

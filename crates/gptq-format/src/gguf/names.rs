@@ -40,6 +40,13 @@ impl RowMap {
         let half = self.head_rows / 2;
         head * self.head_rows + 2 * (within % half) + within / half
     }
+
+    /// The row of the Hugging Face tensor that row `row` of the file holds; the inverse of [`RowMap::source`].
+    pub fn logical(self, row: usize) -> usize {
+        let (head, within) = (row / self.head_rows, row % self.head_rows);
+        let half = self.head_rows / 2;
+        head * self.head_rows + half * (within % 2) + within / 2
+    }
 }
 
 /// One tensor as the Hugging Face checkpoint would have it, and where it lies in the GGUF file.
@@ -128,39 +135,87 @@ impl GgufFile {
     }
 }
 
+/// Modules outside the blocks: name in GGUF, name in Hugging Face checkpoints.
+const OUTSIDE: [(&str, &str); 3] =
+    [("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
+
+/// Modules of a block: name in GGUF after `blk.N.`, name in Hugging Face checkpoints after `model.layers.N.`.
+const IN_BLOCK: [(&str, &str); 11] = [
+    ("attn_norm", "input_layernorm"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+];
+
 /// The Hugging Face name of a tensor of a llama-like decoder, or `None`.
 fn hf_name(name: &str) -> Option<String> {
-    let (base, kind) = name.rsplit_once('.')?;
-    if !matches!(kind, "weight" | "bias") {
-        return None;
-    }
-    let outside = match base {
-        "token_embd" => Some("model.embed_tokens"),
-        "output_norm" => Some("model.norm"),
-        "output" => Some("lm_head"),
-        _ => None,
-    };
-    if let Some(module) = outside {
+    let (base, kind) = tensor_kind(name)?;
+    if let Some((_, module)) = OUTSIDE.iter().find(|(gguf, _)| *gguf == base) {
         return Some(format!("{module}.{kind}"));
     }
     let (layer, module) = base.strip_prefix("blk.")?.split_once('.')?;
-    // Parsing and printing again refuses "+1" and "01".
-    if layer.parse::<u32>().ok()?.to_string() != layer {
-        return None;
-    }
-    let module = match module {
-        "attn_norm" => "input_layernorm",
-        "ffn_norm" => "post_attention_layernorm",
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_output" => "self_attn.o_proj",
-        "attn_q_norm" => "self_attn.q_norm",
-        "attn_k_norm" => "self_attn.k_norm",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_down" => "mlp.down_proj",
-        _ => return None,
-    };
+    let layer = layer_index(layer)?;
+    let (_, module) = IN_BLOCK.iter().find(|(gguf, _)| *gguf == module)?;
     Some(format!("model.layers.{layer}.{module}.{kind}"))
+}
+
+/// The GGUF name of a tensor of a llama-like decoder (`model.layers.0.mlp.up_proj.weight`), or `None` if it has none.
+pub fn gguf_name(name: &str) -> Option<String> {
+    let (base, kind) = tensor_kind(name)?;
+    if let Some((module, _)) = OUTSIDE.iter().find(|(_, hf)| *hf == base) {
+        return Some(format!("{module}.{kind}"));
+    }
+    let (layer, module) = base.strip_prefix("model.layers.")?.split_once('.')?;
+    let layer = layer_index(layer)?;
+    let (module, _) = IN_BLOCK.iter().find(|(_, hf)| *hf == module)?;
+    Some(format!("blk.{layer}.{module}.{kind}"))
+}
+
+/// Module and kind of a tensor that is a weight or a bias.
+fn tensor_kind(name: &str) -> Option<(&str, &str)> {
+    name.rsplit_once('.').filter(|(_, kind)| matches!(*kind, "weight" | "bias"))
+}
+
+/// The index of a block; parsing and printing again refuses "+1" and "01".
+fn layer_index(text: &str) -> Option<u32> {
+    text.parse::<u32>().ok().filter(|n| n.to_string() == text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_translated_both_ways() {
+        for (gguf, hf) in [
+            ("token_embd.weight", "model.embed_tokens.weight"),
+            ("output.weight", "lm_head.weight"),
+            ("blk.12.attn_q.bias", "model.layers.12.self_attn.q_proj.bias"),
+            ("blk.0.ffn_norm.weight", "model.layers.0.post_attention_layernorm.weight"),
+        ] {
+            assert_eq!(hf_name(gguf).as_deref(), Some(hf));
+            assert_eq!(gguf_name(hf).as_deref(), Some(gguf));
+        }
+        for name in
+            ["model.layers.01.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.scales", "x.weight"]
+        {
+            assert_eq!(gguf_name(name), None);
+        }
+    }
+
+    #[test]
+    fn row_maps_are_inverse() {
+        let map = RowMap { heads: 3, head_rows: 8 };
+        for row in 0..24 {
+            assert_eq!(map.logical(map.source(row)), row);
+        }
+        assert_eq!([0, 1, 2, 3].map(|row| map.logical(row)), [0, 4, 1, 5]);
+    }
 }

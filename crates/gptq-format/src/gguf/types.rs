@@ -73,6 +73,31 @@ impl GgmlType {
         }
     }
 
+    /// ggml's number of the type.
+    pub fn id(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
+            Self::Q5_0 => 6,
+            Self::Q5_1 => 7,
+            Self::Q8_0 => 8,
+            Self::Q2K => 10,
+            Self::Q3K => 11,
+            Self::Q4K => 12,
+            Self::Q5K => 13,
+            Self::Q6K => 14,
+            Self::I8 => 24,
+            Self::I16 => 25,
+            Self::I32 => 26,
+            Self::I64 => 27,
+            Self::F64 => 28,
+            Self::Bf16 => 30,
+            Self::Other(id) => id,
+        }
+    }
+
     /// `(elements, bytes)` of one block, or `None` for a type that cannot be read.
     pub fn block(self) -> Option<(usize, usize)> {
         Some(match self {
@@ -145,5 +170,17 @@ impl fmt::Display for GgmlType {
             },
         };
         f.write_str(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_and_types_are_inverse() {
+        for id in 0..64 {
+            assert_eq!(GgmlType::from_id(id).id(), id);
+        }
     }
 }

@@ -245,7 +245,16 @@ impl TensorStore {
     /// # Errors
     /// If there is no such tensor, its rows are stored permuted, the range is not inside it, or reading fails.
     pub fn copy_bytes(&self, name: &str, offset: usize, out: &mut [u8]) -> Result<()> {
-        let entry = self.unpermuted(name)?;
+        self.unpermuted(name)?;
+        self.copy_stored(name, offset, out)
+    }
+
+    /// As [`TensorStore::copy_bytes`], but of a tensor whose rows are stored permuted the bytes as they lie in the file.
+    ///
+    /// # Errors
+    /// If there is no such tensor, the range is not inside it, or reading fails.
+    pub fn copy_stored(&self, name: &str, offset: usize, out: &mut [u8]) -> Result<()> {
+        let entry = self.entry(name)?;
         let end = offset.checked_add(out.len());
         if end.is_none_or(|end| end > entry.info.bytes) {
             return Err(entry.shape_error(name, "more bytes than it has"));

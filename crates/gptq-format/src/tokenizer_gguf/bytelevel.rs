@@ -10,6 +10,7 @@ use crate::tokenizer::TokenizerError;
 
 /// How text is cut into words before the merges apply, under a name of `tokenizer.ggml.pre`.
 struct Pre {
+    /// The first is the one that is written.
     names: &'static [&'static str],
     cut: Cut,
     /// Text is brought into Unicode normal form C first.
@@ -36,7 +37,7 @@ const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}
 
 const PRE_TOKENIZERS: [Pre; 7] = [
     Pre {
-        names: &["default", "gpt-2", "phi-2", "olmo", "mpt"],
+        names: &["gpt-2", "default", "phi-2", "olmo", "mpt"],
         cut: Cut::Gpt2,
         nfc: false,
         ignore_merges: false,
@@ -142,6 +143,42 @@ pub(super) fn build(
     tokenizer.with_pre_tokenizer(Some(pre_tokenizer));
     tokenizer.with_decoder(Some(decoder));
     Ok((tokenizer, pre.add_bos))
+}
+
+/// The name under which llama.cpp knows the way in which a tokenizer.json cuts text, or `None` if it is none of those above.
+pub(super) fn name_of(
+    pre_tokenizer: &Value,
+    nfc: bool,
+    ignore_merges: bool,
+) -> Option<&'static str> {
+    let wanted = comparable(pre_tokenizer);
+    let pre = PRE_TOKENIZERS.iter().find(|pre| {
+        pre.nfc == nfc
+            && pre.ignore_merges == ignore_merges
+            && comparable(&pre.cut.json()) == wanted
+    })?;
+    pre.names.first().copied()
+}
+
+/// A pre-tokenizer without what does not change the tokens.
+fn comparable(value: &Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            if let Some([only]) =
+                map.get("pretokenizers").and_then(Value::as_array).map(Vec::as_slice)
+            {
+                return comparable(only);
+            }
+            // Offsets into the text, which nobody here uses.
+            let kept = map.iter().filter(|(key, _)| *key != "trim_offsets");
+            // The order of keys is no difference.
+            let sorted: std::collections::BTreeMap<_, _> =
+                kept.map(|(key, value)| (key.clone(), comparable(value))).collect();
+            Value::Object(sorted.into_iter().collect())
+        }
+        Value::Array(values) => Value::Array(values.iter().map(comparable).collect()),
+        other => other.clone(),
+    }
 }
 
 impl Cut {

@@ -74,7 +74,11 @@ pub(super) fn build(
 /// The merges that a SentencePiece vocabulary implies: every cut of a token into two tokens, the best-scored token first;
 /// among equals the longer left part, then the longer right part, then the lower ids. It is the order in which transformers
 /// rebuilds them.
-fn merges_from_scores(tokens: &[String], scores: &[f32], vocab: &Vocab) -> Vec<(String, String)> {
+pub(super) fn merges_from_scores(
+    tokens: &[String],
+    scores: &[f32],
+    vocab: &Vocab,
+) -> Vec<(String, String)> {
     struct Merge<'a> {
         score: f32,
         left: &'a str,

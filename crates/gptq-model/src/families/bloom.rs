@@ -56,6 +56,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
             activation: Activation::GeluTanh,
             bias: true,
         },
+        moe: None,
         residual: Residual {
             from_norm: f.flag_or("apply_residual_connection_post_layernorm", false)?,
             ..Residual::serial("input_layernorm", "post_attention_layernorm")

@@ -27,6 +27,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
         norm: NormSpec { bias: false, ..NormSpec::layer(f.eps_or("layer_norm_eps", 1e-5)?) },
         attention: Attention { qkv_bias: bias, out_bias: bias, ..sizes.attention() },
         mlp: gated(f, "hidden_act", "silu")?,
+        moe: None,
         residual: Residual::parallel("input_layernorm", None),
         head: Head {
             scale: f.number_or("logit_scale", 0.0625)? as f32,

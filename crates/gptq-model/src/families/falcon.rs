@@ -63,9 +63,10 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
             activation: activation(f, "activation", "gelu")?,
             bias,
         },
+        moe: None,
         residual: residual(f, grouped)?,
         head: Head::plain("ln_f", "lm_head", f.flag_or("tie_word_embeddings", true)?),
-        layers: vec![Layer { window: None, rope: (!alibi).then_some(0) }; sizes.layers],
+        layers: vec![Layer { rope: (!alibi).then_some(0), ..Layer::default() }; sizes.layers],
     })
 }
 

@@ -31,7 +31,7 @@ pub(super) fn like(f: &Fields<'_>, family: &'static str, activation_name: &str) 
         blocks: "h",
         conv1d: false,
         embedding: Embedding::plain("wte", sizes.hidden),
-        positions: Positions::Learned { name: "wpe", offset: 0 },
+        positions: Positions::learned("wpe"),
         norm: NormSpec::layer(f.eps_or("layer_norm_epsilon", 1e-5)?),
         attention: Attention {
             scale: if scaled { inverse_root(sizes.head_dim as f64) } else { 1.0 },
@@ -48,6 +48,7 @@ pub(super) fn like(f: &Fields<'_>, family: &'static str, activation_name: &str) 
             activation: activation(f, "activation_function", activation_name)?,
             bias: true,
         },
+        moe: None,
         residual: Residual::serial("ln_1", "ln_2"),
         head: Head::plain("ln_f", "lm_head", f.flag_or("tie_word_embeddings", true)?),
         layers: vec![Layer::default(); sizes.layers],

@@ -28,7 +28,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
         blocks: "h",
         conv1d: false,
         embedding: Embedding::plain("wte", sizes.hidden),
-        positions: Positions::Learned { name: "wpe", offset: 0 },
+        positions: Positions::learned("wpe"),
         norm: NormSpec::layer(f.eps_or("layer_norm_epsilon", 1e-5)?),
         attention: Attention {
             scale: 1.0,
@@ -48,6 +48,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
             activation: activation(f, "activation_function", "gelu_new")?,
             bias: true,
         },
+        moe: None,
         residual: Residual::serial("ln_1", "ln_2"),
         head: Head::plain("ln_f", "lm_head", f.flag_or("tie_word_embeddings", true)?),
         layers: layers(f, sizes.layers)?,
@@ -67,7 +68,7 @@ fn layers(f: &Fields<'_>, count: usize) -> Result<Vec<Layer>> {
     let key = if f.has("attention_layers") { "attention_layers" } else { "attention_types" };
     let layer = |kind: &&str| match *kind {
         "global" => Some(Layer::default()),
-        "local" => Some(Layer { window: Some(window), rope: None }),
+        "local" => Some(Layer { window: Some(window), ..Layer::default() }),
         _ => None,
     };
     let layers: Option<Vec<Layer>> = kinds.iter().map(layer).collect();

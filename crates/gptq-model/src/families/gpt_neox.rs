@@ -41,6 +41,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
             activation: activation(f, "hidden_act", "gelu")?,
             bias: true,
         },
+        moe: None,
         residual: if f.flag_or("use_parallel_residual", true)? {
             Residual::parallel(attention_norm, Some(mlp_norm))
         } else {

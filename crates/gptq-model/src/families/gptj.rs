@@ -49,6 +49,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
             activation: activation(f, "activation_function", "gelu_new")?,
             bias: true,
         },
+        moe: None,
         residual: Residual::parallel("ln_1", None),
         head: Head {
             bias: true,

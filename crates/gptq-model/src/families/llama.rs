@@ -37,6 +37,7 @@ pub(super) fn with_ropes(f: &Fields<'_>, sizes: &Sizes, ropes: Vec<Rope>) -> Res
         norm: NormSpec::rms(f.eps_or("rms_norm_eps", 1e-6)?),
         attention,
         mlp,
+        moe: None,
         residual: Residual::serial("input_layernorm", "post_attention_layernorm"),
         head: Head::plain("norm", "lm_head", f.flag_or("tie_word_embeddings", false)?),
         layers: sizes.alike(),

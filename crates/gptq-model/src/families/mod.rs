@@ -3,30 +3,44 @@
 //! Each family is one file that says how it differs from the others; what they share in reading a config is in
 //! `read.rs`. To add one: write the file, list it in [`FAMILIES`], copy a fixture to `testdata/fixtures`.
 
+mod baichuan;
+mod bert;
 mod bloom;
 mod codegen;
 mod cohere;
+mod distilbert;
+mod experts;
 mod falcon;
 mod gemma;
 mod gemma2;
 mod gemma3_text;
+mod glm;
 mod gpt2;
 mod gpt_bigcode;
 mod gpt_neo;
 mod gpt_neox;
 mod gptj;
 mod granite;
+mod internlm2;
 mod llama;
 mod mistral;
+mod mixtral;
+mod modernbert;
 mod mpt;
 mod olmo;
 mod olmo2;
 mod opt;
 mod phi;
 mod phi3;
+mod qwen;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
+mod qwen3_moe;
 mod read;
+mod roberta;
+mod seed_oss;
+mod smollm3;
 mod stablelm;
 mod starcoder2;
 
@@ -47,31 +61,47 @@ pub struct Family {
 
 /// All supported architectures, by name.
 pub const FAMILIES: &[Family] = &[
+    Family { model_type: "baichuan", build: baichuan::spec },
+    Family { model_type: "bert", build: bert::spec },
     Family { model_type: "bloom", build: bloom::spec },
+    Family { model_type: "camembert", build: roberta::spec },
     Family { model_type: "codegen", build: codegen::spec },
     Family { model_type: "cohere", build: cohere::spec },
+    Family { model_type: "distilbert", build: distilbert::spec },
     Family { model_type: "falcon", build: falcon::spec },
     Family { model_type: "gemma", build: gemma::spec },
     Family { model_type: "gemma2", build: gemma2::spec },
     Family { model_type: "gemma3_text", build: gemma3_text::spec },
+    Family { model_type: "glm", build: glm::glm },
+    Family { model_type: "glm4", build: glm::glm4 },
     Family { model_type: "gpt2", build: gpt2::spec },
     Family { model_type: "gpt_bigcode", build: gpt_bigcode::spec },
     Family { model_type: "gpt_neo", build: gpt_neo::spec },
     Family { model_type: "gpt_neox", build: gpt_neox::spec },
     Family { model_type: "gptj", build: gptj::spec },
     Family { model_type: "granite", build: granite::spec },
+    Family { model_type: "internlm2", build: internlm2::spec },
     Family { model_type: "llama", build: llama::spec },
     Family { model_type: "mistral", build: mistral::spec },
+    Family { model_type: "mixtral", build: mixtral::spec },
+    Family { model_type: "modernbert", build: modernbert::spec },
     Family { model_type: "mpt", build: mpt::spec },
     Family { model_type: "olmo", build: olmo::spec },
     Family { model_type: "olmo2", build: olmo2::spec },
     Family { model_type: "opt", build: opt::spec },
     Family { model_type: "phi", build: phi::spec },
     Family { model_type: "phi3", build: phi3::spec },
+    Family { model_type: "qwen", build: qwen::spec },
     Family { model_type: "qwen2", build: qwen2::spec },
+    Family { model_type: "qwen2_moe", build: qwen2_moe::spec },
     Family { model_type: "qwen3", build: qwen3::spec },
+    Family { model_type: "qwen3_moe", build: qwen3_moe::spec },
+    Family { model_type: "roberta", build: roberta::spec },
+    Family { model_type: "seed_oss", build: seed_oss::spec },
+    Family { model_type: "smollm3", build: smollm3::spec },
     Family { model_type: "stablelm", build: stablelm::spec },
     Family { model_type: "starcoder2", build: starcoder2::spec },
+    Family { model_type: "xlm-roberta", build: roberta::spec },
 ];
 
 impl Spec {
@@ -240,8 +270,10 @@ mod tests {
     fn stages_list_the_linears_in_true_sequential_order() {
         let spec = read(&json!({ "model_type": "qwen2" })).unwrap();
         let stages = spec.stages(3);
-        let names: Vec<Vec<&str>> =
-            stages.iter().map(|stage| stage.linears.iter().map(|l| l.name).collect()).collect();
+        let names: Vec<Vec<&str>> = stages
+            .iter()
+            .map(|stage| stage.linears.iter().map(|l| l.name.as_str()).collect())
+            .collect();
         let expected: [&[&str]; 4] = [
             &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
             &["self_attn.o_proj"],

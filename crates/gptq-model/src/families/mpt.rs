@@ -59,6 +59,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
             activation: Activation::Gelu,
             bias: false,
         },
+        moe: None,
         residual: Residual::serial("norm_1", "norm_2"),
         head: Head::plain("norm_f", "lm_head", f.flag_or("tie_word_embeddings", true)?),
         layers: vec![Layer::default(); sizes.layers],

@@ -30,7 +30,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
             project_in: projected.then_some("project_in"),
             ..Embedding::plain("embed_tokens", sizes.hidden)
         },
-        positions: Positions::Learned { name: "embed_positions", offset: 2 },
+        positions: Positions::Learned { name: "embed_positions", offset: 2, padding: None },
         norm: NormSpec { weight: affine, bias: affine, ..NormSpec::layer(1e-5) },
         attention: Attention {
             qkv: Qkv::Separate {
@@ -50,6 +50,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
             activation: activation(f, "activation_function", "relu")?,
             bias,
         },
+        moe: None,
         residual: if before {
             Residual::serial(norms.0, norms.1)
         } else {

@@ -37,6 +37,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
             activation: activation(f, "hidden_act", "gelu_new")?,
             bias: true,
         },
+        moe: None,
         residual: Residual::parallel("input_layernorm", None),
         head: Head {
             bias: true,

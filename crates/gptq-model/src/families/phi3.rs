@@ -32,6 +32,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
             activation: activation(f, "hidden_act", "silu")?,
             bias: false,
         },
+        moe: None,
         residual: Residual::serial("input_layernorm", "post_attention_layernorm"),
         head: Head::plain("norm", "lm_head", f.flag_or("tie_word_embeddings", false)?),
         layers: windowed(f, &sliding)?,

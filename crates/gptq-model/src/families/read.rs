@@ -104,7 +104,7 @@ impl Sizes {
 
     /// Blocks that all look at every earlier token and rotate with the first rope.
     pub(super) fn alike(&self) -> Vec<Layer> {
-        vec![Layer { window: None, rope: Some(0) }; self.layers]
+        vec![Layer { rope: Some(0), ..Layer::default() }; self.layers]
     }
 }
 
@@ -159,7 +159,10 @@ pub(super) fn windowed(f: &Fields<'_>, sliding: &[bool]) -> Result<Vec<Layer>> {
     if window.is_none() && sliding.contains(&true) {
         return Err(f.missing("sliding_window"));
     }
-    Ok(sliding.iter().map(|&on| Layer { window: window.filter(|_| on), rope: Some(0) }).collect())
+    Ok(sliding
+        .iter()
+        .map(|&on| Layer { window: window.filter(|_| on), rope: Some(0), ..Layer::default() })
+        .collect())
 }
 
 /// What a family has to say about its rope besides the config.
@@ -191,8 +194,36 @@ pub(super) fn rope(f: &Fields<'_>, sizes: &Sizes, defaults: RopeDefaults) -> Res
     rope_from(f, parameters.as_ref(), sizes, defaults)
 }
 
+/// The ropes of blocks without and with a window: from `rope_parameters` by kind of block, or the one that the top level
+/// describes and an unscaled one with the base of its own.
+pub(super) fn ropes_by_kind(
+    f: &Fields<'_>,
+    sizes: &Sizes,
+    full: RopeDefaults,
+    sliding: RopeDefaults,
+) -> Result<Vec<Rope>> {
+    let parameters = parameters(f)?;
+    let p = parameters.as_ref();
+    if p.is_some_and(|p| p.has("full_attention") || p.has("sliding_attention")) {
+        let of_kind = |kind| p.map_or(Ok(None), |p| p.opt_object(kind));
+        let (for_full, for_sliding) = (of_kind("full_attention")?, of_kind("sliding_attention")?);
+        return Ok(vec![
+            rope_from(f, for_full.as_ref(), sizes, full)?,
+            rope_from(f, for_sliding.as_ref(), sizes, sliding)?,
+        ]);
+    }
+    Ok(vec![rope_from(f, p, sizes, full)?, rope_from(f, None, sizes, sliding)?])
+}
+
+/// Gives each block the first or, with a window, the second of two ropes.
+pub(super) fn with_sliding_rope(layers: &mut [Layer], sliding: &[bool]) {
+    for (layer, &sliding) in layers.iter_mut().zip(sliding) {
+        layer.rope = Some(usize::from(sliding));
+    }
+}
+
 /// The object that holds the rope parameters: as in transformers, `rope_scaling` wins where both are written.
-pub(super) fn parameters<'a>(f: &Fields<'a>) -> Result<Option<Fields<'a>>> {
+fn parameters<'a>(f: &Fields<'a>) -> Result<Option<Fields<'a>>> {
     let parameters = f.opt_object("rope_parameters")?;
     Ok(f.opt_object("rope_scaling")?
         .filter(|scaling| scaling.keys().next().is_some())
@@ -200,7 +231,7 @@ pub(super) fn parameters<'a>(f: &Fields<'a>) -> Result<Option<Fields<'a>>> {
 }
 
 /// The rope described by `parameters`, with what they leave out taken from the top level `f`, then from `defaults`.
-pub(super) fn rope_from(
+fn rope_from(
     f: &Fields<'_>,
     parameters: Option<&Fields<'_>>,
     sizes: &Sizes,

@@ -25,6 +25,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
         norm: NormSpec::layer(f.eps_or("layer_norm_eps", 1e-5)?),
         attention: Attention { qkv_bias: f.flag_or("use_qkv_bias", false)?, ..sizes.attention() },
         mlp: gated(f, "hidden_act", "silu")?,
+        moe: None,
         residual: if f.flag_or("use_parallel_residual", false)? {
             Residual::parallel("input_layernorm", None)
         } else {

@@ -3,13 +3,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use gptq_compute::{Gram, LayerKv};
+use gptq_compute::{Gram, LayerKv, Tensor};
 use gptq_format::Checkpoint;
 use gptq_model::{Block, BlockState, Ctx, Embedder, SeqSpan, Spec, Stage};
 
-use super::Phases;
+use super::{MoeFallback, Phases};
 use crate::calibration::CalibrationSet;
 use crate::error::Result;
+use crate::report::ExpertRecord;
 
 /// Tokens of a chunk: enough rows for the products to run at full rate, few enough for the
 /// temporaries of a chunk to stay small.
@@ -63,14 +64,27 @@ impl Activations {
             .time("inputs", || self.chunks.iter_mut().for_each(|c| block.begin(ctx, &mut c.state)));
     }
 
-    /// XᵀX of the inputs of the stage that comes next.
-    pub(crate) fn gram(&self, ctx: &Ctx, phases: &mut Phases) -> Gram {
-        phases.time("hessian", || {
-            let width = self.chunks.first().map_or(0, |c| c.state.input.cols());
-            let mut gram = Gram::new(width);
-            self.chunks.iter().for_each(|c| gram.accumulate(&ctx.pool, &c.state.input));
-            gram
-        })
+    /// The inputs of `stage`, which comes next.
+    pub(crate) fn inputs(
+        &self,
+        ctx: &mut Ctx,
+        block: &Block,
+        stage: Stage,
+        fallback: MoeFallback,
+        phases: &mut Phases,
+    ) -> Result<StageInputs> {
+        let mut sum = Sum::default();
+        for chunk in &self.chunks {
+            phases.time("hessian", || sum.add(ctx, &chunk.state.input));
+        }
+        if sum.unrouted(stage, fallback) {
+            let mut all = Sum::default();
+            for chunk in &self.chunks {
+                all.add_unrouted(ctx, block, stage, &chunk.state, phases)?;
+            }
+            sum.gram = all.gram;
+        }
+        Ok(sum.finish(stage, fallback))
     }
 
     /// Takes all tokens through `stage`.
@@ -89,30 +103,116 @@ impl Activations {
         })
     }
 
-    /// XᵀX of all four stages as the block's present linears compute them; the stream stays where
+    /// The inputs of all stages as the block's present linears compute them; the stream stays where
     /// it is.
-    pub(crate) fn grams(
+    pub(crate) fn all_inputs(
+        &mut self,
+        ctx: &mut Ctx,
+        block: &Block,
+        fallback: MoeFallback,
+        phases: &mut Phases,
+    ) -> Result<Vec<StageInputs>> {
+        let mut sums: Vec<Sum> = block.stages().iter().map(|_| Sum::default()).collect();
+        self.walk(ctx, block, phases, |ctx, index, state, phases| {
+            phases.time("hessian", || sums[index].add(ctx, &state.input));
+            Ok(())
+        })?;
+        let stages = block.stages();
+        let starved: Vec<bool> =
+            stages.iter().zip(&sums).map(|(&stage, sum)| sum.unrouted(stage, fallback)).collect();
+        if starved.contains(&true) {
+            let mut all: Vec<Sum> = stages.iter().map(|_| Sum::default()).collect();
+            self.walk(ctx, block, phases, |ctx, index, state, phases| match starved[index] {
+                true => all[index].add_unrouted(ctx, block, stages[index], state, phases),
+                false => Ok(()),
+            })?;
+            for ((sum, all), _) in sums.iter_mut().zip(all).zip(&starved).filter(|(_, on)| **on) {
+                sum.gram = all.gram;
+            }
+        }
+        let inputs = stages.iter().zip(sums).map(|(&stage, sum)| sum.finish(stage, fallback));
+        Ok(inputs.collect())
+    }
+
+    /// Takes copies of all chunks through the block, and shows the state before each stage.
+    fn walk(
         &mut self,
         ctx: &mut Ctx,
         block: &Block,
         phases: &mut Phases,
-    ) -> Result<Vec<Gram>> {
+        mut visit: impl FnMut(&mut Ctx, usize, &BlockState, &mut Phases) -> Result<()>,
+    ) -> Result<()> {
         let Self { chunks, caches } = self;
-        let mut grams: Vec<Option<Gram>> = vec![None; Stage::ALL.len()];
         for chunk in chunks {
             let mut state = BlockState::new(chunk.state.hidden.clone());
             phases.time("inputs", || block.begin(ctx, &mut state));
-            for (stage, gram) in Stage::ALL.into_iter().zip(&mut grams) {
-                phases.time("hessian", || {
-                    gram.get_or_insert_with(|| Gram::new(state.input.cols()))
-                        .accumulate(&ctx.pool, &state.input);
-                });
+            for (index, &stage) in block.stages().iter().enumerate() {
+                visit(ctx, index, &state, phases)?;
                 phases.time("inputs", || {
                     run(ctx, block, stage, &mut state, &chunk.windows, caches)
                 })?;
             }
         }
-        Ok(grams.into_iter().flatten().collect())
+        Ok(())
+    }
+}
+
+/// What the linears of a stage are solved against.
+pub(crate) struct StageInputs {
+    /// XᵀX of the stage's inputs; `None`: they are rounded to nearest.
+    pub(crate) gram: Option<Gram>,
+    /// What the report says of an expert.
+    pub(crate) expert: Option<ExpertRecord>,
+}
+
+/// XᵀX of a stage's inputs as it grows.
+#[derive(Default)]
+struct Sum {
+    gram: Option<Gram>,
+    /// Tokens that went to the stage, and its inputs.
+    tokens: usize,
+    width: usize,
+}
+
+impl Sum {
+    fn add(&mut self, ctx: &Ctx, input: &Tensor) {
+        self.gram.get_or_insert_with(|| Gram::new(input.cols())).accumulate(&ctx.pool, input);
+        self.tokens += input.rows();
+        self.width = input.cols();
+    }
+
+    /// Adds what an expert would see if every token were routed to it.
+    fn add_unrouted(
+        &mut self,
+        ctx: &mut Ctx,
+        block: &Block,
+        stage: Stage,
+        state: &BlockState,
+        phases: &mut Phases,
+    ) -> Result<()> {
+        let mut input = Tensor::default();
+        phases.time("inputs", || block.unrouted_input(ctx, stage, state, &mut input))?;
+        phases.time("hessian", || self.add(ctx, &input));
+        Ok(())
+    }
+
+    fn starved(&self, stage: Stage) -> bool {
+        stage.expert().is_some() && MoeFallback::applies(self.tokens, self.width)
+    }
+
+    /// Whether the stage has to be calibrated on all tokens.
+    fn unrouted(&self, stage: Stage, fallback: MoeFallback) -> bool {
+        fallback == MoeFallback::AllTokens && self.starved(stage)
+    }
+
+    fn finish(self, stage: Stage, fallback: MoeFallback) -> StageInputs {
+        let starved = self.starved(stage);
+        let expert = stage.expert().map(|_| ExpertRecord {
+            tokens: self.tokens as u64,
+            fallback: starved.then(|| fallback.name().to_owned()),
+        });
+        let rounded = starved && fallback == MoeFallback::Rtn;
+        StageInputs { gram: self.gram.filter(|_| !rounded), expert }
     }
 }
 

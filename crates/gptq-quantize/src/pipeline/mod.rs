@@ -13,9 +13,9 @@ use std::time::Instant;
 
 use gptq_compute::Pool;
 use gptq_format::{Checkpoint, Tokenizer};
-use gptq_model::{Block, Ctx, LinearSource, Spec, Stage, load_linear};
+use gptq_model::{Block, Ctx, LinearSource, Spec, load_linear};
 
-pub use options::{Method, QuantizeOptions};
+pub use options::{Method, MoeFallback, QuantizeOptions};
 pub use plan::{Plan, plan};
 
 use crate::calibration::CalibrationSet;
@@ -157,7 +157,8 @@ impl Run<'_> {
         let checkpoint = self.output.checkpoint();
         let mut block = Block::load(checkpoint, self.spec, layer, LinearSource::Unset)?;
         // Modules that stay floats are taken from the output: as they were saved.
-        for stage in Stage::ALL {
+        let stages = self.spec.stage_order(layer);
+        for &stage in &stages {
             for (i, linear) in self.spec.stage_linears(layer, stage).iter().enumerate() {
                 if self.layout.settings(&linear.module).is_none() {
                     let linear = load_linear(checkpoint, self.spec, linear, LinearSource::Copied)?;
@@ -166,16 +167,15 @@ impl Run<'_> {
             }
         }
         let Some(activations) = activations else {
-            return Stage::ALL
-                .iter()
-                .try_for_each(|&stage| self.round_stage(&mut block, layer, stage));
+            return stages.iter().try_for_each(|&stage| self.round_stage(&mut block, layer, stage));
         };
         if self.job.options.true_sequential {
             activations.begin(ctx, &block, &mut self.phases);
-            for stage in Stage::ALL {
-                let gram = activations.gram(ctx, &mut self.phases);
-                self.solve_stage(&mut block, layer, stage, gram)?;
-                let last = layer + 1 == self.spec.layer_count() && stage == Stage::MlpDown;
+            for &stage in &stages {
+                let fallback = self.job.options.moe_fallback;
+                let inputs = activations.inputs(ctx, &block, stage, fallback, &mut self.phases)?;
+                self.solve_stage(&mut block, layer, stage, inputs)?;
+                let last = layer + 1 == self.spec.layer_count() && Some(&stage) == stages.last();
                 if !last {
                     self.progress.phase("inputs");
                     activations.advance(ctx, &block, stage, &mut self.phases)?;
@@ -184,7 +184,7 @@ impl Run<'_> {
             return Ok(());
         }
         // All stages see what the float block computes.
-        for stage in Stage::ALL {
+        for &stage in &stages {
             for (i, linear) in self.spec.stage_linears(layer, stage).iter().enumerate() {
                 if self.layout.settings(&linear.module).is_some() {
                     let source = self.job.checkpoint;
@@ -194,14 +194,15 @@ impl Run<'_> {
             }
         }
         self.progress.phase("inputs");
-        let grams = activations.grams(ctx, &block, &mut self.phases)?;
-        for (stage, gram) in Stage::ALL.into_iter().zip(grams) {
-            self.solve_stage(&mut block, layer, stage, gram)?;
+        let fallback = self.job.options.moe_fallback;
+        let inputs = activations.all_inputs(ctx, &block, fallback, &mut self.phases)?;
+        for (&stage, inputs) in stages.iter().zip(inputs) {
+            self.solve_stage(&mut block, layer, stage, inputs)?;
         }
         if layer + 1 < self.spec.layer_count() {
             self.progress.phase("inputs");
             activations.begin(ctx, &block, &mut self.phases);
-            for stage in Stage::ALL {
+            for &stage in &stages {
                 activations.advance(ctx, &block, stage, &mut self.phases)?;
             }
         }

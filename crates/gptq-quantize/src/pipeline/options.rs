@@ -31,6 +31,32 @@ impl Method {
     }
 }
 
+/// What is done with an expert that too few calibration tokens were routed to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum MoeFallback {
+    /// Its weights are rounded to nearest.
+    #[default]
+    Rtn,
+    /// It is solved on what it computes for all tokens, as if every token had been routed to it.
+    AllTokens,
+}
+
+impl MoeFallback {
+    /// Its name on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rtn => "rtn",
+            Self::AllTokens => "all-tokens",
+        }
+    }
+
+    /// Whether an expert with this many tokens for a stage of this many inputs is left to the fallback: none, or fewer
+    /// than a quarter.
+    pub(crate) fn applies(tokens: usize, inputs: usize) -> bool {
+        tokens == 0 || tokens.saturating_mul(4) < inputs
+    }
+}
+
 /// The settings of a run, by the names of GPTQModel's `QuantizeConfig`.
 #[derive(Debug, Clone)]
 pub struct QuantizeOptions {
@@ -56,6 +82,8 @@ pub struct QuantizeOptions {
     pub mse: Option<f32>,
     /// Stages of a block see the quantized stages before them.
     pub true_sequential: bool,
+    /// What is done with an expert that too few tokens were routed to.
+    pub moe_fallback: MoeFallback,
     /// Zero-point convention of the output.
     pub format: CheckpointFormat,
     /// Per-module overrides.
@@ -81,6 +109,7 @@ impl Default for QuantizeOptions {
             damp_auto_increment: 0.01,
             mse: None,
             true_sequential: true,
+            moe_fallback: MoeFallback::default(),
             format: CheckpointFormat::Gptq,
             dynamic: Dynamic::default(),
             max_shard_bytes: 4 << 30,

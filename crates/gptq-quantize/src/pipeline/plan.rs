@@ -66,18 +66,41 @@ pub(super) fn summarize(job: &Job<'_>, spec: &Spec, layout: &Layout) -> Result<P
     })
 }
 
-/// Largest stage: inputs, all outputs, largest single linear.
-fn widths(spec: &Spec) -> (u64, u64, u64) {
-    let stages = spec.stages(0);
-    let inputs =
-        |s: &gptq_model::StageSpec| s.linears.iter().map(|l| l.in_features).max().unwrap_or(0);
-    let widest = stages.iter().map(inputs).max().unwrap_or(0);
-    let outputs =
-        |s: &gptq_model::StageSpec| s.linears.iter().map(|l| l.out_features).sum::<usize>();
-    let most = stages.iter().map(outputs).max().unwrap_or(0);
-    let linears = stages.iter().flat_map(|s| &s.linears);
-    let largest = linears.map(|l| l.in_features * l.out_features).max().unwrap_or(0);
-    (widest as u64, most as u64, largest as u64)
+/// The largest of what blocks hold.
+#[derive(Default)]
+struct Largest {
+    /// Inputs of a stage.
+    inputs: u64,
+    /// Outputs of a stage, of all its linears.
+    outputs: u64,
+    /// Weights of a linear.
+    linear: u64,
+    /// Weights of a block.
+    block: u64,
+    /// Elements of a block's Hessians.
+    hessians: u64,
+}
+
+impl Largest {
+    fn of(spec: &Spec) -> Self {
+        let mut found = Self::default();
+        for layer in 0..spec.layer_count() {
+            let (mut block, mut hessians) = (0, 0);
+            for stage in spec.stages(layer) {
+                let inputs = stage.linears.first().map_or(0, |l| l.in_features) as u64;
+                let outputs = stage.linears.iter().map(|l| l.out_features).sum::<usize>() as u64;
+                let sizes = stage.linears.iter().map(|l| (l.in_features * l.out_features) as u64);
+                found.inputs = found.inputs.max(inputs);
+                found.outputs = found.outputs.max(outputs);
+                found.linear = found.linear.max(sizes.max().unwrap_or(0));
+                block += inputs * outputs;
+                hessians += inputs * inputs;
+            }
+            found.block = found.block.max(block);
+            found.hessians = found.hessians.max(hessians);
+        }
+        found
+    }
 }
 
 fn memory(
@@ -87,30 +110,31 @@ fn memory(
     seqlen: usize,
 ) -> Vec<(&'static str, u64)> {
     const F32: u64 = 4;
-    let (widest, outputs, largest) = widths(spec);
+    let largest = Largest::of(spec);
+    let widest = largest.inputs;
     let hidden = spec.hidden as u64;
     let tokens = tokens as u64;
     // Weights of one linear: as stored, as f32, in panels and codes of the sweep, packed twice;
     // the error takes three float copies once the sweep has freed its own.
-    let solving = largest * (2 * F32 + 3 * F32 + 2);
+    let solving = largest.linear * (2 * F32 + 3 * F32 + 2);
     // The block's quantized linears stay until it is finished.
-    let block: u64 = spec
-        .stages(0)
-        .iter()
-        .flat_map(|s| &s.linears)
-        .map(|l| (l.in_features * l.out_features) as u64 * u64::from(options.bits.as_u32()) / 8)
-        .sum();
+    let block = largest.block * u64::from(options.bits.as_u32()) / 8;
     let mut parts = vec![("one block and the linear being solved", block + solving)];
     if tokens > 0 {
         let chunk = (CHUNK_TOKENS.max(seqlen) as u64).min(tokens);
-        // Stream and stage input of every token.
-        parts.push(("activations", tokens * (hidden + widest) * F32));
+        // Stream and stage input of every token; with experts also the MLP's input and output.
+        let experts = if spec.layers.iter().any(|layer| layer.moe) { 2 * hidden } else { 0 };
+        parts.push(("activations", tokens * (hidden + widest + experts) * F32));
         // Outputs of a stage, the packed inputs and the cache of one chunk.
         let kv = spec.kv_bytes_per_token() as u64 / spec.layer_count().max(1) as u64;
-        parts
-            .push(("temporaries of a chunk", chunk * ((outputs + 2 * widest + hidden) * F32 + kv)));
+        parts.push((
+            "temporaries of a chunk",
+            chunk * ((largest.outputs + 2 * widest + hidden) * F32 + kv),
+        ));
         // H, the factor, and two matrices while it is computed.
-        parts.push(("Hessian and factor", 4 * widest * widest * F32));
+        // Without true-sequential order the block's Hessians exist together.
+        let others = if options.true_sequential { 0 } else { largest.hessians };
+        parts.push(("Hessian and factor", (4 * widest * widest + others) * F32));
         // Rows of the embedding that were touched stay mapped.
         parts.push(("embedding", (spec.vocab as u64 * hidden * 2).min(tokens * 4096)));
     }
@@ -126,10 +150,15 @@ fn seconds(job: &Job<'_>, spec: &Spec, layout: &Layout, tokens: usize, seqlen: u
         return solving;
     }
     let rate = gptq_compute::gemm_peak_rate(job.pool);
-    let mut per_token = 2.0 * weights;
+    let mut per_token = 0.0;
     for layer in 0..spec.layer_count() {
+        // The share of the tokens that one expert sees.
+        let share = spec.moe(layer).map_or(1.0, |moe| moe.top_k as f64 / moe.count as f64);
         for stage in spec.stages(layer) {
-            per_token += stage.linears.first().map_or(0.0, |l| (l.in_features as f64).powi(2));
+            let inputs = stage.linears.first().map_or(0.0, |l| l.in_features as f64);
+            let outputs: f64 = stage.linears.iter().map(|l| l.out_features as f64).sum();
+            let share = if stage.stage.expert().is_some() { share } else { 1.0 };
+            per_token += share * inputs * (inputs + 2.0 * outputs);
         }
         let attention = spec.attention.heads * spec.attention.head_dim;
         per_token += 2.0 * (seqlen * attention) as f64;

@@ -3,16 +3,17 @@
 use std::time::Instant;
 
 use gptq_compute::sweep::Grid;
-use gptq_compute::{GptqParts, Gram, Linear, Matrix, QuantizedMatrix};
+use gptq_compute::{GptqParts, Linear, Matrix, QuantizedMatrix};
 use gptq_format::{CheckpointFormat, GptqLinear, ModuleSettings};
 use gptq_model::{Block, LinearSource, LinearSpec, Stage, load_linear};
 use half::f16;
 
+use super::activations::StageInputs;
 use super::{Method, QuantizeOptions, Run};
 use crate::error::{QuantizeError, Result};
 use crate::hessian::{Damping, Factor, Hessian};
 use crate::order::OrderOptions;
-use crate::report::ModuleRecord;
+use crate::report::{ExpertRecord, ModuleRecord};
 use crate::rss;
 use crate::solver::{self, Solution};
 
@@ -20,15 +21,19 @@ use crate::solver::{self, Solution};
 type FactorKey = (OrderOptions, Damping);
 
 impl Run<'_> {
-    /// Solves the linears of `stage` against the sum over its inputs, writes them, and puts them
-    /// into the block as packed codes.
+    /// Solves the linears of `stage` against the sum over its inputs (or rounds them where these
+    /// say so), writes them, and puts them into the block as packed codes.
     pub(super) fn solve_stage(
         &mut self,
         block: &mut Block,
         layer: usize,
         stage: Stage,
-        gram: Gram,
+        inputs: StageInputs,
     ) -> Result<()> {
+        let StageInputs { gram, expert } = inputs;
+        let Some(gram) = gram else {
+            return self.round_linears(block, layer, stage, expert.as_ref());
+        };
         let linears = self.quantized(layer, stage);
         let Some(((_, first), _)) = linears.split_first() else { return Ok(()) };
         let hessian = self.phases.time("hessian", || Hessian::new(gram));
@@ -53,6 +58,7 @@ impl Run<'_> {
                 &linear,
                 &settings,
                 factor.map(|f| (f, &hessian)),
+                expert.as_ref(),
             )?;
         }
         Ok(())
@@ -65,10 +71,20 @@ impl Run<'_> {
         layer: usize,
         stage: Stage,
     ) -> Result<()> {
+        self.round_linears(block, layer, stage, None)
+    }
+
+    fn round_linears(
+        &mut self,
+        block: &mut Block,
+        layer: usize,
+        stage: Stage,
+        expert: Option<&ExpertRecord>,
+    ) -> Result<()> {
         self.progress.phase("solve");
         for (index, linear) in self.quantized(layer, stage) {
             if let Some(settings) = self.layout.settings(&linear.module).copied() {
-                self.solve_linear(block, layer, stage, index, &linear, &settings, None)?;
+                self.solve_linear(block, layer, stage, index, &linear, &settings, None, expert)?;
             }
         }
         Ok(())
@@ -109,6 +125,7 @@ impl Run<'_> {
         linear: &LinearSpec,
         settings: &ModuleSettings,
         fitted: Option<(&Factor, &Hessian)>,
+        expert: Option<&ExpertRecord>,
     ) -> Result<()> {
         let start = Instant::now();
         let (job, pool) = (self.job, self.job.pool);
@@ -122,6 +139,14 @@ impl Run<'_> {
             });
         };
         let weights = dense.to_f32();
+        if let Some(index) = weights.iter().position(|w| !w.is_finite()) {
+            return Err(QuantizeError::WeightNotFinite {
+                path: job.checkpoint.path.clone(),
+                tensor: format!("{}.weight", linear.module),
+                index,
+                value: weights[index],
+            });
+        }
         let v1 = self.layout.config.format == CheckpointFormat::Gptq;
         let grid = Grid {
             bits: settings.bits.as_u32(),
@@ -154,7 +179,7 @@ impl Run<'_> {
         block.set_linear(stage, index, Linear { weight: Matrix::Quantized(matrix), bias })?;
         let record = ModuleRecord {
             layer,
-            module: linear.name.to_owned(),
+            module: linear.name.clone(),
             shape: [linear.out_features, linear.in_features],
             bits: settings.bits.as_u32(),
             group_size,
@@ -163,6 +188,7 @@ impl Run<'_> {
             damp_percent: fitted.map_or(0.0, |(factor, _)| factor.damp_percent),
             damp_tries: fitted.map_or(0, |(factor, _)| factor.tries),
             nsamples: fitted.map_or(0, |(_, hessian)| hessian.tokens() as u64),
+            expert: expert.cloned(),
             seconds: start.elapsed().as_secs_f64(),
             rss_bytes: rss::current_bytes(),
         };

@@ -20,8 +20,8 @@ fn equals_the_reference_implementation() {
         if !dir.join(format!("{name}.safetensors")).exists() {
             continue;
         }
-        let inputs = Expected::open(&dir.join(case["inputs"].as_str().unwrap()));
-        let want = Expected::open(&dir.join(format!("{name}.safetensors")));
+        let inputs = Expected::open(dir.join(case["inputs"].as_str().unwrap()));
+        let want = Expected::open(dir.join(format!("{name}.safetensors")));
         let (shape, w) = inputs.f32("W");
         let (outputs, n) = (shape[0], shape[1]);
         let h = Hessian::from_matrix(inputs.f32("H").1, n, 512);
@@ -78,7 +78,7 @@ fn equals_the_reference_implementation() {
 fn toy(outputs: usize, n: usize) -> (Vec<f32>, Hessian) {
     let mut r = gptq_testkit::Rng::new(11);
     let w: Vec<f32> = (0..outputs * n).map(|_| r.normal()).collect();
-    let noise: Vec<f32> = (0..4 * n * n + 1).map(|_| r.normal()).collect();
+    let noise: Vec<f32> = (0..=4 * n * n).map(|_| r.normal()).collect();
     // Neighbouring inputs are correlated, the first four are loud.
     let x = |t: usize, i: usize| {
         let at = t * n + i;

@@ -1,0 +1,286 @@
+//! What each engine asks of a GPTQ checkpoint, as a table of rules.
+//!
+//! Read from the sources of vLLM, Text Generation Inference (TGI), optimum with GPTQModel (what transformers uses), ExLlamaV2
+//! and GPTQModel 7.3 in November 2026; the comment of each rule names the place. Rules about the architecture of the model
+//! are not among them.
+
+use gptq_format::{Bits, CheckpointFormat};
+use serde::Serialize;
+
+use super::Facts;
+use super::module::Module;
+use super::zeros::gptqmodel_version;
+
+/// A program that runs GPTQ checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// vLLM with its Marlin kernels.
+    Vllm,
+    /// Hugging Face Text Generation Inference.
+    Tgi,
+    /// transformers, through optimum and GPTQModel.
+    Transformers,
+    /// ExLlamaV2.
+    Exllama,
+    /// GPTQModel by itself.
+    Gptqmodel,
+}
+
+impl Engine {
+    /// All engines.
+    pub const ALL: [Self; 5] =
+        [Self::Vllm, Self::Tgi, Self::Transformers, Self::Exllama, Self::Gptqmodel];
+
+    /// Its name as its authors spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vllm => "vLLM",
+            Self::Tgi => "TGI",
+            Self::Transformers => "transformers",
+            Self::Exllama => "ExLlamaV2",
+            Self::Gptqmodel => "GPTQModel",
+        }
+    }
+}
+
+/// Whether an engine opens a checkpoint and computes what was meant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Verdict {
+    /// The engine.
+    pub engine: Engine,
+    /// Whether it does.
+    pub opens: bool,
+    /// Why not.
+    pub reasons: Vec<String>,
+}
+
+use Engine::{Exllama, Gptqmodel, Tgi, Transformers, Vllm};
+
+/// A demand of some engines; the function says what a checkpoint does not meet.
+struct Rule(&'static [Engine], Check);
+
+enum Check {
+    /// About the checkpoint as a whole.
+    Whole(fn(&Facts<'_>) -> Option<String>),
+    /// About each module.
+    Each(fn(&Facts<'_>, &Module) -> Option<String>),
+}
+
+use Check::{Each, Whole};
+
+const RULES: &[Rule] = &[
+    // All read `quantization_config` of config.json; TGI and GPTQModel alone fall back to quantize_config.json.
+    Rule(&[Vllm, Transformers, Exllama], Whole(no_config)),
+    // transformers `quantizers/auto.py` and vLLM `override_quantization_method` go by `quant_method`.
+    Rule(&[Vllm, Tgi, Transformers], Whole(|f| lacks(f, "quant_method"))),
+    // vLLM `GPTQMarlinConfig.from_config`: get_from_keys without default.
+    Rule(&[Vllm], Whole(|f| lacks(f, "desc_act"))),
+    Rule(&[Vllm], Whole(|f| lacks(f, "sym"))),
+    // transformers `load_state_dict` refuses safetensors without `format` in the header.
+    Rule(
+        &[Transformers],
+        Whole(|f| (!f.headers_say_pt).then(|| "a file header does not say `format`: `pt`".into())),
+    ),
+    // vLLM reads 4 and 8 bits since its 2- and 3-bit kernels were dropped.
+    Rule(&[Vllm], Each(|_, m| bits(m, &[Bits::B4, Bits::B8]))),
+    // TGI `layers/gptq/quant_linear.py`: only 2, 4, 8 bits.
+    Rule(&[Tgi], Each(|_, m| bits(m, &[Bits::B2, Bits::B4, Bits::B8]))),
+    // ExLlamaV2's GPTQ kernels unpack 4 bits.
+    Rule(&[Exllama], Each(|_, m| bits(m, &[Bits::B4]))),
+    // vLLM's Marlin kernels bake the symmetric zero point in and ignore qzeros.
+    Rule(
+        &[Vllm],
+        Each(|_, m| (!m.settings.sym).then(|| "asymmetric: its kernels ignore zero points".into())),
+    ),
+    // GPTQModel `models/loader.py`: sym=False in v1 only if meta.quantizer names gptqmodel 0.9.0 or newer.
+    Rule(
+        &[Gptqmodel],
+        Whole(|f| {
+            let asym = f.modules.iter().any(|m| !m.settings.sym);
+            let trusted = gptqmodel_version(f.config).is_some_and(|version| version >= (0, 9));
+            (v1(f) && asym && !trusted)
+            .then(|| "asymmetric in format `gptq`, and not written by GPTQModel; convert to `gptq_v2`".into())
+        }),
+    ),
+    // TGI looks at checkpoint_format for marlin only and adds 1 to every zero point.
+    Rule(
+        &[Tgi],
+        Whole(|f| (!v1(f)).then(|| "it reads `gptq_v2` as `gptq`; convert to `gptq`".into())),
+    ),
+    // AutoGPTQ's and TGI's kernels, and ExLlamaV2's (`make_q_matrix`, which turns v2 into v1 first), add 1 to the field.
+    Rule(&[Tgi], Each(|f, m| if v1(f) { true_zero(m) } else { None })),
+    Rule(&[Exllama], Each(|_, m| true_zero(m))),
+    // vLLM `GPTQMarlinLinearMethod.create_weights`: input_size % group_size.
+    Rule(
+        &[Vllm, Exllama],
+        Each(|_, m| {
+            m.ragged().then(|| {
+                format!("{} inputs are no multiple of its group size {}", m.inputs, m.group_len())
+            })
+        }),
+    ),
+    // vLLM `marlin_utils.py`, MARLIN_SUPPORTED_GROUP_SIZES.
+    Rule(
+        &[Vllm],
+        Each(|_, m| {
+            let known = [-1, 32, 64, 128].contains(&m.settings.group_size) || m.groups == 1;
+            (!known).then(|| {
+                format!("group size {}; its kernels have -1, 32, 64, 128", m.settings.group_size)
+            })
+        }),
+    ),
+    // vLLM `marlin_utils.py`: output size % 64 (of the fused matrix) and input size % 128.
+    Rule(&[Vllm], Whole(marlin_outputs)),
+    Rule(&[Vllm], Each(|_, m| multiple(m.inputs, 128, "inputs"))),
+    // GPTQModel `pack_block` works on 32 inputs at a time; outputs only have to fill their words.
+    Rule(&[Tgi, Transformers, Exllama, Gptqmodel], Each(|_, m| multiple(m.inputs, 32, "inputs"))),
+    // ExLlama's kernels, which TGI uses for 4 bits: output size % 32.
+    Rule(&[Tgi, Exllama], Each(|_, m| multiple(m.outputs, 32, "outputs"))),
+    // vLLM reads rules for single modules but fuses q/k/v, gate/up and experts.
+    Rule(&[Vllm], Whole(fused)),
+    // TGI `Weights.get_multi_weights_col` asserts equal g_idx of what it fuses.
+    Rule(&[Tgi], Whole(fused_order)),
+    // TGI, optimum and ExLlamaV2 take bits and group size from the whole model's settings.
+    Rule(&[Tgi, Transformers, Exllama], Whole(mixed)),
+    // optimum `GPTQQuantizer._replace_by_quant_layers` replaces linears of the blocks only.
+    Rule(
+        &[Transformers],
+        Whole(|f| {
+            f.quantized_head.then(|| {
+                "the head is quantized; it looks for packed weights in the blocks only".into()
+            })
+        }),
+    ),
+    // GPTQModel `looper/module_looper.py` and loader: no quantized head with tied embeddings.
+    Rule(
+        &[Gptqmodel],
+        Whole(|f| {
+            (f.quantized_head && f.tied)
+                .then(|| "the head is quantized and tied to the embedding".into())
+        }),
+    ),
+    // GPTQModel's kernels use g_idx as it is.
+    Rule(
+        &[Transformers, Gptqmodel],
+        Each(|_, m| {
+            m.g_idx
+                .is_some_and(|g| g.unset)
+                .then(|| "`g_idx` is all zeros, which it takes literally".into())
+        }),
+    ),
+    // optimum and GPTQModel register g_idx as a buffer of the module.
+    Rule(
+        &[Transformers, Gptqmodel],
+        Each(|_, m| m.g_idx.is_none().then(|| "`g_idx` is missing".into())),
+    ),
+];
+
+/// The verdicts for a checkpoint that cannot be opened at all.
+pub(super) fn none_open() -> Vec<Verdict> {
+    let reasons = vec!["the checkpoint has errors".to_owned()];
+    Engine::ALL.map(|engine| Verdict { engine, opens: false, reasons: reasons.clone() }).into()
+}
+
+pub(super) fn judge(facts: &Facts<'_>) -> Vec<Verdict> {
+    let verdict = |engine| {
+        let rules = RULES.iter().filter(|Rule(engines, _)| engines.contains(&engine));
+        let mut reasons: Vec<String> =
+            rules.filter_map(|Rule(_, check)| apply(facts, check)).collect();
+        if facts.broken {
+            reasons.insert(0, "the checkpoint has errors".to_owned());
+        }
+        Verdict { engine, opens: reasons.is_empty(), reasons }
+    };
+    Engine::ALL.map(verdict).into()
+}
+
+fn apply(facts: &Facts<'_>, check: &Check) -> Option<String> {
+    match check {
+        Whole(check) => check(facts),
+        Each(check) => {
+            let mut failing =
+                facts.modules.iter().filter_map(|m| Some((&m.name, check(facts, m)?)));
+            let (first, reason) = failing.next()?;
+            Some(match (failing.count(), facts.modules.len()) {
+                (more, all) if more + 1 == all => reason,
+                (0, _) => format!("{reason} ({first})"),
+                (more, _) => format!("{reason} ({first} and {more} more)"),
+            })
+        }
+    }
+}
+
+fn v1(facts: &Facts<'_>) -> bool {
+    facts.config.format == CheckpointFormat::Gptq
+}
+
+fn no_config(facts: &Facts<'_>) -> Option<String> {
+    facts.in_config_json.is_none().then(|| "config.json has no `quantization_config`".into())
+}
+
+fn lacks(facts: &Facts<'_>, key: &str) -> Option<String> {
+    let config = facts.in_config_json?;
+    let absent = config.get(key).is_none_or(serde_json::Value::is_null);
+    absent.then(|| format!("`quantization_config` has no `{key}`"))
+}
+
+fn bits(module: &Module, known: &[Bits]) -> Option<String> {
+    let bits = module.settings.bits;
+    (!known.contains(&bits)).then(|| {
+        let known: Vec<String> = known.iter().map(Bits::to_string).collect();
+        format!("{bits} bits; it reads {}", known.join(", "))
+    })
+}
+
+fn true_zero(module: &Module) -> Option<String> {
+    (module.zeros.true_zeros > 0).then(|| {
+        format!("it reads zero points of 0 as {}", u32::from(module.settings.bits.max_code()) + 1)
+    })
+}
+
+fn multiple(count: usize, of: usize, axis: &str) -> Option<String> {
+    (!count.is_multiple_of(of)).then(|| format!("{count} {axis} are no multiple of {of}"))
+}
+
+fn marlin_outputs(facts: &Facts<'_>) -> Option<String> {
+    let in_group = |index: usize| facts.fused.iter().any(|group| group.members.contains(&index));
+    let fused = facts
+        .fused
+        .iter()
+        .filter(|group| !group.members.is_empty())
+        .map(|group| (group.name.as_str(), group.outputs));
+    let single = facts
+        .modules
+        .iter()
+        .enumerate()
+        .filter(|(index, _)| !in_group(*index))
+        .map(|(_, module)| (module.name.as_str(), module.outputs));
+    let (name, outputs) = fused.chain(single).find(|(_, outputs)| !outputs.is_multiple_of(64))?;
+    Some(format!("{outputs} outputs are no multiple of 64 ({name})"))
+}
+
+fn fused(facts: &Facts<'_>) -> Option<String> {
+    match facts.fused.iter().find(|group| !group.uniform) {
+        Some(group) => {
+            Some(format!("it fuses linears that are quantized differently ({})", group.name))
+        }
+        None => fused_order(facts),
+    }
+}
+
+fn fused_order(facts: &Facts<'_>) -> Option<String> {
+    let group = facts.fused.iter().find(|group| !group.same_order)?;
+    Some(format!("it fuses linears with different `g_idx` ({})", group.name))
+}
+
+fn mixed(facts: &Facts<'_>) -> Option<String> {
+    let config = facts.config;
+    let differs =
+        |m: &&Module| m.settings.bits != config.bits || m.settings.group_size != config.group_size;
+    let first = facts.modules.iter().find(differs)?;
+    Some(format!(
+        "it ignores `dynamic`, by which {} has {} bits and group size {}",
+        first.name, first.settings.bits, first.settings.group_size
+    ))
+}

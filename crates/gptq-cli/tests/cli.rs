@@ -1,0 +1,318 @@
+//! The real binary on tiny models: what it prints, what it writes, how it fails.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use gptq_testkit::{Expected, TinyLlama, assert_close, fixtures, tiny_llama};
+use serde_json::Value;
+
+struct World {
+    dir: tempfile::TempDir,
+}
+
+impl World {
+    /// A directory with a tiny model and some text.
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        tiny_llama(&dir.path().join("model"), 7);
+        let text: String = (0..4000).map(|i| format!("word{} ", i * 37 % 101)).collect();
+        std::fs::write(dir.path().join("text.txt"), text).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs `gptq` with `line` split at blanks, inside the directory.
+    fn gptq(&self, line: &str) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_gptq"))
+            .args(line.split(' '))
+            .current_dir(self.dir.path())
+            .env("HF_HUB_OFFLINE", "1")
+            .env("HF_HOME", self.path("hub"))
+            .env_remove("GPTQ_LOG")
+            .output()
+            .unwrap()
+    }
+
+    /// Stdout of a run that must succeed.
+    fn ok(&self, line: &str) -> String {
+        let output = self.gptq(line);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "gptq {line}: {stderr}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn json(&self, line: &str) -> Value {
+        serde_json::from_str(&self.ok(line)).unwrap()
+    }
+
+    /// Stderr of a run that must fail without anything on stdout, with paths made short.
+    fn fails(&self, line: &str) -> String {
+        let output = self.gptq(line);
+        assert_eq!(output.status.code(), Some(1), "gptq {line} must fail");
+        assert!(output.stdout.is_empty());
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(!stderr.contains("panicked"), "{stderr}");
+        stderr.replace(&self.dir.path().display().to_string(), "DIR")
+    }
+}
+
+const CALIBRATION: &str = "--calibration text.txt --nsamples 4 --seqlen 64";
+
+#[test]
+fn every_setting_quantizes_and_opens_again() {
+    let world = World::new();
+    let mut sizes = Vec::new();
+    for (i, settings) in [
+        "--bits 2 --group-size 16 --no-sym",
+        "--bits 3 --group-size 32",
+        "--bits 4 --group-size -1",
+        "--bits 4 --group-size 24 --mse 2.4 --static-groups",
+        "--bits 4 --group-size 48 --desc-act --no-sym --format gptq_v2",
+        "--bits 8 --group-size 64 --no-act-group-aware --no-true-sequential",
+        "--bits 4 --group-size 16 --method obq",
+        "--bits 4 --group-size 16 --method rtn --no-sym",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let out = format!("out{i}");
+        let report =
+            world.json(&format!("quantize model -o {out} {CALIBRATION} {settings} --json -q"));
+        assert_eq!(report["modules"].as_array().unwrap().len(), 14, "{settings}");
+        assert!(report["bits_per_weight"].as_f64().unwrap() > 2.0);
+        sizes.push(report["totals"]["output_bytes"].as_u64().unwrap());
+        let eval = world.json(&format!(
+            "eval {out} --perplexity text.txt --seqlen 64 --max-windows 4 --reference model --json -q"
+        ));
+        let kl = eval["kl_mean"].as_f64().unwrap();
+        assert!(kl > 0.0 && kl < 2.0, "{settings}: {kl}");
+        for file in [
+            "config.json",
+            "quantize_config.json",
+            "tokenizer.json",
+            "quant_log.jsonl",
+            "quant_report.json",
+            "README.md",
+            "generation_config.json",
+            "plots/loss.svg",
+        ] {
+            assert!(world.path(&out).join(file).exists(), "{settings}: {file}");
+        }
+        let inspect = world.json(&format!("inspect {out} --json"));
+        assert_eq!(inspect["modules"].as_array().unwrap().len(), 14);
+        assert!(!world.path(&format!(".{out}.partial")).exists());
+    }
+    assert!(sizes[0] < sizes[5], "2 bits are smaller than 8");
+}
+
+#[test]
+fn the_same_bytes_for_any_number_of_threads_and_in_shards() {
+    let world = World::new();
+    let settings = format!("{CALIBRATION} --group-size 32 -q");
+    world.ok(&format!("quantize model -o one {settings} --threads 1"));
+    world.ok(&format!("quantize model -o three {settings} --threads 3"));
+    let read = |name: &str| std::fs::read(world.path(name)).unwrap();
+    assert_eq!(read("one/model.safetensors"), read("three/model.safetensors"));
+
+    world.ok(&format!("quantize model -o shards {settings} --max-shard-size 30KiB"));
+    let index: Value =
+        serde_json::from_slice(&read("shards/model.safetensors.index.json")).unwrap();
+    assert!(index["weight_map"].as_object().unwrap().len() > 50);
+    let line = "--perplexity text.txt --seqlen 32 --max-windows 2 --json -q";
+    let whole = world.json(&format!("eval one {line}"));
+    let parts = world.json(&format!("eval shards {line}"));
+    assert_eq!(whole["perplexity"], parts["perplexity"]);
+}
+
+#[test]
+fn self_calibration_is_reproducible() {
+    let world = World::new();
+    for out in ["a", "b"] {
+        world.ok(&format!(
+            "quantize model -o {out} --nsamples 3 --seqlen 20 --group-size 16 --seed 5 -q"
+        ));
+    }
+    let report = |out: &str| -> Value {
+        let text = std::fs::read_to_string(world.path(out).join("quant_report.json")).unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    let (a, b) = (report("a"), report("b"));
+    assert_eq!(a["calibration"]["fingerprint"], b["calibration"]["fingerprint"]);
+    assert_eq!(a["calibration"]["sources"][0]["kind"], "self");
+    let read = |name: &str| std::fs::read(world.path(name)).unwrap();
+    assert_eq!(read("a/model.safetensors"), read("b/model.safetensors"));
+}
+
+#[test]
+fn dry_run_plans_and_writes_nothing() {
+    let world = World::new();
+    let plan = world.json(&format!("quantize model --dry-run {CALIBRATION} --json"));
+    assert!(plan["plan"]["peak_rss_bytes"].as_u64().unwrap() > 1 << 20);
+    assert_eq!(plan["totals"]["modules"], 14);
+    assert_eq!(std::fs::read_dir(world.dir.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn errors_name_the_problem_and_leave_nothing_behind() {
+    let world = World::new();
+    std::fs::write(world.path("short.txt"), "too short").unwrap();
+    std::fs::write(world.path("binary.txt"), [0xff, 0xfe, 0x00]).unwrap();
+    std::fs::create_dir(world.path("full")).unwrap();
+    std::fs::write(world.path("full/file"), "kept").unwrap();
+    for (line, expected) in [
+        ("quantize nowhere -o out", "nowhere"),
+        ("quantize nobody/nothing -o out -q", "put the model into a directory"),
+        ("quantize text.txt -o out", "text.txt"),
+        ("quantize model -o out --calibration short.txt --seqlen 64 -q", "short.txt"),
+        ("quantize model -o out --calibration binary.txt -q", "binary.txt"),
+        ("quantize model -o out --calibration missing.txt -q", "missing.txt"),
+        ("quantize model -o out --group-size 12 -q", "group_size"),
+        ("quantize model -o out --damp-percent 1.5 -q", "damp_percent"),
+        ("quantize model -o out --desc-act --act-group-aware -q", "act_group_aware"),
+        ("quantize model -o full --calibration text.txt --nsamples 2 --seqlen 32 -q", "full"),
+        ("eval model --perplexity short.txt -q", "tokens"),
+        ("eval model --perplexity text.txt --seqlen 1 -q", "--seqlen 2"),
+        ("generate model --prompt a --temperature=-1 -q", "temperature"),
+        ("inspect text.txt", "text.txt"),
+    ] {
+        let stderr = world.fails(line);
+        assert!(stderr.contains(expected), "gptq {line}: {stderr}");
+        assert!(!world.path("out").exists() && !world.path(".out.partial").exists(), "gptq {line}");
+    }
+    assert_eq!(std::fs::read_to_string(world.path("full/file")).unwrap(), "kept");
+    assert_eq!(
+        world.gptq("quantize model -o out --bits 5").status.code(),
+        Some(2),
+        "usage errors exit with 2"
+    );
+}
+
+#[test]
+fn a_nan_weight_names_its_tensor() {
+    let world = World::new();
+    let path = world.path("model/model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let at = bytes.len() - 4000;
+    bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    for method in ["gptq", "rtn"] {
+        let line = format!("quantize model -o out {CALIBRATION} --method {method} -q");
+        let stderr = world.fails(&line);
+        assert!(stderr.contains("tensor model.layers.1.") && stderr.contains("NaN"), "{stderr}");
+    }
+    assert!(!world.path("out").exists());
+}
+
+#[test]
+fn a_quantized_model_is_not_quantized_again() {
+    let world = World::new();
+    world.ok("quantize model -o once --method rtn --group-size 32 -q");
+    let stderr = world.fails("quantize once -o twice --method rtn -q");
+    assert!(stderr.contains("already") && stderr.contains("once"), "{stderr}");
+}
+
+#[test]
+fn generates_text_json_and_the_same_text_for_the_same_seed() {
+    let world = World::new();
+    let line = "generate model --prompt hello --max-new-tokens 12 --temperature 1 --seed 3";
+    let text = world.ok(line);
+    assert!(!text.is_empty());
+    assert_eq!(text, world.ok(line));
+    let json = world.json(&format!("{line} --json"));
+    assert_eq!(format!("{}\n", json["text"].as_str().unwrap()), text);
+    assert_eq!(json["prompt_tokens"], 5);
+    assert!(json["new_tokens"].as_u64().unwrap() <= 12);
+    world.ok("generate model --chat hi --system be-brief --max-new-tokens 3 --temperature 0");
+}
+
+#[test]
+fn bench_reports_its_keys() {
+    let world = World::new();
+    let json = world.json("bench model --prompt-tokens 16 --new-tokens 8 --batch 2 --json -q");
+    for key in [
+        "load_seconds",
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+        "per_token_ms_p50",
+        "peak_rss_bytes",
+        "read_bandwidth_bytes_per_second",
+        "bytes_per_token",
+        "bandwidth_fraction",
+    ] {
+        assert!(json[key].as_f64().is_some_and(|v| v > 0.0), "{key}: {json}");
+    }
+}
+
+/// `gptq logits` on a fixture, through files alone.
+#[test]
+fn logits_equal_transformers() {
+    let Some(fixture) = fixtures::dir("llama") else { return };
+    let world = World::new();
+    let expected = fixture.join("expected.safetensors");
+    let line = format!(
+        "logits {} --input {} --output out.safetensors",
+        fixture.display(),
+        expected.display()
+    );
+    world.ok(&line);
+    let (shape, got) = Expected::open(world.path("out.safetensors")).f32("logits");
+    let (want_shape, want) = Expected::open(&expected).f32("logits");
+    assert_eq!(shape, want_shape);
+    assert_close("logits", &got, &want, 1e-4);
+}
+
+#[test]
+fn tied_heads_and_ragged_groups() {
+    let world = World::new();
+    let shape = TinyLlama { hidden: 96, intermediate: 160, tied: true, ..TinyLlama::default() };
+    shape.write(&world.path("ragged"), 3);
+    world.ok(&format!("quantize ragged -o out {CALIBRATION} --group-size 64 -q"));
+    let eval = world.json(
+        "eval out --perplexity text.txt --seqlen 64 --max-windows 2 --reference ragged --json -q",
+    );
+    assert!(eval["kl_mean"].as_f64().unwrap() < 0.5);
+}
+
+fn help(command: &[&str]) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_gptq"))
+        .args(command)
+        .arg("--help")
+        .env("COLUMNS", "100")
+        .output();
+    String::from_utf8(output.unwrap().stdout).unwrap()
+}
+
+/// docs/reference/cli.md is generated: run with GPTQ_UPDATE_DOCS=1 to write it.
+#[test]
+fn the_command_line_reference_is_up_to_date() {
+    let main = help(&[]);
+    let commands = main
+        .lines()
+        .skip_while(|l| !l.starts_with("Commands:"))
+        .skip(1)
+        .take_while(|l| !l.is_empty())
+        .filter_map(|l| {
+            l.strip_prefix("  ")?.split(' ').next().filter(|w| !w.is_empty() && *w != "help")
+        });
+    let mut text = String::from(
+        "# Command line\n\nGenerated from `--help`; a test fails when it is out of date.\n",
+    );
+    let mut section = |title: &str, help: &str| {
+        text.push_str(&format!("\n## {title}\n\n```text\n{}\n```\n", help.trim_end()));
+    };
+    section("gptq", &main);
+    for command in commands {
+        section(&format!("gptq {command}"), &help(&[command]));
+    }
+    let path: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/reference/cli.md");
+    if std::env::var_os("GPTQ_UPDATE_DOCS").is_some() {
+        std::fs::write(&path, &text).unwrap();
+    }
+    let committed = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(committed == text, "run GPTQ_UPDATE_DOCS=1 cargo test -p gptq-cli --test cli");
+}

@@ -1,0 +1,183 @@
+//! Mixture of experts: which tokens go to which expert, their rows, and the sum of what the experts make of them.
+
+use gptq_compute::{Linear, Tensor, linear};
+
+use crate::Result;
+use crate::load::{LinearSource, Loader};
+use crate::spec::Moe;
+use crate::stages::{LinearSpec, Part};
+use crate::state::Ctx;
+
+/// The linears that decide where a token goes. They stay floats.
+pub(crate) struct Router {
+    experts: Linear,
+    shared: Option<Linear>,
+}
+
+impl Router {
+    /// Loads the router of the block named `block`.
+    pub(crate) fn load(loader: &Loader<'_>, block: &str, moe: &Moe) -> Result<Self> {
+        let load = |name: &str, out_features: usize| {
+            let linear = LinearSpec {
+                name: name.to_owned(),
+                module: format!("{block}.{name}"),
+                out_features,
+                in_features: loader.spec.hidden,
+                bias: false,
+                transposed: false,
+            };
+            loader.linear(&linear, LinearSource::Copied)
+        };
+        Ok(Self {
+            experts: load(moe.router, moe.count)?,
+            shared: moe.shared.map(|shared| load(shared.gate, 1)).transpose()?,
+        })
+    }
+
+    /// Finds the experts of each row of the MLP's `input` and keeps both in `state`.
+    pub(crate) fn route(&self, ctx: &mut Ctx, moe: &Moe, input: &Tensor, state: &mut MoeState) {
+        let Ctx { pool, scratch, scores, .. } = ctx;
+        crate::block::copy(pool, input, &mut state.input);
+        state.sum.resize(input.rows(), input.cols());
+        state.sum.as_mut_slice().fill(0.0);
+        state.shared.clear();
+        if let Some(gate) = &self.shared {
+            linear(pool, input, &mut [(gate, &mut *scores)], scratch);
+            let sigmoid = |x: &f32| 1.0 / (1.0 + libm::expf(-x));
+            state.shared.extend(scores.as_slice().iter().map(sigmoid));
+        }
+        linear(pool, input, &mut [(&self.experts, &mut *scores)], scratch);
+        state.chosen.clear();
+        for row in 0..scores.rows() {
+            choose(scores.row_mut(row), moe, &mut state.chosen);
+        }
+        state.group(moe);
+    }
+}
+
+/// Appends the `top_k` experts of one token with their weights; `scores` are overwritten.
+fn choose(scores: &mut [f32], moe: &Moe, chosen: &mut Vec<(u32, f32)>) {
+    let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    scores.iter_mut().for_each(|score| *score = libm::expf(*score - largest));
+    let total: f32 = scores.iter().sum();
+    let first = chosen.len();
+    for _ in 0..moe.top_k {
+        // The first of equals, and some expert even where the scores are not numbers.
+        let mut best = (0, -1.0);
+        for (expert, &score) in scores.iter().enumerate() {
+            if score > best.1 {
+                best = (expert, score);
+            }
+        }
+        scores[best.0] = -2.0;
+        chosen.push((best.0 as u32, best.1 / total));
+    }
+    if moe.renormalize {
+        let kept: f32 = chosen[first..].iter().map(|(_, weight)| weight).sum();
+        chosen[first..].iter_mut().for_each(|(_, weight)| *weight /= kept);
+    }
+}
+
+impl Moe {
+    /// The part of the MLP that runs after `part`.
+    pub(crate) fn after(&self, part: Part) -> Option<Part> {
+        match part {
+            Part::Expert(expert) if (expert as usize) + 1 < self.count => {
+                Some(Part::Expert(expert + 1))
+            }
+            Part::Expert(_) => self.shared.map(|_| Part::Shared),
+            Part::Dense | Part::Shared => None,
+        }
+    }
+}
+
+/// The tokens of a [`crate::BlockState`] while the experts run.
+#[derive(Default)]
+pub(crate) struct MoeState {
+    /// Input of the MLP `[rows, hidden]`.
+    pub(crate) input: Tensor,
+    /// Weighted sum of the experts' outputs so far `[rows, hidden]`.
+    sum: Tensor,
+    /// Expert and weight, `top_k` for each row.
+    chosen: Vec<(u32, f32)>,
+    /// Row and weight, by expert; those of expert `e` are `starts[e]..starts[e + 1]`.
+    routes: Vec<(u32, f32)>,
+    starts: Vec<usize>,
+    /// Weight of the shared expert for each row.
+    shared: Vec<f32>,
+}
+
+impl MoeState {
+    /// Sorts what was chosen by expert.
+    fn group(&mut self, moe: &Moe) {
+        let Self { chosen, routes, starts, .. } = self;
+        starts.clear();
+        starts.resize(moe.count + 2, 0);
+        for (expert, _) in &*chosen {
+            starts[*expert as usize + 2] += 1;
+        }
+        for expert in 2..starts.len() {
+            starts[expert] += starts[expert - 1];
+        }
+        routes.clear();
+        routes.resize(chosen.len(), (0, 0.0));
+        for (index, (expert, weight)) in chosen.iter().enumerate() {
+            let next = &mut starts[*expert as usize + 1];
+            routes[*next] = ((index / moe.top_k) as u32, *weight);
+            *next += 1;
+        }
+    }
+
+    /// Copies the rows of `part` into `input`.
+    pub(crate) fn enter(&self, part: Part, input: &mut Tensor) {
+        let Part::Expert(expert) = part else {
+            input.resize(self.input.rows(), self.input.cols());
+            input.as_mut_slice().copy_from_slice(self.input.as_slice());
+            return;
+        };
+        let routes = self.routes(expert);
+        input.resize(routes.len(), self.input.cols());
+        for (index, (row, _)) in routes.iter().enumerate() {
+            input.row_mut(index).copy_from_slice(self.input.row(*row as usize));
+        }
+    }
+
+    /// Adds what `part` made of its rows.
+    pub(crate) fn leave(&mut self, part: Part, out: &Tensor) {
+        let add = |sum: &mut [f32], out: &[f32], weight: f32| {
+            sum.iter_mut().zip(out).for_each(|(sum, out)| *sum += weight * out);
+        };
+        let Part::Expert(expert) = part else {
+            for (row, &weight) in self.shared.iter().enumerate() {
+                add(self.sum.row_mut(row), out.row(row), weight);
+            }
+            return;
+        };
+        for (index, route) in self.starts(expert).enumerate() {
+            let (row, weight) = self.routes[route];
+            add(self.sum.row_mut(row as usize), out.row(index), weight);
+        }
+    }
+
+    /// The MLP's output, in exchange for a buffer.
+    pub(crate) fn finish(&mut self, out: &mut Tensor) {
+        std::mem::swap(&mut self.sum, out);
+    }
+
+    /// Size of its buffers in bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        let routes = self.chosen.capacity() + self.routes.capacity();
+        self.input.capacity_bytes()
+            + self.sum.capacity_bytes()
+            + routes * size_of::<(u32, f32)>()
+            + self.shared.capacity() * size_of::<f32>()
+    }
+
+    fn starts(&self, expert: u32) -> std::ops::Range<usize> {
+        self.starts[expert as usize]..self.starts[expert as usize + 1]
+    }
+
+    fn routes(&self, expert: u32) -> &[(u32, f32)] {
+        &self.routes[self.starts(expert)]
+    }
+}
