@@ -248,22 +248,47 @@ fn bench_reports_its_keys() {
     }
 }
 
-/// `gptq logits` on a fixture, through files alone.
+/// `gptq logits` on fixtures, through files alone: what it writes of a decoder, of a masked language model and of encoders
+/// that have no head, where the mask is 1.
 #[test]
-fn logits_equal_transformers() {
-    let Some(fixture) = fixtures::dir("llama") else { return };
-    let world = World::new();
-    let expected = fixture.join("expected.safetensors");
-    let line = format!(
-        "logits {} --input {} --output out.safetensors",
-        fixture.display(),
-        expected.display()
-    );
-    world.ok(&line);
-    let (shape, got) = Expected::open(world.path("out.safetensors")).f32("logits");
-    let (want_shape, want) = Expected::open(&expected).f32("logits");
-    assert_eq!(shape, want_shape);
-    assert_close("logits", &got, &want, 1e-4);
+fn raw_outputs_equal_transformers() {
+    for (fixture, names) in [
+        ("llama", &["logits"][..]),
+        ("mixtral", &["logits"]),
+        ("bert_mlm", &["logits"]),
+        ("bert", &["last_hidden_state", "pooler_output"]),
+        ("distilbert", &["last_hidden_state"]),
+    ] {
+        let Some(directory) = fixtures::dir(fixture) else { continue };
+        let world = World::new();
+        let file = directory.join("expected.safetensors");
+        let line = format!(
+            "logits {} --input {} --output out.safetensors",
+            directory.display(),
+            file.display()
+        );
+        world.ok(&line);
+        let (written, expected) =
+            (Expected::open(world.path("out.safetensors")), Expected::open(&file));
+        assert_eq!(written.names(), names, "{fixture}");
+        for name in names {
+            let ((shape, got), (want_shape, want)) = (written.f32(name), expected.f32(name));
+            assert_eq!(shape, want_shape, "{fixture} {name}");
+            let masked = shape.len() == 3 && expected.has("attention_mask");
+            let mask = if masked {
+                expected.i64("attention_mask").1
+            } else {
+                vec![1; shape[..shape.len() - 1].iter().product()]
+            };
+            let width = shape[shape.len() - 1];
+            for (row, real) in mask.into_iter().enumerate() {
+                let want: &[f32] = &want[row * width..][..width];
+                let want = if real == 1 { want.to_vec() } else { vec![0.0; width] };
+                let got = &got[row * width..][..width];
+                assert_close(&format!("{fixture} {name} {row}"), got, &want, 1e-4);
+            }
+        }
+    }
 }
 
 #[test]

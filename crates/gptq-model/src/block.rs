@@ -325,7 +325,7 @@ impl Block {
 
     fn leave_attention(&self, ctx: &mut Ctx, state: &mut BlockState) -> Result<()> {
         self.project(ctx, &state.input, Stage::AttnOut)?;
-        self.normalize_output(ctx, &self.attention_norms);
+        Self::normalize_output(ctx, &self.attention_norms);
         if self.spec.residual.parallel {
             swap(&mut ctx.out, &mut state.carry);
             match &self.mlp_norms.before {
@@ -383,7 +383,7 @@ impl Block {
             }
             state.moe.finish(&mut ctx.out);
         }
-        self.normalize_output(ctx, &self.mlp_norms);
+        Self::normalize_output(ctx, &self.mlp_norms);
         if self.spec.residual.parallel {
             add_scaled(&ctx.pool, &mut state.hidden, &state.carry, self.spec.residual.multiplier);
         }
@@ -403,7 +403,7 @@ impl Block {
     }
 
     /// Normalises the output of a sublayer, `ctx.out`, where the spec says so.
-    fn normalize_output(&self, ctx: &mut Ctx, norms: &Norms) {
+    fn normalize_output(ctx: &mut Ctx, norms: &Norms) {
         let Ctx { pool, wide, out, .. } = ctx;
         if let Some(after) = &norms.after {
             norm(pool, out, after, wide);

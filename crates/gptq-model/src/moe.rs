@@ -58,7 +58,9 @@ impl Router {
 /// Appends the `top_k` experts of one token with their weights; `scores` are overwritten.
 fn choose(scores: &mut [f32], moe: &Moe, chosen: &mut Vec<(u32, f32)>) {
     let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    scores.iter_mut().for_each(|score| *score = libm::expf(*score - largest));
+    for score in scores.iter_mut() {
+        *score = libm::expf(*score - largest);
+    }
     let total: f32 = scores.iter().sum();
     let first = chosen.len();
     for _ in 0..moe.top_k {

@@ -153,7 +153,9 @@ impl Pooling {
                 (count * (count + 1) / 2) as f32
             }
         };
-        out.iter_mut().for_each(|x| *x /= divisor);
+        for x in out {
+            *x /= divisor;
+        }
     }
 }
 
@@ -162,7 +164,9 @@ pub fn normalize(vector: &mut [f32]) {
     const SMALLEST: f64 = 1e-12;
     let squares: f64 = vector.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
     let length = squares.sqrt().max(SMALLEST) as f32;
-    vector.iter_mut().for_each(|x| *x /= length);
+    for x in vector {
+        *x /= length;
+    }
 }
 
 /// The poolings of one pooling directory.

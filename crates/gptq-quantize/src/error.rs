@@ -50,6 +50,29 @@ pub enum QuantizeError {
         /// Its bits.
         bits: u32,
     },
+    /// `--resume` with other settings or inputs than the interrupted run had.
+    #[error(
+        "{path} was begun with {field} = {then}, this run has {now}; resume with what it was begun \
+         with, or start afresh without --resume"
+    )]
+    ResumeDiffers {
+        /// The unfinished directory.
+        path: PathBuf,
+        /// Name of the setting or input.
+        field: String,
+        /// Its value when the run began.
+        then: String,
+        /// Its value now.
+        now: String,
+    },
+    /// The user asked to stop.
+    #[error("stopped after {done} of {total} blocks; run the same command with --resume to go on")]
+    Interrupted {
+        /// Finished blocks.
+        done: usize,
+        /// Blocks of the model.
+        total: usize,
+    },
     /// A weight that is not a number.
     #[error("{path}: tensor {tensor} holds {value} at index {index}; the file is damaged")]
     WeightNotFinite {

@@ -19,8 +19,13 @@ pub trait Progress: Sync {
     /// A linear was solved and packed.
     fn module_done(&self, _record: &ModuleRecord) {}
 
-    /// Block `index` is finished and written.
+    /// Block `index` is finished and durable.
     fn block_done(&self, _index: usize) {}
+
+    /// Whether to stop at the next block. Asked after every block.
+    fn interrupted(&self) -> bool {
+        false
+    }
 }
 
 impl Progress for () {}

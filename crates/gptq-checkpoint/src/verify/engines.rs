@@ -15,7 +15,7 @@ use super::zeros::gptqmodel_version;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Engine {
-    /// vLLM with its Marlin kernels.
+    /// vLLM.
     Vllm,
     /// Hugging Face Text Generation Inference.
     Tgi,
@@ -53,6 +53,8 @@ pub struct Verdict {
     pub opens: bool,
     /// Why not.
     pub reasons: Vec<String>,
+    /// What has to be set for it.
+    pub conditions: Vec<String>,
 }
 
 use Engine::{Exllama, Gptqmodel, Tgi, Transformers, Vllm};
@@ -65,9 +67,11 @@ enum Check {
     Whole(fn(&Facts<'_>) -> Option<String>),
     /// About each module.
     Each(fn(&Facts<'_>, &Module) -> Option<String>),
+    /// What has to be set.
+    Condition(fn(&Facts<'_>) -> Option<String>),
 }
 
-use Check::{Each, Whole};
+use Check::{Condition, Each, Whole};
 
 const RULES: &[Rule] = &[
     // All read `quantization_config` of config.json; TGI and GPTQModel alone fall back to quantize_config.json.
@@ -130,9 +134,10 @@ const RULES: &[Rule] = &[
             })
         }),
     ),
-    // vLLM `marlin_utils.py`: output size % 64 (of the fused matrix) and input size % 128.
-    Rule(&[Vllm], Whole(marlin_outputs)),
-    Rule(&[Vllm], Each(|_, m| multiple(m.inputs, 128, "inputs"))),
+    // vLLM `kernels/linear/mixed_precision`: Marlin asks for inputs % 128 and (fused) outputs % 64; the next that takes
+    // these types, ExLlama, for positive group sizes and float16.
+    Rule(&[Vllm], Whole(no_kernel)),
+    Rule(&[Vllm], Condition(needs_float16)),
     // GPTQModel `pack_block` works on 32 inputs at a time; outputs only have to fill their words.
     Rule(&[Tgi, Transformers, Exllama, Gptqmodel], Each(|_, m| multiple(m.inputs, 32, "inputs"))),
     // ExLlama's kernels, which TGI uses for 4 bits: output size % 32.
@@ -179,25 +184,34 @@ const RULES: &[Rule] = &[
 /// The verdicts for a checkpoint that cannot be opened at all.
 pub(super) fn none_open() -> Vec<Verdict> {
     let reasons = vec!["the checkpoint has errors".to_owned()];
-    Engine::ALL.map(|engine| Verdict { engine, opens: false, reasons: reasons.clone() }).into()
+    let verdict =
+        |engine| Verdict { engine, opens: false, reasons: reasons.clone(), conditions: Vec::new() };
+    Engine::ALL.map(verdict).into()
 }
 
 pub(super) fn judge(facts: &Facts<'_>) -> Vec<Verdict> {
     let verdict = |engine| {
         let rules = RULES.iter().filter(|Rule(engines, _)| engines.contains(&engine));
-        let mut reasons: Vec<String> =
-            rules.filter_map(|Rule(_, check)| apply(facts, check)).collect();
+        let (mut reasons, mut conditions) = (Vec::new(), Vec::new());
         if facts.broken {
-            reasons.insert(0, "the checkpoint has errors".to_owned());
+            reasons.push("the checkpoint has errors".to_owned());
         }
-        Verdict { engine, opens: reasons.is_empty(), reasons }
+        for Rule(_, check) in rules {
+            let list = if matches!(check, Condition(_)) { &mut conditions } else { &mut reasons };
+            list.extend(apply(facts, check));
+        }
+        let opens = reasons.is_empty();
+        if !opens {
+            conditions.clear();
+        }
+        Verdict { engine, opens, reasons, conditions }
     };
     Engine::ALL.map(verdict).into()
 }
 
 fn apply(facts: &Facts<'_>, check: &Check) -> Option<String> {
     match check {
-        Whole(check) => check(facts),
+        Whole(check) | Condition(check) => check(facts),
         Each(check) => {
             let mut failing =
                 facts.modules.iter().filter_map(|m| Some((&m.name, check(facts, m)?)));
@@ -243,21 +257,26 @@ fn multiple(count: usize, of: usize, axis: &str) -> Option<String> {
     (!count.is_multiple_of(of)).then(|| format!("{count} {axis} are no multiple of {of}"))
 }
 
-fn marlin_outputs(facts: &Facts<'_>) -> Option<String> {
-    let in_group = |index: usize| facts.fused.iter().any(|group| group.members.contains(&index));
-    let fused = facts
-        .fused
-        .iter()
-        .filter(|group| !group.members.is_empty())
-        .map(|group| (group.name.as_str(), group.outputs));
-    let single = facts
-        .modules
-        .iter()
-        .enumerate()
-        .filter(|(index, _)| !in_group(*index))
-        .map(|(_, module)| (module.name.as_str(), module.outputs));
-    let (name, outputs) = fused.chain(single).find(|(_, outputs)| !outputs.is_multiple_of(64))?;
-    Some(format!("{outputs} outputs are no multiple of 64 ({name})"))
+/// The first module that vLLM's Marlin kernel does not take, and why.
+fn beyond_marlin<'a>(facts: &'a Facts<'_>) -> Option<(&'a Module, String)> {
+    facts.modules.iter().enumerate().find_map(|(index, module)| {
+        let group = facts.fused.iter().find(|group| group.fuses && group.members.contains(&index));
+        let outputs = group.map_or(module.outputs, |group| group.outputs);
+        let refused =
+            multiple(module.inputs, 128, "inputs").or_else(|| multiple(outputs, 64, "outputs"))?;
+        Some((module, format!("{refused} ({})", group.map_or(&module.name, |group| &group.name))))
+    })
+}
+
+fn no_kernel(facts: &Facts<'_>) -> Option<String> {
+    let (module, refused) = beyond_marlin(facts)?;
+    let channelwise = module.settings.group_size <= 0;
+    channelwise.then(|| format!("{refused}, and its other kernel needs a group size"))
+}
+
+fn needs_float16(facts: &Facts<'_>) -> Option<String> {
+    let (_, refused) = beyond_marlin(facts)?;
+    facts.bf16.then(|| format!("--dtype float16, since {refused}"))
 }
 
 fn fused(facts: &Facts<'_>) -> Option<String> {

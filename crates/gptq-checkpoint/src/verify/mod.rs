@@ -65,6 +65,8 @@ struct Facts<'a> {
     tied: bool,
     /// Every safetensors header says that it was written for PyTorch.
     headers_say_pt: bool,
+    /// config.json says that the model runs in bfloat16.
+    bf16: bool,
     /// The findings hold an error.
     broken: bool,
 }
@@ -115,8 +117,10 @@ pub fn verify(path: &Path) -> Result<Report> {
         .head
         .as_ref()
         .is_some_and(|head| checkpoint.tensors.contains(&format!("{}.qweight", head.module)));
+    let dtype = |key| checkpoint.config.opt_str(key).ok().flatten();
     let facts = Facts {
         config,
+        bf16: dtype("dtype").or(dtype("torch_dtype")) == Some("bfloat16"),
         in_config_json: checkpoint
             .config
             .value("quantization_config")

@@ -21,6 +21,8 @@ pub(super) struct Group {
     pub(super) uniform: bool,
     /// All have the same `g_idx`.
     pub(super) same_order: bool,
+    /// They become one matrix; experts only one tensor.
+    pub(super) fuses: bool,
 }
 
 /// Finds the groups and reports those that are not alike.
@@ -84,7 +86,7 @@ fn group(
     linears: &[LinearSpec],
     modules: &[Module],
     index: &HashMap<&str, usize>,
-    one_order: bool,
+    fuses: bool,
 ) -> Group {
     let members: Vec<usize> =
         linears.iter().filter_map(|linear| index.get(linear.module.as_str()).copied()).collect();
@@ -94,9 +96,10 @@ fn group(
     Group {
         outputs: linears.iter().map(|linear| linear.out_features).sum(),
         uniform: (members.is_empty() || members.len() == linears.len()) && alike(&describe),
-        same_order: !one_order || alike(&|m| format!("{:?}", m.g_idx.map(|g| g.hash))),
+        same_order: !fuses || alike(&|m| format!("{:?}", m.g_idx.map(|g| g.hash))),
         name,
         members,
+        fuses,
     }
 }
 

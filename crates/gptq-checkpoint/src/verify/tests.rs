@@ -493,6 +493,34 @@ fn tied_and_quantized_heads_are_found() {
 }
 
 #[test]
+fn vllm_falls_back_to_a_kernel_with_conditions() {
+    let Some(mut edit) = Edit::fixture("quant/b4_g64_sym_tail.gptq") else { return };
+    // One group size that divides everything: 32 of 96 and 160 inputs.
+    edit.set("group_size", 32);
+    let names: Vec<String> =
+        edit.tensors.keys().filter_map(|n| Some(n.strip_suffix(".scales")?.to_owned())).collect();
+    for name in names {
+        let inputs = edit.tensors[&format!("{name}.g_idx")].1[0];
+        edit.put_words(&format!("{name}.g_idx"), (0..inputs as u32).map(|k| k / 32));
+        for part in ["scales", "qzeros"] {
+            let tensor = edit.tensors.get_mut(&format!("{name}.{part}")).unwrap();
+            let row = tensor.2.len() / tensor.1[0];
+            tensor.2 = tensor.2[..row].repeat(inputs / 32);
+            tensor.1[0] = inputs / 32;
+        }
+    }
+    let conditions = |edit: &Edit| {
+        let report = report(edit);
+        assert!(opens(&report, Engine::Vllm), "{:#?}", report);
+        report.engines[0].conditions.join("; ")
+    };
+    edit.config["dtype"] = json!("float16");
+    assert_eq!(conditions(&edit), "");
+    edit.config["dtype"] = json!("bfloat16");
+    assert!(conditions(&edit).contains("--dtype float16, since 96 inputs"));
+}
+
+#[test]
 fn awkward_sizes_are_told_by_engine() {
     let Some(edit) = Edit::fixture("quant/b4_g64_sym_tail.gptq") else { return };
     let report = report(&edit);

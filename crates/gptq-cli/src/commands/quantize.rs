@@ -18,7 +18,7 @@ use serde_json::json;
 
 use super::{open, pool, progress};
 use crate::Global;
-use crate::output::progress::ProgressView;
+use crate::output::progress::{ProgressView, catch_interrupts};
 use crate::output::table::{Align, Table, colour_allowed};
 use crate::output::{json as json_output, plot, size};
 
@@ -108,6 +108,9 @@ pub(crate) struct Args {
     /// Replace the output directory if it exists.
     #[arg(long)]
     overwrite: bool,
+    /// Go on with what an interrupted run of the same command left behind.
+    #[arg(long)]
+    resume: bool,
     /// Show what the run would need and stop.
     #[arg(long)]
     dry_run: bool,
@@ -180,6 +183,7 @@ impl Args {
             dynamic,
             max_shard_bytes: self.max_shard_size,
             overwrite: self.overwrite,
+            resume: self.resume,
         })
     }
 
@@ -192,6 +196,11 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let view = progress(global);
     let options = args.options()?;
     options.check()?;
+    if let Some(output) = args.output.as_deref().filter(|o| args.resume && is_finished(o)) {
+        tracing::warn!("{} is finished already", output.display());
+        return Ok(());
+    }
+    catch_interrupts();
     let checkpoint = open(&args.model, &view)?;
     let tokenizer = checkpoint.tokenizer();
     let pool = pool(global);
@@ -212,6 +221,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         calibration: calibration.as_ref(),
         options: &options,
         output: &output,
+        plots: Some(plots),
         pool: &pool,
     };
     let plan = plan(&job)?;
@@ -234,7 +244,6 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     }
     let report = quantize(&job, &view)?;
     view.finish();
-    write_plots(&output, &report.modules)?;
     if args.json {
         return json_output::print(&report);
     }
@@ -245,6 +254,12 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         eprint_summary(&report, &output);
     }
     Ok(())
+}
+
+/// Whether a run into `output` has come to its end: only then does the directory have its name.
+fn is_finished(output: &std::path::Path) -> bool {
+    output.join("quant_report.json").exists()
+        && !gptq_format::OutputDir::partial_path(output).is_ok_and(|partial| partial.exists())
 }
 
 /// Reads the calibration data, or lets the model write them.
@@ -336,17 +351,6 @@ fn eprint_summary(report: &gptq_quantize::QuantReport, output: &std::path::Path)
     );
 }
 
-fn write_plots(
-    output: &std::path::Path,
-    modules: &[gptq_quantize::ModuleRecord],
-) -> anyhow::Result<()> {
-    let directory = output.join("plots");
-    std::fs::create_dir_all(&directory)
-        .with_context(|| format!("cannot create {}", directory.display()))?;
-    for (name, svg) in
-        [("loss.svg", plot::loss_by_layer(modules)), ("error.svg", plot::error_map(modules))]
-    {
-        gptq_format::fs::write_atomic(&directory.join(name), svg.as_bytes())?;
-    }
-    Ok(())
+fn plots(modules: &[gptq_quantize::ModuleRecord]) -> Vec<(&'static str, String)> {
+    vec![("loss.svg", plot::loss_by_layer(modules)), ("error.svg", plot::error_map(modules))]
 }

@@ -103,14 +103,15 @@ fn text(report: &Report, all: bool) -> String {
         out.push('\n');
     }
     let mut table =
-        Table::new([("engine", Align::Left), ("opens it", Align::Left), ("why not", Align::Left)]);
+        Table::new([("engine", Align::Left), ("opens it", Align::Left), ("", Align::Left)]);
     for verdict in &report.engines {
-        let mut reasons = verdict.reasons.iter();
+        let conditions = verdict.conditions.iter().map(|condition| format!("with {condition}"));
+        let mut remarks = verdict.reasons.iter().cloned().chain(conditions);
         let answer = if verdict.opens { "yes" } else { "no" };
-        let first = reasons.next().cloned().unwrap_or_default();
+        let first = remarks.next().unwrap_or_default();
         table.row([verdict.engine.name().to_owned(), answer.to_owned(), first]);
-        for reason in reasons {
-            table.row([String::new(), String::new(), reason.clone()]);
+        for remark in remarks {
+            table.row([String::new(), String::new(), remark]);
         }
     }
     out.push_str(&table.render(colour));

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -79,7 +80,34 @@ impl Drop for ProgressView {
     }
 }
 
+/// Set while blocks are being quantized: from then on there is something to keep.
+static IN_BLOCKS: AtomicBool = AtomicBool::new(false);
+/// How often the user asked to stop.
+static INTERRUPTS: AtomicUsize = AtomicUsize::new(0);
+
+/// Exit code of a command that was stopped by Ctrl-C, as shells have it.
+const INTERRUPTED: i32 = 130;
+
+/// The first Ctrl-C while blocks are quantized lets the block finish; the second, or one at any
+/// other time, stops at once.
+pub(crate) fn catch_interrupts() {
+    let caught = ctrlc::set_handler(|| {
+        if !IN_BLOCKS.load(Ordering::SeqCst) || INTERRUPTS.fetch_add(1, Ordering::SeqCst) > 0 {
+            std::process::exit(INTERRUPTED);
+        }
+        // Nothing can be done about an stderr that cannot be written.
+        let _ = writeln!(LogWriter, "finishing this block; Ctrl-C again stops now");
+    });
+    if let Err(error) = caught {
+        tracing::debug!("Ctrl-C is not caught: {error}");
+    }
+}
+
 impl Progress for ProgressView {
+    fn interrupted(&self) -> bool {
+        INTERRUPTS.load(Ordering::SeqCst) > 0
+    }
+
     fn phase(&self, name: &str) {
         let mut state = self.state();
         name.clone_into(&mut state.phase);
@@ -118,6 +146,7 @@ impl Progress for ProgressView {
     }
 
     fn block_started(&self, index: usize, total: usize) {
+        IN_BLOCKS.store(true, Ordering::SeqCst);
         let mut state = self.state();
         state.total = total;
         state.in_block = true;

@@ -13,6 +13,8 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
     let sizes = Sizes::read(f, &USUAL)?;
     never(f, "is_decoder")?;
     f.only("position_embedding_type", &Value::from("absolute"))?;
+    // Left over in the multilingual models from another pooler.
+    f.ignore(&["pooler_num_attention_heads", "pooler_size_per_head"]);
     let activation = activation(f, "hidden_act", "gelu")?;
     let transform = Transform {
         dense: "cls.predictions.transform.dense",

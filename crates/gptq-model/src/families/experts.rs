@@ -28,9 +28,10 @@ pub(super) fn moe(
     renormalize: bool,
 ) -> Result<Moe> {
     // The one in old configs, the other in those of transformers 5.
-    let key = if f.has("num_experts") { "num_experts" } else { "num_local_experts" };
+    let keys = ["num_experts", "num_local_experts"];
+    let key = keys.into_iter().find(|key| f.value(key).is_some()).unwrap_or(keys[0]);
     let count = f.count(key)?;
-    f.ignore(&["num_experts", "num_local_experts"]);
+    f.ignore(&keys);
     if count > MAX_EXPERTS {
         return Err(f.bad(key, format!("at most {MAX_EXPERTS}")));
     }

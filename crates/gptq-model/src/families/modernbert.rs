@@ -17,8 +17,9 @@ use crate::spec::{
 pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
     let sizes = Sizes::read(f, &USUAL)?;
     f.only("rope_scaling", &Value::Null)?;
-    // What the heads of other tasks do.
+    // What the heads of other tasks do, and what BERT left in the published configs.
     f.ignore(&["classifier_pooling", "sparse_prediction", "sparse_pred_ignore_index"]);
+    f.ignore(&["position_embedding_type", "layer_norm_eps"]);
     let full = RopeDefaults { theta: ("global_rope_theta", 160_000.0), ..RopeDefaults::default() };
     let sliding = RopeDefaults { theta: ("local_rope_theta", 10_000.0), ..RopeDefaults::default() };
     let every = f.count_or("global_attn_every_n_layers", 3)?;

@@ -31,7 +31,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
         ..RopeDefaults::default()
     };
     let mut rope = rope(f, &sizes, defaults)?;
-    if f.flag_or("use_dynamic_ntk", true)? || f.flag_or("use_logn_attn", true)? {
+    if f.flag_or("use_dynamic_ntk", true)? | f.flag_or("use_logn_attn", true)? {
         rope.scaling = RopeScaling::Limited { max_positions: sizes.max_positions };
     }
     let bias = !f.flag_or("no_bias", true)?;

@@ -122,9 +122,11 @@ impl Activations {
             stages.iter().zip(&sums).map(|(&stage, sum)| sum.unrouted(stage, fallback)).collect();
         if starved.contains(&true) {
             let mut all: Vec<Sum> = stages.iter().map(|_| Sum::default()).collect();
-            self.walk(ctx, block, phases, |ctx, index, state, phases| match starved[index] {
-                true => all[index].add_unrouted(ctx, block, stages[index], state, phases),
-                false => Ok(()),
+            self.walk(ctx, block, phases, |ctx, index, state, phases| {
+                if starved[index] {
+                    all[index].add_unrouted(ctx, block, stages[index], state, phases)?;
+                }
+                Ok(())
             })?;
             for ((sum, all), _) in sums.iter_mut().zip(all).zip(&starved).filter(|(_, on)| **on) {
                 sum.gram = all.gram;

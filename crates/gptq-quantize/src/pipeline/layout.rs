@@ -23,8 +23,8 @@ pub(crate) struct Layout {
     pub(crate) config: QuantizeConfig,
     pub(crate) plan: ShardPlan,
     pub(crate) copied: Vec<Copied>,
-    /// Settings and linear by module name.
-    modules: HashMap<String, (ModuleSettings, LinearSpec)>,
+    /// Settings, linear and block by module name.
+    modules: HashMap<String, (ModuleSettings, LinearSpec, usize)>,
     /// All parameters of the model.
     pub(crate) parameters: u64,
     /// Bytes of the quantized modules.
@@ -47,7 +47,7 @@ impl Layout {
         for layer in 0..spec.layer_count() {
             for linear in spec.stages(layer).into_iter().flat_map(|s| s.linears) {
                 if let Some(settings) = config.settings_for(&linear.module) {
-                    modules.insert(linear.module.clone(), (settings, linear));
+                    modules.insert(linear.module.clone(), (settings, linear, layer));
                 }
             }
         }
@@ -62,7 +62,7 @@ impl Layout {
             let info = checkpoint.tensors.info(name)?;
             parameters += info.elements() as u64;
             let module = name.strip_suffix(".weight").or_else(|| name.strip_suffix(".bias"));
-            if let Some((settings, linear)) = module.and_then(|m| modules.get(m)) {
+            if let Some((settings, linear, _)) = module.and_then(|m| modules.get(m)) {
                 if name.ends_with(".weight") {
                     let specs = linear_shape(settings, linear).tensor_specs(&linear.module)?;
                     quantized_bytes += specs.iter().map(bytes).sum::<u64>();
@@ -84,11 +84,17 @@ impl Layout {
 
     /// How a module is quantized; `None` leaves it as it is.
     pub(crate) fn settings(&self, module: &str) -> Option<&ModuleSettings> {
-        self.modules.get(module).map(|(settings, _)| settings)
+        self.modules.get(module).map(|(settings, ..)| settings)
+    }
+
+    /// The block of a tensor of a quantized module; `None` for all others.
+    pub(crate) fn layer_of(&self, tensor: &str) -> Option<usize> {
+        let (module, _) = tensor.rsplit_once('.')?;
+        self.modules.get(module).map(|(_, _, layer)| *layer)
     }
 
     pub(crate) fn modules(&self) -> impl Iterator<Item = &LinearSpec> {
-        self.modules.values().map(|(_, linear)| linear)
+        self.modules.values().map(|(_, linear, _)| linear)
     }
 
     /// Weights in quantized modules.

@@ -1,6 +1,7 @@
 //! The run: plan, then block after block and stage after stage.
 
 mod activations;
+mod journal;
 mod layout;
 mod options;
 mod output;
@@ -12,14 +13,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use gptq_compute::Pool;
-use gptq_format::{Checkpoint, Tokenizer};
+use gptq_format::{Checkpoint, FormatError, Tokenizer};
 use gptq_model::{Block, Ctx, LinearSource, Spec, load_linear};
 
 pub use options::{Method, MoeFallback, QuantizeOptions};
 pub use plan::{Plan, plan};
 
 use crate::calibration::CalibrationSet;
-use crate::error::Result;
+use crate::error::{QuantizeError, Result};
 use crate::progress::Progress;
 use crate::report::{self, ModuleRecord, PhaseTime, QuantReport, Totals};
 use crate::rss;
@@ -59,6 +60,8 @@ pub struct Job<'a> {
     pub options: &'a QuantizeOptions,
     /// The directory to write.
     pub output: &'a Path,
+    /// Draws the plots of a finished run: file name and contents.
+    pub plots: Option<fn(&[ModuleRecord]) -> Vec<(&'static str, String)>>,
     /// The threads. Results do not depend on their number.
     pub pool: &'a Arc<Pool>,
 }
@@ -87,10 +90,16 @@ pub fn quantize(job: &Job<'_>, progress: &dyn Progress) -> Result<QuantReport> {
     let plan = plan::summarize(job, &spec, &layout)?;
     let mut phases = Phases::default();
     progress.phase("write");
-    let output = phases.time("write", || Output::create(job, &layout))?;
-    let run =
-        Run { job, spec: &spec, layout: &layout, output, phases, progress, records: Vec::new() };
-    let mut run = run.blocks()?;
+    let output = phases.time("write", || Output::open(job, &layout))?;
+    let records = output.records();
+    let mut run = Run { job, spec: &spec, layout: &layout, output, phases, progress, records };
+    if let Err(error) = run.blocks() {
+        // Another try can succeed: what is finished is worth keeping.
+        if run.output.blocks_done() > 0 && may_pass(&error) {
+            run.output.keep();
+        }
+        return Err(error);
+    }
 
     let modules = std::mem::take(&mut run.records);
     let tensors = layout.plan.total_bytes();
@@ -122,9 +131,18 @@ pub fn quantize(job: &Job<'_>, progress: &dyn Progress) -> Result<QuantReport> {
     Ok(report)
 }
 
+/// Whether the same command may succeed another time: after an interruption, or when the disk was
+/// full.
+fn may_pass(error: &QuantizeError) -> bool {
+    matches!(
+        error,
+        QuantizeError::Interrupted { .. } | QuantizeError::Format(FormatError::Io { .. })
+    )
+}
+
 impl Run<'_> {
-    /// Quantizes all blocks.
-    fn blocks(mut self) -> Result<Self> {
+    /// Quantizes all blocks that are not finished yet.
+    fn blocks(&mut self) -> Result<()> {
         let mut ctx = Ctx::new(Arc::clone(self.job.pool));
         let mut activations = match self.job.calibration {
             Some(set) if self.job.options.method.needs_calibration() => {
@@ -138,14 +156,38 @@ impl Run<'_> {
             _ => None,
         };
         let total = self.spec.layer_count();
+        let done = self.output.blocks_done();
         for layer in 0..total {
             self.progress.block_started(layer, total);
+            if layer < done {
+                if let Some(activations) = &mut activations {
+                    self.replay(&mut ctx, layer, activations)?;
+                }
+                self.progress.block_done(layer);
+                continue;
+            }
             self.block(&mut ctx, layer, activations.as_mut())?;
             self.progress.phase("write");
-            self.phases.time("write", || self.output.block_done(layer))?;
+            let Self { output, records, phases, .. } = self;
+            phases.time("write", || output.block_done(layer, records))?;
             self.progress.block_done(layer);
+            if self.progress.interrupted() && layer + 1 < total {
+                return Err(QuantizeError::Interrupted { done: layer + 1, total });
+            }
         }
-        Ok(self)
+        Ok(())
+    }
+
+    /// Takes the activations through a block that an earlier run finished.
+    fn replay(&mut self, ctx: &mut Ctx, layer: usize, activations: &mut Activations) -> Result<()> {
+        let model = self.output.checkpoint();
+        let block = Block::load(model, self.spec, layer, LinearSource::Copied)?;
+        self.progress.phase("inputs");
+        activations.begin(ctx, &block, &mut self.phases);
+        for stage in self.spec.stage_order(layer) {
+            activations.advance(ctx, &block, stage, &mut self.phases)?;
+        }
+        Ok(())
     }
 
     fn block(

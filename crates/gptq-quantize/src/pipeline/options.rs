@@ -92,6 +92,8 @@ pub struct QuantizeOptions {
     pub max_shard_bytes: u64,
     /// Replace an output directory that has content.
     pub overwrite: bool,
+    /// Go on with what an interrupted run into the same directory left behind.
+    pub resume: bool,
 }
 
 impl Default for QuantizeOptions {
@@ -114,6 +116,7 @@ impl Default for QuantizeOptions {
             dynamic: Dynamic::default(),
             max_shard_bytes: 4 << 30,
             overwrite: false,
+            resume: false,
         }
     }
 }

@@ -1,7 +1,5 @@
 //! The output directory while it is being written.
 
-use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 
 use gptq_format::fs::write_atomic;
@@ -10,6 +8,7 @@ use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 
 use super::Job;
+use super::journal::Journal;
 use super::layout::{Copied, Layout};
 use crate::error::Result;
 use crate::model_card::{CardDetails, license_of_card, model_card};
@@ -22,15 +21,33 @@ const COPY_BYTES: usize = 1 << 20;
 pub(crate) struct Output {
     directory: OutputDir,
     writer: ShardWriter,
-    log: File,
+    journal: Journal,
     /// The directory opened as the checkpoint it is becoming: floats read from it are those that
     /// are saved.
     checkpoint: Checkpoint,
 }
 
 impl Output {
-    /// Creates the directory with configs, tokenizer and all tensors that are not quantized.
-    pub(crate) fn create(job: &Job<'_>, layout: &Layout) -> Result<Self> {
+    /// Creates the directory with configs, tokenizer and all tensors that are not quantized, or
+    /// opens the one that an interrupted run of the same job left behind.
+    pub(crate) fn open(job: &Job<'_>, layout: &Layout) -> Result<Self> {
+        if job.options.resume {
+            let directory = OutputDir::resume(job.output, job.options.overwrite)?;
+            match Journal::read(directory.path(), job) {
+                Ok(Some(journal)) => return Self::resume(directory, journal, layout),
+                Ok(None) => {}
+                Err(error) => {
+                    // The work in there belongs to another command line.
+                    let mut directory = directory;
+                    directory.keep();
+                    return Err(error);
+                }
+            }
+        }
+        Self::create(job, layout)
+    }
+
+    fn create(job: &Job<'_>, layout: &Layout) -> Result<Self> {
         let directory = OutputDir::create(job.output, job.options.overwrite)?;
         let path = directory.path().to_owned();
         write_json(&path.join("config.json"), &config(job, layout))?;
@@ -45,10 +62,41 @@ impl Output {
         for tensor in &layout.copied {
             copy(job.checkpoint, tensor, &mut writer)?;
         }
-        let log_path = path.join("quant_log.jsonl");
-        let log = File::create(&log_path).map_err(FormatError::io("create", &log_path))?;
         let checkpoint = Checkpoint::open(&path)?;
-        Ok(Self { directory, writer, log, checkpoint })
+        writer.sync()?;
+        let journal = Journal::new(job)?;
+        journal.write(&path)?;
+        Ok(Self { directory, writer, journal, checkpoint })
+    }
+
+    fn resume(mut directory: OutputDir, journal: Journal, layout: &Layout) -> Result<Self> {
+        directory.keep();
+        let path = directory.path();
+        let copied = layout.copied.iter().map(|c| c.name.clone());
+        let solved =
+            layout.plan.tensors().map(|t| t.name.clone()).filter(|name| {
+                layout.layer_of(name).is_some_and(|layer| layer < journal.blocks_done)
+            });
+        let written: Vec<String> = copied.chain(solved).collect();
+        let names = written.iter().map(String::as_str);
+        let writer = ShardWriter::reopen(path, layout.plan.clone(), names)?;
+        let checkpoint = Checkpoint::open(path)?;
+        Ok(Self { directory, writer, journal, checkpoint })
+    }
+
+    /// Leaves the unfinished directory in place for a later `--resume`.
+    pub(crate) fn keep(&mut self) {
+        self.directory.keep();
+    }
+
+    /// Blocks that were finished before this run.
+    pub(crate) fn blocks_done(&self) -> usize {
+        self.journal.blocks_done
+    }
+
+    /// The modules of the finished blocks.
+    pub(crate) fn records(&self) -> Vec<ModuleRecord> {
+        self.journal.records.clone()
     }
 
     /// The model as it is saved so far.
@@ -69,27 +117,31 @@ impl Output {
         Ok(())
     }
 
-    /// Appends a line to quant_log.jsonl.
-    pub(crate) fn log(&mut self, record: &ModuleRecord) -> Result<()> {
-        let mut line = serde_json::to_string(record)
-            .map_err(std::io::Error::from)
-            .map_err(|e| self.log_error(e))?;
-        line.push('\n');
-        self.log.write_all(line.as_bytes()).map_err(|e| self.log_error(e))?;
-        Ok(())
-    }
-
-    /// Makes a finished block durable.
-    pub(crate) fn block_done(&mut self, _layer: usize) -> Result<()> {
+    /// Makes a finished block durable: its tensors first, then the journal that counts it.
+    pub(crate) fn block_done(&mut self, layer: usize, records: &[ModuleRecord]) -> Result<()> {
         self.writer.sync()?;
-        self.log.sync_data().map_err(|e| self.log_error(e))?;
-        Ok(())
+        self.journal.blocks_done = layer + 1;
+        self.journal.records = records.to_vec();
+        self.journal.write(self.directory.path())
     }
 
     /// Writes the reports and gives the directory its name.
     pub(crate) fn commit(self, job: &Job<'_>, report: &QuantReport) -> Result<()> {
         let path = self.directory.path().to_owned();
+        let mut log = String::new();
+        for record in &report.modules {
+            log.push_str(&json!(record).to_string());
+            log.push('\n');
+        }
+        write_atomic(&path.join("quant_log.jsonl"), log.as_bytes())?;
         write_json(&path.join("quant_report.json"), &json!(report))?;
+        if let Some(plots) = job.plots {
+            let directory = path.join("plots");
+            std::fs::create_dir_all(&directory).map_err(FormatError::io("create", &directory))?;
+            for (name, svg) in plots(&report.modules) {
+                write_atomic(&directory.join(name), svg.as_bytes())?;
+            }
+        }
         let name = job.output.file_name().map_or("model".into(), |n| n.to_string_lossy());
         let base_card = std::fs::read_to_string(job.checkpoint.path.join("README.md")).ok();
         let license = base_card.as_deref().and_then(license_of_card);
@@ -102,14 +154,11 @@ impl Output {
         };
         write_atomic(&path.join("README.md"), model_card(report, &details).as_bytes())?;
         self.writer.finish()?;
+        Journal::remove(&path)?;
         // The files are mapped: close them before they move.
         drop(self.checkpoint);
         self.directory.commit()?;
         Ok(())
-    }
-
-    fn log_error(&self, error: std::io::Error) -> FormatError {
-        FormatError::io("write", &self.directory.path().join("quant_log.jsonl"))(error)
     }
 }
 

@@ -192,7 +192,6 @@ impl Run<'_> {
             seconds: start.elapsed().as_secs_f64(),
             rss_bytes: rss::current_bytes(),
         };
-        self.output.log(&record)?;
         self.progress.module_done(&record);
         self.records.push(record);
         Ok(())

@@ -1,0 +1,111 @@
+//! The journal of a run: what it works on and how far it is, so that an interrupted run can go on.
+//!
+//! A block is entered only when its tensors are durable. On resume everything but the finished
+//! blocks is computed again: the activations by running the calibration windows through the
+//! finished blocks as they are saved, which gives the very numbers that the interrupted run had.
+
+use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hasher};
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use gptq_format::FormatError;
+use gptq_format::fs::{read_json_if_exists, write_atomic};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::Job;
+use crate::error::{QuantizeError, Result};
+use crate::report::ModuleRecord;
+
+const NAME: &str = "journal.json";
+
+/// What is known of a run in an unfinished directory.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Journal {
+    /// Everything that decides the bytes of the output, by name.
+    fingerprint: Map<String, Value>,
+    /// Blocks that are durable.
+    pub(crate) blocks_done: usize,
+    /// Their modules.
+    pub(crate) records: Vec<ModuleRecord>,
+}
+
+impl Journal {
+    pub(crate) fn new(job: &Job<'_>) -> Result<Self> {
+        Ok(Self { fingerprint: fingerprint(job)?, blocks_done: 0, records: Vec::new() })
+    }
+
+    /// The journal in `directory`, if there is one and it belongs to this job.
+    pub(crate) fn read(directory: &Path, job: &Job<'_>) -> Result<Option<Self>> {
+        let path = directory.join(NAME);
+        let Some(value) = read_json_if_exists(&path)? else { return Ok(None) };
+        let journal: Self = serde_json::from_value(value)
+            .map_err(|error| FormatError::io("understand", &path)(error.into()))?;
+        let now = fingerprint(job)?;
+        for (field, value) in &now {
+            let then = journal.fingerprint.get(field).unwrap_or(&Value::Null);
+            if then != value {
+                return Err(QuantizeError::ResumeDiffers {
+                    path: directory.to_owned(),
+                    field: field.clone(),
+                    then: then.to_string(),
+                    now: value.to_string(),
+                });
+            }
+        }
+        Ok(Some(journal))
+    }
+
+    pub(crate) fn write(&self, directory: &Path) -> Result<()> {
+        Ok(write_atomic(&directory.join(NAME), json!(self).to_string().as_bytes())?)
+    }
+
+    pub(crate) fn remove(directory: &Path) -> Result<()> {
+        let path = directory.join(NAME);
+        Ok(std::fs::remove_file(&path).map_err(FormatError::io("remove", &path))?)
+    }
+}
+
+/// Everything that decides the bytes of the output.
+fn fingerprint(job: &Job<'_>) -> Result<Map<String, Value>> {
+    let options = job.options;
+    let mut map = Map::new();
+    let mut set = |key: &str, value: Value| map.insert(key.to_owned(), value);
+    set("gptq-rs version", json!(env!("CARGO_PKG_VERSION")));
+    // Sums are rounded differently by different instruction sets.
+    set("instruction set", json!(format!("{:?}", gptq_compute::arch::isa())));
+    set("method", json!(options.method.name()));
+    if let Value::Object(config) = options.config().to_json() {
+        for (key, value) in config {
+            set(&key, value);
+        }
+    }
+    set("damp_auto_increment", json!(options.damp_auto_increment));
+    set("moe_fallback", json!(format!("{:?}", options.moe_fallback)));
+    set("max_shard_size", json!(options.max_shard_bytes));
+    set("model files", model_files(job)?);
+    let calibration = job.calibration.filter(|_| options.method.needs_calibration());
+    set("calibration", json!(calibration.map(|c| c.report.fingerprint.clone())));
+    Ok(map)
+}
+
+/// Name, size and time of every file of the model.
+fn model_files(job: &Job<'_>) -> Result<Value> {
+    let tensors = &job.checkpoint.tensors;
+    let mut files: BTreeSet<PathBuf> = BTreeSet::new();
+    let mut names = DefaultHasher::new();
+    for name in tensors.names() {
+        let info = tensors.info(name)?;
+        names.write(format!("{name} {} {:?}", info.dtype, info.shape).as_bytes());
+        files.insert(info.file.clone());
+    }
+    let mut parts = vec![format!("{:016x}", names.finish())];
+    for file in files {
+        let meta = std::fs::metadata(&file).map_err(FormatError::io("read", &file))?;
+        let time = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+        let name = file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        parts.push(format!("{name} {} {}", meta.len(), time.map_or(0, |t| t.as_nanos())));
+    }
+    Ok(json!(parts.join("; ")))
+}
