@@ -1,4 +1,4 @@
-//! What is in a checkpoint ([`inspect`]), whether it is sound and who can read it ([`verify()`]), and other forms of it
+//! What is in a checkpoint ([`inspect()`]), whether it is sound and who can read it ([`verify()`]), and other forms of it
 //! ([`convert()`]).
 //!
 //! Everything here works on headers or on one tensor at a time, so that a checkpoint may be larger than memory.

@@ -15,7 +15,7 @@ fn options(target: Target) -> ConvertOptions {
 
 const GGUF: Target = Target::Gguf;
 
-fn run(from: &Path, to: &Path, options: &ConvertOptions) -> crate::Result<Converted> {
+fn run(from: &Path, to: &Path, options: &ConvertOptions) -> Result<Converted> {
     convert(&Checkpoint::open(from).unwrap(), to, options, &|done, total| assert!(done < total))
 }
 

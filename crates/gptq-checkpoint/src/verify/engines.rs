@@ -248,7 +248,7 @@ fn bits(module: &Module, known: &[Bits]) -> Option<String> {
 }
 
 fn true_zero(module: &Module) -> Option<String> {
-    (module.zeros.true_zeros > 0).then(|| {
+    (module.zeros.at_zero > 0).then(|| {
         format!("it reads zero points of 0 as {}", u32::from(module.settings.bits.max_code()) + 1)
     })
 }

@@ -511,7 +511,7 @@ fn vllm_falls_back_to_a_kernel_with_conditions() {
     }
     let conditions = |edit: &Edit| {
         let report = report(edit);
-        assert!(opens(&report, Engine::Vllm), "{:#?}", report);
+        assert!(opens(&report, Engine::Vllm), "{report:#?}");
         report.engines[0].conditions.join("; ")
     };
     edit.config["dtype"] = json!("float16");

@@ -11,7 +11,7 @@ pub(super) struct Zeros {
     /// The one true zero point, if all are equal.
     pub(super) constant: Option<u8>,
     /// How many true zero points are 0.
-    pub(super) true_zeros: usize,
+    pub(super) at_zero: usize,
     /// Group and output of the first of them.
     first: Option<(usize, usize)>,
     /// The words are those that GPTQModel before 7.0 made of symmetric 3-bit zero points.
@@ -40,7 +40,7 @@ impl Zeros {
         let first = decoded.iter().position(|&zero| zero == 0);
         Self {
             constant: decoded.first().copied().filter(|_| same),
-            true_zeros: decoded.iter().filter(|&&zero| zero == 0).count(),
+            at_zero: decoded.iter().map(|&zero| usize::from(zero == 0)).sum(),
             first: first.map(|index| (index / outputs, index % outputs)),
             damaged: bits == Bits::B3
                 && !stored.is_empty()
@@ -79,7 +79,7 @@ pub(super) fn check(config: &QuantizeConfig, modules: &[Module], findings: &mut 
                 format!(
                     "{} zero points are 0 (first: group {group}, output {output}), stored as all ones: GPTQModel reads 0, \
                      AutoGPTQ, TGI and ExLlama read {}",
-                    zeros.true_zeros,
+                    zeros.at_zero,
                     u32::from(bits.max_code()) + 1
                 ),
                 Some("`gptq convert --to gptq_v2`"),

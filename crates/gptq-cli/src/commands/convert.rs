@@ -106,7 +106,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     );
     text.push_str(&modules(&converted));
     for note in &converted.notes {
-        text.push_str(&format!("note: {note}\n"));
+        text.extend(["note: ", note, "\n"]);
     }
     crate::output::print(&text)
 }
@@ -120,10 +120,13 @@ fn modules(converted: &Converted) -> String {
     let mut text = String::new();
     for ((to, exact), names) in kinds {
         let how = if exact { "exact" } else { "rounded" };
-        text.push_str(&format!("{} quantized modules to {to}, {how}\n", names.len()));
+        let count = names.len().to_string();
+        text.extend([&count, " quantized modules to ", to, ", ", how, "\n"]);
         // Floats are rounded for all modules alike.
         if !exact && to != "F16" {
-            names.iter().for_each(|name| text.push_str(&format!("  {name}\n")));
+            for name in names {
+                text.extend(["  ", name, "\n"]);
+            }
         }
     }
     text

@@ -9,10 +9,11 @@ use clap::ValueEnum;
 use gptq_compute::Pool;
 use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic, Tokenizer};
 use gptq_model::{Model, Session, Spec};
+use gptq_quantize::calibration::SourceReport;
 use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
-    CalibrationOptions, CalibrationSet, CalibrationSource, Method, MoeFallback, Plan,
-    QuantizeOptions, SelfCalibration, plan, quantize, self_calibrate,
+    CalibrationOptions, CalibrationReport, CalibrationSet, CalibrationSource, Method, MoeFallback,
+    Plan, QuantizeOptions, SelfCalibration, plan, quantize, self_calibrate,
 };
 use serde_json::json;
 

@@ -2,14 +2,17 @@
 
 use std::sync::Arc;
 
+use gptq_format::DType;
 use gptq_model::Spec;
 
 use super::activations::CHUNK_TOKENS;
 use super::layout::Layout;
 use super::{Job, QuantizeOptions};
+use crate::calibration::{CalibrationOptions, CalibrationReport, SELF};
 use crate::error::{QuantizeError, Result};
 use crate::report::PlanSummary;
 use crate::rss;
+use crate::self_calibration::SelfCalibration;
 
 /// The needs of a run, in total and by what they are for.
 #[derive(Debug, Clone)]
@@ -51,6 +54,14 @@ pub(super) fn summarize(job: &Job<'_>, spec: &Spec, layout: &Layout) -> Result<P
     let peak = resident + memory.iter().map(|(_, bytes)| bytes).sum::<u64>();
     let mut all = vec![("program, tokenizer and tokens", resident)];
     all.extend(memory);
+    // Writing the calibration text needs the whole model, before the run and not beside it.
+    let writing = calibration
+        .filter(|c| c.report.sources.iter().any(|s| s.kind == SELF))
+        .map_or(0, |c| self_calibration_bytes(job, spec, &c.report));
+    if writing > 0 {
+        all.push(("before the run: the model writes its text", writing));
+    }
+    let peak = peak.max(resident + writing);
     Ok(Plan {
         summary: PlanSummary {
             peak_rss_bytes: peak,
@@ -64,6 +75,24 @@ pub(super) fn summarize(job: &Job<'_>, spec: &Spec, layout: &Layout) -> Result<P
         tokens,
         memory: all,
     })
+}
+
+/// Memory of [`crate::self_calibrate`]: all weights and the caches of a batch of windows.
+fn self_calibration_bytes(job: &Job<'_>, spec: &Spec, report: &CalibrationReport) -> u64 {
+    let tensors = &job.checkpoint.tensors;
+    let infos = tensors.names().filter_map(|name| tensors.info(name).ok());
+    let weights: u64 = infos
+        .map(|info| match info.dtype {
+            // The block types of GGUF are widened.
+            DType::Ggml(_) => 4 * info.elements() as u64,
+            _ => info.bytes as u64,
+        })
+        .sum();
+    let windows =
+        CalibrationOptions { nsamples: report.windows, seqlen: report.seqlen, seed: report.seed };
+    let kv = spec.kv_bytes_per_token();
+    let batch = SelfCalibration::new(windows).batch(kv).min(report.windows);
+    weights + (batch * report.seqlen * kv) as u64
 }
 
 /// The largest of what blocks hold.

@@ -46,8 +46,10 @@ impl Architecture {
             return Err(unsupported("only a part of each head is rotated".into()));
         }
         match &rope.scaling {
-            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => {}
-            RopeScaling::Yarn { truncate: true, .. } => {}
+            RopeScaling::None
+            | RopeScaling::Linear { .. }
+            | RopeScaling::Llama3 { .. }
+            | RopeScaling::Yarn { truncate: true, .. } => {}
             other => {
                 return Err(unsupported(format!(
                     "llama.cpp has no counterpart to its rope ({other:?})"
