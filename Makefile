@@ -1,7 +1,7 @@
 # Everything a contributor runs. `make` alone lists the targets.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench
+.PHONY: help demo test check bench compat
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,3 +20,6 @@ check: ## The quick part of it: format, lints, documentation
 
 bench: ## Speed of loading, prefill and decoding, original and 4-bit (run `make demo` first)
 	@scripts/bench.sh
+
+compat: ## Check against the real tools (transformers, GPTQModel, llama.cpp): installs 5 GiB, tens of minutes
+	@scripts/compat.sh

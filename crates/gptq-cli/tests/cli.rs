@@ -1,6 +1,6 @@
 //! The real binary on tiny models: what it prints, what it writes, how it fails.
 
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(missing_docs)]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -17,7 +17,9 @@ impl World {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         tiny_llama(&dir.path().join("model"), 7);
-        let text: String = (0..4000).map(|i| format!("word{} ", i * 37 % 101)).collect();
+        let text: String = (0..4000)
+            .flat_map(|i| ["word".to_owned(), (i * 37 % 101).to_string(), " ".to_owned()])
+            .collect();
         std::fs::write(dir.path().join("text.txt"), text).unwrap();
         Self { dir }
     }
@@ -328,7 +330,7 @@ fn the_command_line_reference_is_up_to_date() {
         "# Command line\n\nGenerated from `--help`; a test fails when it is out of date.\n",
     );
     let mut section = |title: &str, help: &str| {
-        text.push_str(&format!("\n## {title}\n\n```text\n{}\n```\n", help.trim_end()));
+        text += &["\n## ", title, "\n\n```text\n", help.trim_end(), "\n```\n"].concat();
     };
     section("gptq", &main);
     for command in commands {

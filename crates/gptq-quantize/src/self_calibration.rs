@@ -48,7 +48,8 @@ impl SelfCalibration {
 /// Lets `model` write calibration windows.
 ///
 /// # Errors
-/// If the tokenizer has no token to begin with, or the model's output is not finite.
+/// If the model reads in both directions, the tokenizer has no token to begin with, or the model's
+/// output is not finite.
 pub fn self_calibrate(
     model: &Model,
     session: &mut Session,
@@ -62,6 +63,15 @@ pub fn self_calibrate(
             option: "nsamples",
             reason: format!(
                 "self calibration needs windows of 2 tokens or more, not {nsamples} of {seqlen}"
+            ),
+        });
+    }
+    if !model.spec().attention.causal {
+        return Err(QuantizeError::Option {
+            option: "calibration",
+            reason: format!(
+                "family {} reads in both directions and writes no text of its own; give a text file",
+                model.spec().family
             ),
         });
     }

@@ -43,6 +43,7 @@ fn run(source: &Path, output: &Path, windows: usize, options: QuantizeOptions) -
         calibration: Some(&calibration(vocab, windows)),
         options: &options,
         output,
+        plots: None,
         pool: &Arc::new(Pool::new(2)),
     };
     quantize(&job, &()).unwrap()

@@ -89,13 +89,18 @@ fn float_type(dtype: DType, shape: &[usize]) -> DType {
     }
 }
 
-fn load(checkpoint: &Checkpoint, module: &str) -> Result<GptqLinear> {
+fn load(
+    checkpoint: &Checkpoint,
+    linears: &HashMap<String, LinearSpec>,
+    module: &str,
+) -> Result<GptqLinear> {
     let Some(config) = &checkpoint.quantize_config else {
         let file = checkpoint.path.clone();
         let module = module.to_owned();
         return Err(gptq_model::ModelError::NoQuantizeConfig { file, module }.into());
     };
-    Ok(GptqLinear::load(&checkpoint.tensors, module, config, None)?)
+    let expected = linears.get(module).map(|l| [l.out_features, l.in_features]);
+    Ok(GptqLinear::load(&checkpoint.tensors, module, config, expected)?)
 }
 
 /// Shape of the float weight of a quantized module.
@@ -107,7 +112,7 @@ fn shape(
     let (inputs, outputs) = if let Some(linear) = linears.get(module) {
         (linear.in_features, linear.out_features)
     } else {
-        let linear = load(checkpoint, module)?;
+        let linear = load(checkpoint, linears, module)?;
         (linear.in_features, linear.out_features)
     };
     Ok(if transposed(linears, module) { [inputs, outputs] } else { [outputs, inputs] })
@@ -123,7 +128,7 @@ fn dequantize(
     linears: &HashMap<String, LinearSpec>,
     module: &str,
 ) -> Result<Vec<f32>> {
-    let linear = load(checkpoint, module)?;
+    let linear = load(checkpoint, linears, module)?;
     let weights = linear.dequantize();
     if !transposed(linears, module) {
         return Ok(weights);

@@ -335,3 +335,46 @@ fn float_checkpoints_are_told_to_quantize() {
         serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
     assert_eq!(written["torch_dtype"], "float16");
 }
+
+#[test]
+fn configs_and_tensors_that_disagree_are_refused() {
+    let refused = |change: &dyn Fn(&mut Edit), part: &str| {
+        let Some(mut edit) = Edit::fixture("quant/b4_gm1_sym.gptq") else { return };
+        change(&mut edit);
+        let dir = tempfile::tempdir().unwrap();
+        edit.write(&dir.path().join("in"), u64::MAX);
+        write_tokenizer(&dir.path().join("in"));
+        for target in [GGUF, Target::Hf] {
+            let result = run(&dir.path().join("in"), &dir.path().join("out"), &options(target));
+            match (target, result) {
+                (GGUF, result) => {
+                    let message = result.unwrap_err().to_string();
+                    assert!(message.contains(part), "{message}");
+                }
+                // Floats are written as they are, whatever the config says of them.
+                (_, Err(error)) => assert!(error.to_string().contains("model"), "{error}"),
+                (_, Ok(_)) => {}
+            }
+            if target == GGUF {
+                assert!(!dir.path().join("out").exists());
+            }
+        }
+    };
+    let q = "model.layers.0.self_attn.q_proj";
+    let remove = |name: String| move |e: &mut Edit| drop(e.tensors.remove(&name));
+    refused(&|e| e.config["vocab_size"] = json!(1 << 20), "embed_tokens");
+    refused(&|e| e.config["hidden_size"] = json!(64), "embed_tokens");
+    refused(&|e| e.config["intermediate_size"] = json!(512), "down_proj");
+    refused(&remove(format!("{q}.scales")), "scales");
+    refused(&remove("model.layers.1.input_layernorm.weight".into()), "input_layernorm");
+    refused(&remove("lm_head.weight".into()), "lm_head");
+    refused(
+        &|e| {
+            let bias = (DType::F16, vec![64], vec![0; 128]);
+            e.tensors.insert(format!("{q}.bias"), bias);
+        },
+        "q_proj.bias",
+    );
+    refused(&|e| e.bytes(&format!("{q}.scales"))[1] = 0x7C, "finite");
+    refused(&|e| e.put_words(&format!("{q}.g_idx"), [9; 128]), "group 9");
+}

@@ -154,9 +154,9 @@ fn sizes(
             if info.dtype == DType::I32 { shape } else { None }
         }
         (Some((rows, _, outputs)), Some((inputs, _))) => {
-            let made_for = [2, 3, 4, 8]
-                .into_iter()
-                .find(|b| info.shape == [inputs * b / 32, outputs] && *b != bits.as_u32() as usize);
+            let made_for = Bits::ALL.into_iter().find(|other| {
+                *other != bits && other.words(inputs).is_some_and(|w| info.shape == [w, outputs])
+            });
             let seems =
                 made_for.map(|b| format!(", as {b}-bit codes would have")).unwrap_or_default();
             findings.error(

@@ -94,7 +94,7 @@ fn group(
         members.windows(2).all(|pair| key(&modules[pair[0]]) == key(&modules[pair[1]]))
     };
     Group {
-        outputs: linears.iter().map(|linear| linear.out_features).sum(),
+        outputs: linears.iter().fold(0, |sum, linear| sum.saturating_add(linear.out_features)),
         uniform: (members.is_empty() || members.len() == linears.len()) && alike(&describe),
         same_order: !fuses || alike(&|m| format!("{:?}", m.g_idx.map(|g| g.hash))),
         name,

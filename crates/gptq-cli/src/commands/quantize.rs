@@ -280,8 +280,9 @@ fn calibrate(
         if args.dry_run {
             // The plan depends on the number of tokens alone.
             let windows = vec![vec![0; args.seqlen]; args.nsamples];
-            let report =
-                gptq_quantize::CalibrationReport::new(Vec::new(), &windows, &args.windows(), vocab);
+            let name = || "self".to_owned();
+            let source = SourceReport { name: name(), kind: name(), ..SourceReport::default() };
+            let report = CalibrationReport::new(vec![source], &windows, &args.windows(), vocab);
             return Ok(CalibrationSet::from_windows(windows, report));
         }
         view.phase("load");

@@ -46,6 +46,9 @@ impl Phases {
     }
 }
 
+/// Draws plots of the modules of a run: file name and contents of each.
+pub type Plots = fn(&[ModuleRecord]) -> Vec<(&'static str, String)>;
+
 /// What a run works on.
 pub struct Job<'a> {
     /// The float model.
@@ -60,8 +63,8 @@ pub struct Job<'a> {
     pub options: &'a QuantizeOptions,
     /// The directory to write.
     pub output: &'a Path,
-    /// Draws the plots of a finished run: file name and contents.
-    pub plots: Option<fn(&[ModuleRecord]) -> Vec<(&'static str, String)>>,
+    /// Draws the plots that are saved beside the weights.
+    pub plots: Option<Plots>,
     /// The threads. Results do not depend on their number.
     pub pool: &'a Arc<Pool>,
 }

@@ -4,10 +4,11 @@ mod blocks;
 mod metadata;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use gptq_format::gguf::{GgmlType, GgufWriter, PlannedTensor, RowMap, gguf_name};
 use gptq_format::{Checkpoint, CheckpointKind, DType, GptqLinear, QuantizeConfig};
-use gptq_model::Spec;
+use gptq_model::{Block, LinearSource, ModelError, Spec};
 
 use super::{ConvertOptions, Converted, ConvertedModule, Progress, copy};
 use crate::error::{CheckpointError, Result};
@@ -32,6 +33,7 @@ pub(super) fn convert(
     let mut notes = Vec::new();
     let architecture = Architecture::of(checkpoint, &spec)?;
     metadata::check_windows(&spec, options.lossy, &mut notes)?;
+    check_shapes(checkpoint, &spec)?;
     let sources = sources(checkpoint, &spec, architecture, options.lossy, &mut notes)?;
     let mut tensors: Vec<PlannedTensor> = sources.iter().map(|s| s.planned.clone()).collect();
     let factors = metadata::rope_factors(&spec);
@@ -87,6 +89,38 @@ struct Source<'a> {
     rows: Option<RowMap>,
 }
 
+/// What the config says and what the tensors are have to agree before any size is taken from either.
+fn check_shapes(checkpoint: &Checkpoint, spec: &Spec) -> Result<()> {
+    let store = &checkpoint.tensors;
+    let check = |tensor: String, expected: &[usize]| -> Result<()> {
+        let info = store.info(&tensor)?;
+        if info.shape == expected {
+            return Ok(());
+        }
+        let (file, got) = (info.file.clone(), info.shape.clone());
+        Err(ModelError::Shape { file, tensor, expected: expected.to_vec(), got }.into())
+    };
+    let embedding = format!("{}{}.weight", spec.base, spec.embedding.name);
+    check(embedding, &[spec.vocab, spec.embedding.width])?;
+    for linear in modules::linears(spec) {
+        let has = |part: &str| store.contains(&format!("{}.{part}", linear.module));
+        // Packed weights are checked when they are read.
+        if !has("qweight") {
+            let shape = [linear.out_features, linear.in_features];
+            check(format!("{}.weight", linear.module), &shape)?;
+        }
+        if linear.bias || has("bias") {
+            check(format!("{}.bias", linear.module), &[linear.out_features])?;
+        }
+    }
+    let spec = Arc::new(spec.clone());
+    for layer in 0..spec.layer_count() {
+        // Reads the norms.
+        Block::load(checkpoint, &spec, layer, LinearSource::Unset)?;
+    }
+    Ok(())
+}
+
 /// Buffers that every loader makes anew.
 const BUFFER: &str = ".rotary_emb.inv_freq";
 
@@ -124,7 +158,7 @@ fn sources<'a>(
             if store.read_f32(name, &info.shape)?.iter().any(|&b| b != 0.0) {
                 let file = checkpoint.path.clone();
                 let (tensor, family) = (name.to_owned(), spec.family.to_owned());
-                return Err(gptq_model::ModelError::UnexpectedBias { file, tensor, family }.into());
+                return Err(ModelError::UnexpectedBias { file, tensor, family }.into());
             }
             continue;
         }
@@ -143,7 +177,7 @@ fn sources<'a>(
         if let (Some((_, "qweight")), Some(module), Some(linear)) = (part, module, linear) {
             let Some(config) = &checkpoint.quantize_config else {
                 let (file, module) = (checkpoint.path.clone(), module.to_owned());
-                return Err(gptq_model::ModelError::NoQuantizeConfig { file, module }.into());
+                return Err(ModelError::NoQuantizeConfig { file, module }.into());
             };
             let shape = [linear.out_features, linear.in_features];
             let encoding = {

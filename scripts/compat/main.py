@@ -1,0 +1,96 @@
+"""Runs the parts of `make compat`, writes docs/reference/compat.md and fails if any row does."""
+
+import contextlib
+import importlib
+import importlib.metadata
+import io
+import logging
+import platform
+import sys
+import warnings
+
+from tools import EXACT_TOLERANCE, KERNEL_TOLERANCE, ROOT, gptq
+
+PARTS = {
+    "ours_in_transformers": (
+        "What gptq writes, in transformers",
+        "A random two-block Llama with biases is quantized by `gptq quantize` and opened by "
+        "`AutoModelForCausalLM.from_pretrained` on CPU. A row stands for several checkpoints: groups of 32, 128 and -1 "
+        "(the whole row), columns left to right, with GAR, with desc_act and with desc_act and static groups; the "
+        "largest difference is shown.",
+    ),
+    "theirs_in_ours": (
+        "What GPTQModel writes, in gptq",
+        "The same model is quantized by GPTQModel on CPU and opened by both.",
+    ),
+    "gguf_in_llama_cpp": (
+        "What gptq exports to GGUF, in llama.cpp",
+        "SmolLM2-135M-Instruct quantized by `gptq quantize`, exported by `gptq convert --to gguf`, and run by llama.cpp "
+        "on the same windows of text; weights are read by the `gguf` package. llama.cpp rounds activations to 8 bits "
+        "per 32 values, gptq does not; the first row, a file that gptq did not write, shows how much that is.",
+    ),
+}
+
+PREAMBLE = f"""# Compatibility, measured
+
+Written by `make compat`, which installs the tools named below and takes tens of minutes. Do not edit.
+
+**Weights bit-equal**: the other tool's own dequantization, rounded to f16, equals `gptq convert --to hf` in every bit.
+**Logits** are differences from `gptq logits`, relative to the largest logit: in f32 arithmetic with the other tool's
+dequantized weights (at most {EXACT_TOLERANCE:.0e}), and by the other tool's kernel, whose activations are rounded to f16
+or bf16 after every operation (at most {list(KERNEL_TOLERANCE.values())[0]:.0e} and {list(KERNEL_TOLERANCE.values())[1]:.0e}).
+"""
+
+TOOLS = ["torch", "transformers", "optimum", "gptqmodel", "gguf", "llama-cpp-python", "safetensors", "numpy"]
+
+
+def versions():
+    def version(tool):
+        try:
+            return importlib.metadata.version(tool)
+        except importlib.metadata.PackageNotFoundError:
+            return "absent"
+
+    found = ", ".join(f"{tool} {version(tool)}" for tool in TOOLS)
+    return f"{gptq('--version').strip()}; Python {platform.python_version()}, {found}; {platform.machine()}."
+
+
+def part(name):
+    """The section of one part, and whether all its rows hold."""
+    title, about = PARTS[name]
+    lines = ["", f"## {title}", "", about, ""]
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        print(f"SKIPPED: {title}: {error}", file=sys.stderr)
+        return [*lines, f"SKIPPED: {error}"], True
+    lines += [f"| {' | '.join([*module.HEAD, 'verdict'])} |", "|---" * (len(module.HEAD) + 1) + "|"]
+    holds, failures = True, []
+    rows = module.rows()
+    while True:
+        with contextlib.redirect_stdout(io.StringIO()):  # the tools print their logs here
+            row = next(rows, None)
+        if row is None:
+            break
+        lines.append(f"| {' | '.join([row.setting, *row.found, 'ok' if row.ok else 'FAILS'])} |")
+        print(lines[-1], *row.failures, sep="\n    ", flush=True)
+        failures += [f"- {row.setting}: {failure}" for failure in row.failures]
+        holds &= row.ok
+    return [*lines, *([""] if failures else []), *failures], holds
+
+
+def main():
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    lines, holds = [PREAMBLE, versions()], True
+    for name in sys.argv[1:] or PARTS:
+        section, ok = part(name)
+        lines, holds = lines + section, holds and ok
+    report = "\n".join(lines) + "\n"
+    if sys.argv[1:]:
+        return 0 if holds else 1
+    (ROOT / "docs" / "reference" / "compat.md").write_text(report)
+    return 0 if holds else 1
+
+
+sys.exit(main())
