@@ -9,6 +9,8 @@ venv=.demo/compat-venv
 requirements=scripts/compat/requirements.txt
 # gptqmodel would otherwise look for a CUDA toolkit.
 export BUILD_CUDA_EXT=0 CUDA_VISIBLE_DEVICES=
+# On two cores GPTQModel 7.7.0 asks for one worker, and then for two of it.
+export GPTQMODEL_CPU_WORKERS=2
 # torch.compile takes half a minute per checkpoint and changes no result that is checked here.
 export TORCHDYNAMO_DISABLE=1
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error

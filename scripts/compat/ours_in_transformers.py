@@ -31,19 +31,23 @@ def settings():
     yield torch.bfloat16, 3, False, "gptq_v2", SOME_LAYOUTS
 
 
-def check(source, dtype, options):
+def load(quantized, dtype, backend):
+    config = GPTQConfig(bits=4, backend=backend)  # all but the backend is taken from the checkpoint
+    return AutoModelForCausalLM.from_pretrained(quantized, dtype=dtype, device_map="cpu", quantization_config=config)
+
+
+def check(source, dtype, bits, sym, group, options):
     """Quantizes, opens, compares; returns (kernels, weights equal, f32 difference, kernel difference)."""
     quantized = WORK / "quantized"
-    gptq("quantize", source, "--output", quantized, "--overwrite", "--nsamples", 4, "--seqlen", 32, *options)
-    # As a user opens it: the kernel is chosen by GPTQModel.
-    model = AutoModelForCausalLM.from_pretrained(quantized, dtype=dtype, device_map="cpu")
+    layout = ["--bits", bits, "--group-size", group, "--sym" if sym else "--no-sym"]
+    small = ["--nsamples", 4, "--seqlen", 32]
+    gptq("quantize", source, "--output", quantized, "--overwrite", *small, *layout, *options)
+    # GPTQModel chooses the kernel, as for a user, but where its choice (TorchFusedLinear) takes every zero point for 8.
+    model = load(quantized, dtype, "torch" if (bits, sym, group) == (4, False, -1) else "auto")
     with torch.no_grad():
         kernel = difference(our_logits(quantized), model(tokens()).logits)
     kernels = {type(module).__name__ for module in model.modules() if hasattr(module, "qweight")}
-    plain = GPTQConfig(bits=options[1], backend="torch")
-    model = AutoModelForCausalLM.from_pretrained(
-        quantized, dtype=torch.float16, device_map="cpu", quantization_config=plain
-    )
+    model = load(quantized, torch.float16, "torch")
     return kernels, *compare_exactly(model, quantized, source), kernel
 
 
@@ -52,9 +56,9 @@ def rows():
     for dtype, bits, sym, format, layouts in settings():
         opened, same, worst_exact, worst_kernel, chosen, failures = 0, 0, 0.0, 0.0, set(), []
         for group, order in layouts:
-            options = ["--bits", bits, "--group-size", group, "--format", format, *ORDERS[order]]
+            options = ["--format", format, *ORDERS[order]]
             try:
-                kernels, equal, exact, kernel = check(sources[dtype], dtype, [*options, "--sym" if sym else "--no-sym"])
+                kernels, equal, exact, kernel = check(sources[dtype], dtype, bits, sym, group, options)
             except Exception as error:  # any failure of any of the tools is a finding, and the other settings go on
                 failures.append(f"group {group}, {order}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
                 continue

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORK = ROOT / ".demo" / "compat"
 WORK.mkdir(parents=True, exist_ok=True)
-GPTQ = os.environ.get("GPTQ_BINARY", ROOT / "target" / "release" / "gptq")
+GPTQ = pathlib.Path(os.environ.get("GPTQ_BINARY", ROOT / "target" / "release" / "gptq")).resolve()
 
 
 # Relative to the largest logit. Kernels: f16 rounds activations to 2^-11, bf16 to 2^-8, many times over two blocks.
@@ -84,6 +84,16 @@ def compare_exactly(model, quantized, source):
     reference.load_state_dict(exact, strict=False)
     with torch.no_grad():
         return equal, difference(our_logits(quantized), reference(tokens()).logits)
+
+
+def row(setting, check, *arguments):
+    """The row of one checkpoint; `check` returns (weights equal, f32 difference, kernel difference)."""
+    try:
+        equal, exact, kernel = check(*arguments)
+    except Exception as error:  # whatever a tool raises is a finding, and the other settings go on
+        return Row(setting, ["no", "", "", ""], False, [f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"])
+    ok = equal and exact <= EXACT_TOLERANCE and kernel <= KERNEL_TOLERANCE[torch.float16]
+    return Row(setting, ["yes", "yes" if equal else "no", f"{exact:.1e}", f"{kernel:.1e}"], ok, [])
 
 
 def tiny_llama(dtype):

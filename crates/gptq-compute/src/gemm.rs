@@ -134,68 +134,103 @@ struct Gemv<'a> {
     y: &'a mut [f32],
 }
 
+/// Loads 16 elements of a stored type as f32. A trait and not a closure: closures are not compiled
+/// inside the `#[target_feature]` function, which would put a call around every load.
+trait Element {
+    const SIZE: usize;
+
+    /// # Safety
+    /// 16 elements at `p` are readable and the processor has the instruction set of `S`.
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F;
+}
+
+struct F32;
+struct F16;
+struct Bf16;
+
+impl Element for F32 {
+    const SIZE: usize = 4;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
+        S::load(p.cast())
+    }
+}
+
+impl Element for F16 {
+    const SIZE: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
+        S::load_f16(p.cast())
+    }
+}
+
+impl Element for Bf16 {
+    const SIZE: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
+        S::load_bf16(p.cast())
+    }
+}
+
 impl Kernel for Gemv<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         match self.w.dtype() {
-            DenseType::F32 => self.rows::<S, 4>(|p| S::load(p.cast())),
-            DenseType::F16 => self.rows::<S, 2>(|p| S::load_f16(p.cast())),
-            DenseType::Bf16 => self.rows::<S, 2>(|p| S::load_bf16(p.cast())),
+            DenseType::F32 => rows::<S, F32>(self),
+            DenseType::F16 => rows::<S, F16>(self),
+            DenseType::Bf16 => rows::<S, Bf16>(self),
         }
     }
 }
 
-impl Gemv<'_> {
-    /// # Safety
-    /// The processor must have the instruction set of `S`; `load` reads 16 elements of SIZE bytes.
-    #[inline(always)]
-    unsafe fn rows<S: Simd, const SIZE: usize>(self, load: impl Fn(*const u8) -> S::F) {
-        let Self { w, first, x, y } = self;
-        let k = w.in_features();
-        let whole = k - k % LANES;
-        let bytes = w.as_bytes();
-        let mut tail = [0.0f32; LANES];
-        tail[..k - whole].copy_from_slice(&x[whole..]);
-        let (quads, rest) = y.as_chunks_mut::<4>();
-        let quad_rows = 4 * quads.len();
-        // SAFETY: row r occupies bytes[r * k * SIZE..][..k * SIZE]; ends are copied before they
-        // are loaded as whole vectors.
-        let dot = |rows: [usize; 4]| -> [f32; 4] {
-            let p = rows.map(|r| bytes[r * k * SIZE..(r + 1) * k * SIZE].as_ptr());
-            let mut acc = [S::splat(0.0); 4];
-            let mut i = 0;
-            while i < whole {
-                let v = S::load(x.as_ptr().add(i));
-                for r in 0..4 {
-                    S::prefetch(p[r].wrapping_add(i * SIZE + 2048));
-                    acc[r] = S::fma(load(p[r].add(i * SIZE)), v, acc[r]);
-                }
-                i += LANES;
-            }
-            if whole < k {
-                let v = S::load(tail.as_ptr());
-                for r in 0..4 {
-                    let mut end = [0u8; LANES * SIZE_MAX];
-                    end[..(k - whole) * SIZE].copy_from_slice(std::slice::from_raw_parts(
-                        p[r].add(whole * SIZE),
-                        (k - whole) * SIZE,
-                    ));
-                    acc[r] = S::fma(load(end.as_ptr()), v, acc[r]);
-                }
-            }
-            acc.map(|a| S::sum(a))
-        };
-        for (q, y) in quads.iter_mut().enumerate() {
-            let r = first + 4 * q;
-            *y = dot([r, r + 1, r + 2, r + 3]);
+/// # Safety
+/// The processor must have the instruction set of `S`.
+#[inline(always)]
+unsafe fn rows<S: Simd, E: Element>(gemv: Gemv<'_>) {
+    let Gemv { w, first, x, y } = gemv;
+    let k = w.in_features();
+    let whole = k - k % LANES;
+    // Row r occupies bytes[r * k * SIZE..][..k * SIZE].
+    let bytes = &w.as_bytes()[first * k * E::SIZE..(first + y.len()) * k * E::SIZE];
+    let mut tail = [0.0f32; LANES];
+    tail[..k - whole].copy_from_slice(&x[whole..]);
+    let mut done = 0;
+    while done < y.len() {
+        // Four rows in flight; the last ones are repeated where fewer are left.
+        let mut p = [bytes.as_ptr(); 4];
+        for r in 0..4 {
+            p[r] = p[r].add((done + r).min(y.len() - 1) * k * E::SIZE);
         }
-        for (i, y) in rest.iter_mut().enumerate() {
-            *y = dot([first + quad_rows + i; 4])[0];
+        let mut acc = [S::splat(0.0); 4];
+        let mut i = 0;
+        while i < whole {
+            let v = S::load(x.as_ptr().add(i));
+            for r in 0..4 {
+                S::prefetch(p[r].wrapping_add(i * E::SIZE + GEMV_PREFETCH));
+                acc[r] = S::fma(E::load::<S>(p[r].add(i * E::SIZE)), v, acc[r]);
+            }
+            i += LANES;
         }
+        if whole < k {
+            let v = S::load(tail.as_ptr());
+            for r in 0..4 {
+                // Copied, so that no load reaches behind the row.
+                let mut end = [0u8; LANES * SIZE_MAX];
+                let from = p[r].add(whole * E::SIZE);
+                std::ptr::copy_nonoverlapping(from, end.as_mut_ptr(), (k - whole) * E::SIZE);
+                acc[r] = S::fma(E::load::<S>(end.as_ptr()), v, acc[r]);
+            }
+        }
+        for (r, y) in y[done..].iter_mut().take(4).enumerate() {
+            *y = S::sum(acc[r]);
+        }
+        done += 4;
     }
 }
 
+/// How far ahead to prefetch, in bytes.
+const GEMV_PREFETCH: usize = 2048;
 /// Largest element size of a [`DenseType`].
 const SIZE_MAX: usize = 4;
 

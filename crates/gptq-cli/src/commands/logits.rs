@@ -124,6 +124,11 @@ impl Inputs {
 }
 
 fn write(path: &Path, tensors: &[(&str, Vec<usize>, Vec<f32>)]) -> anyhow::Result<()> {
+    for (name, _, values) in tensors {
+        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+            bail!("the model gives {} as {name}[{at}]: its weights are damaged", values[at]);
+        }
+    }
     let bytes: Vec<Vec<u8>> = tensors
         .iter()
         .map(|(_, _, values)| values.iter().flat_map(|v| v.to_le_bytes()).collect())

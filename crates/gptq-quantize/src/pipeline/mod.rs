@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use gptq_compute::Pool;
 use gptq_format::{Checkpoint, FormatError, Tokenizer};
-use gptq_model::{Block, Ctx, LinearSource, Spec, load_linear};
+use gptq_model::{Block, Ctx, Embedder, HeadLayer, LinearSource, Spec, load_linear};
 
 pub use options::{Method, MoeFallback, QuantizeOptions};
 pub use plan::{Plan, plan};
@@ -146,6 +146,9 @@ fn may_pass(error: &QuantizeError) -> bool {
 impl Run<'_> {
     /// Quantizes all blocks that are not finished yet.
     fn blocks(&mut self) -> Result<()> {
+        // No block needs the head, but a model with a wrong one must not come out as whole.
+        let model = self.output.checkpoint();
+        HeadLayer::load(model, self.spec, &Embedder::load(model, self.spec)?)?;
         let mut ctx = Ctx::new(Arc::clone(self.job.pool));
         let mut activations = match self.job.calibration {
             Some(set) if self.job.options.method.needs_calibration() => {
