@@ -1,7 +1,7 @@
 //! Tensors, thread pool and CPU kernels of gptq-rs.
 //!
 //! This crate knows nothing of models or file formats. It offers a few coarse operations on
-//! [`Tensor`]s ([`linear`], [`norm`], [`rope`], [`attention`], …) and the numerical core of GPTQ
+//! [`Tensor`]s ([`linear`], [`norm`], [`rope`], [`attention()`], …) and the numerical core of GPTQ
 //! ([`Gram`], [`cholesky`], [`sweep`]). Every operation is written once over the
 //! [`arch::Simd`] trait and instantiated per instruction set; the set is chosen once per process
 //! ([`arch::isa`], overridable with `GPTQ_ISA=scalar|avx2|avx512`).

@@ -14,7 +14,7 @@ use crate::report::ExpertRecord;
 
 /// Tokens of a chunk: enough rows for the products to run at full rate, few enough for the
 /// temporaries of a chunk to stay small.
-pub(crate) const CHUNK_TOKENS: usize = 4096;
+pub(crate) const CHUNK_TOKENS: usize = 2048;
 
 /// Windows that are processed together.
 struct Chunk {
