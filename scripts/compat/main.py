@@ -16,18 +16,19 @@ PARTS = {
     "ours_in_transformers": (
         "What gptq writes, in transformers",
         "A random two-block Llama with biases is quantized by `gptq quantize` and opened by "
-        "`AutoModelForCausalLM.from_pretrained` on CPU. A row stands for several checkpoints: groups of 32, 128 and -1 "
-        "(the whole row), columns left to right, with GAR, with desc_act and with desc_act and static groups; the "
-        "largest difference is shown.\n\n"
+        "`AutoModelForCausalLM.from_pretrained` on CPU. A row stands for several checkpoints and shows the largest "
+        "difference: 9 are group 32 left to right, with GAR, with desc_act and with desc_act and static groups; group "
+        "128 the same less static groups; group -1 (the whole row) left to right and with desc_act. 3 are group 32 with "
+        "GAR and with desc_act, and group -1.\n\n"
         "GPTQModel 7.7.0 chooses for 4 bits with group -1 on CPU a kernel (TorchFusedLinear) that ignores zero points: "
         "asymmetric checkpoints, its own too, give wrong numbers there unless opened with "
         "`GPTQConfig(bits=4, backend=\"torch\")`, which is what is done here.",
     ),
     "ours_in_gptqmodel": (
         "What gptq writes, in GPTQModel",
-        "The same model, opened by `GPTQModel.load`, which unlike transformers reads overrides for single modules. It "
-        "refuses asymmetric `gptq` (v1) of any tool but itself; such a checkpoint opens in transformers, and here as "
-        "`gptq_v2` (`gptq quantize --format gptq_v2`, or `gptq convert --to gptq_v2`).",
+        "The same model, opened by `GPTQModel.load`, which reads overrides for single modules (transformers raises a "
+        "size mismatch). It refuses asymmetric `gptq` (v1) of any tool but itself; such a checkpoint opens in "
+        "transformers, and here as `gptq_v2` (`gptq quantize --format gptq_v2`, or `gptq convert --to gptq_v2`).",
     ),
     "theirs_in_ours": (
         "What GPTQModel writes, in gptq",
@@ -37,7 +38,8 @@ PARTS = {
         "What gptq exports to GGUF, in llama.cpp",
         "SmolLM2-135M-Instruct quantized by `gptq quantize`, exported by `gptq convert --to gguf`, and run by llama.cpp "
         "on the same windows of text; weights are read by the `gguf` package. llama.cpp rounds activations to 8 bits "
-        "per 32 values, gptq does not, so 0.5 % are allowed; the first row, a file that gptq did not write, has more.",
+        "per 32 values, gptq does not, so 0.5 % are allowed; the first row, a file that gptq did not write, has more. "
+        "Calibration is 4 windows of 128 tokens, so the perplexities say nothing about quality.",
     ),
 }
 
