@@ -1,11 +1,11 @@
 //! Chat templates: Jinja, with the functions and settings that transformers gives them.
 //!
 //! A template comes with a checkpoint and is not trusted: it sees the messages and the special tokens and nothing else (no
-//! files, no other templates), and its instructions, recursion and output are limited. Not limited is the memory of texts
-//! that it builds on the way: the engine has no hook for it.
+//! files, no other templates), and its instructions, recursion, output, memory and time are limited.
 
 mod clock;
 mod functions;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -73,11 +73,8 @@ impl ChatTemplate {
         variables: BTreeMap<String, String>,
     ) -> Result<Self, ChatError> {
         if source.len() > MAX_SOURCE {
-            return Err(ChatError {
-                name: name.into(),
-                line: None,
-                reason: format!("has {} bytes, more than the {MAX_SOURCE} allowed", source.len()),
-            });
+            let reason = format!("has {} bytes, more than the {MAX_SOURCE} allowed", source.len());
+            return Err(given_up(name, reason));
         }
         // The settings of transformers' sandboxed environment.
         let mut environment = Environment::new();
@@ -96,8 +93,11 @@ impl ChatTemplate {
         environment.add_function("strftime_now", clock::strftime_now);
         environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(MAX_DEPTH);
-        environment
-            .add_template_owned(name.to_owned(), functions::without_generation_tags(source))
+        let (owned, text) = (name.to_owned(), functions::without_generation_tags(source));
+        // Constant expressions are computed here.
+        let compile = move || environment.add_template_owned(owned, text).map(|()| environment);
+        let environment = watch::watched(compile)
+            .map_err(|reason| given_up(name, reason))?
             .map_err(|e| chat_error(name, &e))?;
         Ok(Self { name: name.into(), source: source.into(), variables, environment })
     }
@@ -115,13 +115,13 @@ impl ChatTemplate {
     /// Renders a conversation; with `add_generation_prompt`, followed by what opens the assistant's turn.
     ///
     /// # Errors
-    /// [`ChatError`] with the line if the template raises an exception, fails, or exceeds a limit.
+    /// [`ChatError`] with the line if the template raises an exception, fails, or exceeds a limit. One that exceeds the limit
+    /// of memory or time runs on in a thread of its own until it fails or the process ends.
     pub fn render(
         &self,
         messages: &[Message],
         add_generation_prompt: bool,
     ) -> Result<String, ChatError> {
-        let mut output = Limited(Vec::new());
         let values = context! {
             messages => Serde(messages),
             add_generation_prompt,
@@ -129,16 +129,22 @@ impl ChatTemplate {
             documents => (),
             ..Value::from(Serde(&self.variables))
         };
-        self.environment
-            .get_template(&self.name)
-            .and_then(|t| t.render_captured_to(values, &mut output).map(drop))
+        let (environment, name) = (self.environment.clone(), self.name.clone());
+        let render = move || {
+            let mut output = Limited(Vec::new());
+            environment.get_template(&name)?.render_captured_to(values, &mut output)?;
+            Ok::<_, minijinja::Error>(output.0)
+        };
+        let output = watch::watched(render)
+            .map_err(|reason| given_up(&self.name, reason))?
             .map_err(|e| chat_error(&self.name, &e))?;
-        String::from_utf8(output.0).map_err(|e| ChatError {
-            name: self.name.clone(),
-            line: None,
-            reason: e.to_string(),
-        })
+        String::from_utf8(output).map_err(|e| given_up(&self.name, e.to_string()))
     }
+}
+
+/// An error of the template as a whole.
+fn given_up(name: &str, reason: String) -> ChatError {
+    ChatError { name: name.into(), line: None, reason }
 }
 
 fn chat_error(name: &str, error: &minijinja::Error) -> ChatError {

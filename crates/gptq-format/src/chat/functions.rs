@@ -32,11 +32,12 @@ pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
 
 fn dump(value: &Value, formatter: impl Formatter) -> Result<String, Error> {
     let fail = |e: String| Error::new(ErrorKind::BadSerialization, e);
-    let mut out = Vec::new();
+    // Lists that share their elements write far more than they take.
+    let mut out = super::Limited(Vec::new());
     value
         .serialize(&mut Serializer::with_formatter(&mut out, formatter))
         .map_err(|e| fail(e.to_string()))?;
-    String::from_utf8(out).map_err(|e| fail(e.to_string()))
+    String::from_utf8(out.0).map_err(|e| fail(e.to_string()))
 }
 
 /// Python's default separators `", "` and `": "`.
