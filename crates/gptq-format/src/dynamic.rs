@@ -157,9 +157,10 @@ impl Overrides {
     fn parse(rule: &str, settings: &Value) -> Result<Self> {
         let Value::Object(settings) = settings else {
             return Err(FormatError::Dynamic {
-                rule: rule.to_owned(),
+                rule: short(rule),
                 reason: format!(
-                    "expected an object of settings, found {settings}; to skip modules use the prefix `-:`"
+                    "expected an object of settings, found {}; to skip modules use the prefix `-:`",
+                    short(&settings.to_string())
                 ),
             });
         };
@@ -169,8 +170,11 @@ impl Overrides {
                 continue;
             }
             let wrong = |expected: &str| FormatError::Dynamic {
-                rule: rule.to_owned(),
-                reason: format!("`{key}` should be {expected}, but is {value}"),
+                rule: short(rule),
+                reason: format!(
+                    "`{key}` should be {expected}, but is {}",
+                    short(&value.to_string())
+                ),
             };
             let boolean = || value.as_bool().ok_or_else(|| wrong("true or false")).map(Some);
             match key.as_str() {
@@ -223,13 +227,28 @@ fn check_pattern(rule: &str, anchored: &str) -> Result<()> {
                 regex::Error::CompiledTooBig(_) => {
                     format!("the pattern needs more than {PATTERN_LIMIT} bytes when compiled; simplify its repetitions")
                 }
+                // The last line is the reason; those above it repeat the pattern.
+                regex::Error::Syntax(text) => {
+                    let reason = text.lines().last().unwrap_or_default();
+                    reason.strip_prefix("error: ").unwrap_or(reason).to_owned()
+                }
                 other => other.to_string(),
             };
             FormatError::Dynamic {
-                rule: rule.to_owned(),
+                rule: short(rule),
                 reason,
             }
         })
+}
+
+/// A rule or value as it is shown: the start of a long one.
+fn short(text: &str) -> String {
+    const SHOWN: usize = 80;
+    let length = text.chars().count();
+    if length <= SHOWN {
+        return text.to_owned();
+    }
+    text.chars().take(SHOWN).chain(format!("... ({length} characters)").chars()).collect()
 }
 
 #[cfg(test)]
@@ -307,6 +326,8 @@ mod tests {
             let message = dynamic(&json!({ pattern: {} })).unwrap_err().to_string();
             assert!(message.contains(part), "{message}");
         }
+        let message = dynamic(&json!({ "(".repeat(10_000): {} })).unwrap_err().to_string();
+        assert!(message.len() < 200 && message.contains("(10000 characters)"), "{message}");
     }
 
     #[test]

@@ -110,7 +110,7 @@ pub enum FormatError {
         got: String,
     },
     /// A value is NaN, infinite, or outside the range of the type it is read as.
-    #[error("tensor `{tensor}` in `{}` holds {value} at index {index}, expected {expected}", path.display())]
+    #[error("tensor `{tensor}` in `{}` holds {value} at index {index}, expected {expected}; the file is damaged", path.display())]
     Value {
         /// The file.
         path: PathBuf,

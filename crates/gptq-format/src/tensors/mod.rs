@@ -298,6 +298,24 @@ impl TensorStore {
         self.read_rows(name, entry, &decode, rows, out)
     }
 
+    /// Reads all floats of a tensor and keeps none; does nothing with a tensor of other types.
+    ///
+    /// # Errors
+    /// If there is no such tensor, a value is NaN or infinite, or reading fails.
+    pub fn check_finite(&self, name: &str) -> Result<()> {
+        let entry = self.entry(name)?;
+        let Some(decode) = decode::to_f32(entry.info.dtype) else { return Ok(()) };
+        // Whole blocks of any type.
+        let mut floats = vec![0.0; CHUNK_BYTES / size_of::<f32>()];
+        let (elements, mut buffer) = (entry.info.elements(), Vec::new());
+        for first in (0..elements).step_by(floats.len()) {
+            let count = floats.len().min(elements - first);
+            let part = &mut floats[..count];
+            self.read_elements(name, entry, &decode, first, first, part, &mut buffer)?;
+        }
+        Ok(())
+    }
+
     /// Reads a tensor of integers (I32, or I64 with values in range) as i32, row-major.
     ///
     /// # Errors
