@@ -93,6 +93,8 @@ pub struct OutputDir {
 }
 
 const LOCK_NAME: &str = ".lock";
+/// What follows the name of a directory that is being replaced.
+const REPLACED: &str = ".old";
 
 impl OutputDir {
     /// Starts afresh: what an interrupted run left behind is deleted.
@@ -138,6 +140,8 @@ impl OutputDir {
                 return Err(FormatError::io("lock", &lock_path)(source));
             }
         }
+        recover(target)?;
+        check_target(target, overwrite)?;
         Ok(Self {
             partial,
             target: target.to_owned(),
@@ -181,7 +185,7 @@ impl OutputDir {
         self.keep = true;
         check_target(&self.target, self.overwrite)?;
         sync_directory(&self.partial)?;
-        let replaced = sibling(&self.target, &format!(".old-{}", std::process::id()))?;
+        let replaced = sibling(&self.target, REPLACED)?;
         // rename(2) replaces an empty directory, but not one with content.
         let occupied = has_content(&self.target)?;
         if occupied {
@@ -219,6 +223,20 @@ impl Drop for OutputDir {
         if fs::rename(&self.partial, &doomed).is_ok() {
             let _ = fs::remove_dir_all(&doomed);
         }
+    }
+}
+
+/// Ends what a run left that was stopped while it replaced `target`: the old directory gets its name back, or goes if the
+/// new one has it.
+fn recover(target: &Path) -> Result<()> {
+    let replaced = sibling(target, REPLACED)?;
+    if !replaced.is_dir() {
+        return Ok(());
+    }
+    if target.exists() {
+        fs::remove_dir_all(&replaced).map_err(FormatError::io("remove", &replaced))
+    } else {
+        fs::rename(&replaced, target).map_err(FormatError::io("rename", &replaced))
     }
 }
 
@@ -358,6 +376,21 @@ mod tests {
         out.commit().unwrap();
         assert_eq!(names(&target), ["new"]);
         assert_eq!(names(dir.path()), ["out"]);
+    }
+
+    #[test]
+    fn a_replacement_that_was_stopped_is_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, old) = (dir.path().join("out"), dir.path().join(".out.old"));
+        // Stopped between the two renames: the old content is back, and not overwritten unless allowed.
+        fs::create_dir(&old).unwrap();
+        fs::write(old.join("old"), "1").unwrap();
+        assert!(matches!(OutputDir::create(&target, false), Err(FormatError::OutputExists { .. })));
+        assert_eq!(names(&target), ["old"]);
+        // Stopped behind them: the new content stays, the old one goes.
+        fs::create_dir(&old).unwrap();
+        drop(OutputDir::create(&target, true).unwrap());
+        assert_eq!((names(&target), names(dir.path())), (vec!["old".into()], vec!["out".into()]));
     }
 
     #[test]
