@@ -73,6 +73,19 @@ pub enum QuantizeError {
         /// Blocks of the model.
         total: usize,
     },
+    /// Something outside of the run failed, such as a disk that is full.
+    #[error(
+        "{source}; {done} of {total} blocks are kept: when that is mended, run the same command \
+         with --resume to go on"
+    )]
+    Kept {
+        /// What failed.
+        source: Box<QuantizeError>,
+        /// Finished blocks.
+        done: usize,
+        /// Blocks of the model.
+        total: usize,
+    },
     /// A weight that is not a number.
     #[error("{path}: tensor {tensor} holds {value} at index {index}; the file is damaged")]
     WeightNotFinite {
@@ -85,6 +98,19 @@ pub enum QuantizeError {
         /// Its value.
         value: f32,
     },
+    /// Weights beyond what half precision scales reach.
+    #[error(
+        "{path}: tensor {tensor} holds weights of up to {largest:e}; their scale does not fit \
+         float16, in which it is stored; the file is damaged, or the weights have to be scaled first"
+    )]
+    ScaleTooLarge {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The largest magnitude.
+        largest: f32,
+    },
     /// The model computes something that is not a number.
     #[error(
         "layer {layer}: the inputs of {module} are not finite; the weights of the model or of an \
@@ -94,6 +120,17 @@ pub enum QuantizeError {
         /// Block.
         layer: usize,
         /// First linear of the stage.
+        module: String,
+    },
+    /// What comes out of the last block is not a number.
+    #[error(
+        "layer {layer}: the outputs of {module} are not finite, though its inputs are; its weights \
+         are damaged, or its activations overflow"
+    )]
+    OutputNotFinite {
+        /// Block.
+        layer: usize,
+        /// The module.
         module: String,
     },
     /// No module of the model is left to quantize.

@@ -103,6 +103,12 @@ impl Activations {
         })
     }
 
+    /// Whether every element of the stream is a number.
+    pub(crate) fn is_finite(&self) -> bool {
+        let mut streams = self.chunks.iter().map(|chunk| chunk.state.hidden.as_slice());
+        streams.all(|stream| stream.iter().all(|x| x.is_finite()))
+    }
+
     /// The inputs of all stages as the block's present linears compute them; the stream stays where
     /// it is.
     pub(crate) fn all_inputs(

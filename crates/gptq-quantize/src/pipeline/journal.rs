@@ -57,6 +57,12 @@ impl Journal {
         Ok(Some(journal))
     }
 
+    /// The journal with all blocks up to `layer` finished.
+    pub(crate) fn with_block(&self, layer: usize, records: &[ModuleRecord]) -> Self {
+        let fingerprint = self.fingerprint.clone();
+        Self { fingerprint, blocks_done: layer + 1, records: records.to_vec() }
+    }
+
     pub(crate) fn write(&self, directory: &Path) -> Result<()> {
         Ok(write_atomic(&directory.join(NAME), json!(self).to_string().as_bytes())?)
     }

@@ -98,10 +98,12 @@ pub fn quantize(job: &Job<'_>, progress: &dyn Progress) -> Result<QuantReport> {
     let mut run = Run { job, spec: &spec, layout: &layout, output, phases, progress, records };
     if let Err(error) = run.blocks() {
         // Another try can succeed: what is finished is worth keeping.
-        if run.output.blocks_done() > 0 && may_pass(&error) {
-            run.output.keep();
+        let done = run.output.blocks_done();
+        if done == 0 || !may_pass(&error) {
+            return Err(error);
         }
-        return Err(error);
+        run.output.keep();
+        return Err(kept(error, done, spec.layer_count()));
     }
 
     let modules = std::mem::take(&mut run.records);
@@ -130,8 +132,17 @@ pub fn quantize(job: &Job<'_>, progress: &dyn Progress) -> Result<QuantReport> {
         warnings: report::warnings(&modules),
         modules,
     };
-    run.output.commit(job, &report)?;
+    let total = spec.layer_count();
+    run.output.commit(job, &report).map_err(|error| kept(error, total, total))?;
     Ok(report)
+}
+
+/// The error of a run whose finished blocks are kept.
+fn kept(error: QuantizeError, done: usize, total: usize) -> QuantizeError {
+    match error {
+        QuantizeError::Interrupted { .. } => error,
+        other => QuantizeError::Kept { source: Box::new(other), done, total },
+    }
 }
 
 /// Whether the same command may succeed another time: after an interruption, or when the disk was
@@ -147,8 +158,8 @@ impl Run<'_> {
     /// Quantizes all blocks that are not finished yet.
     fn blocks(&mut self) -> Result<()> {
         // No block needs the head, but a model with a wrong one must not come out as whole.
-        let model = self.output.checkpoint();
-        HeadLayer::load(model, self.spec, &Embedder::load(model, self.spec)?)?;
+        let source = self.job.checkpoint;
+        HeadLayer::load(source, self.spec, &Embedder::load(source, self.spec)?)?;
         let mut ctx = Ctx::new(Arc::clone(self.job.pool));
         let mut activations = match self.job.calibration {
             Some(set) if self.job.options.method.needs_calibration() => {
@@ -166,13 +177,18 @@ impl Run<'_> {
         for layer in 0..total {
             self.progress.block_started(layer, total);
             if layer < done {
-                if let Some(activations) = &mut activations {
+                // With all blocks finished nothing is computed any more.
+                if let Some(activations) = activations.as_mut().filter(|_| done < total) {
                     self.replay(&mut ctx, layer, activations)?;
                 }
                 self.progress.block_done(layer);
                 continue;
             }
             self.block(&mut ctx, layer, activations.as_mut())?;
+            if layer + 1 == total && activations.as_ref().is_some_and(|a| !a.is_finite()) {
+                let module = self.last_module(layer);
+                return Err(QuantizeError::OutputNotFinite { layer, module });
+            }
             self.progress.phase("write");
             let Self { output, records, phases, .. } = self;
             phases.time("write", || output.block_done(layer, records))?;
@@ -223,11 +239,9 @@ impl Run<'_> {
                 let fallback = self.job.options.moe_fallback;
                 let inputs = activations.inputs(ctx, &block, stage, fallback, &mut self.phases)?;
                 self.solve_stage(&mut block, layer, stage, inputs)?;
-                let last = layer + 1 == self.spec.layer_count() && Some(&stage) == stages.last();
-                if !last {
-                    self.progress.phase("inputs");
-                    activations.advance(ctx, &block, stage, &mut self.phases)?;
-                }
+                // Behind the last stage nothing is solved, but what comes out is checked.
+                self.progress.phase("inputs");
+                activations.advance(ctx, &block, stage, &mut self.phases)?;
             }
             return Ok(());
         }
@@ -247,13 +261,18 @@ impl Run<'_> {
         for (&stage, inputs) in stages.iter().zip(inputs) {
             self.solve_stage(&mut block, layer, stage, inputs)?;
         }
-        if layer + 1 < self.spec.layer_count() {
-            self.progress.phase("inputs");
-            activations.begin(ctx, &block, &mut self.phases);
-            for &stage in &stages {
-                activations.advance(ctx, &block, stage, &mut self.phases)?;
-            }
+        self.progress.phase("inputs");
+        activations.begin(ctx, &block, &mut self.phases);
+        for &stage in &stages {
+            activations.advance(ctx, &block, stage, &mut self.phases)?;
         }
         Ok(())
+    }
+
+    /// The linear of a block that is run last.
+    fn last_module(&self, layer: usize) -> String {
+        let stages = self.spec.stage_order(layer).into_iter().rev();
+        let mut linears = stages.flat_map(|stage| self.spec.stage_linears(layer, stage));
+        linears.next().map_or_else(String::new, |linear| linear.module)
     }
 }

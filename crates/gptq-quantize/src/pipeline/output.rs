@@ -120,13 +120,16 @@ impl Output {
     /// Makes a finished block durable: its tensors first, then the journal that counts it.
     pub(crate) fn block_done(&mut self, layer: usize, records: &[ModuleRecord]) -> Result<()> {
         self.writer.sync()?;
-        self.journal.blocks_done = layer + 1;
-        self.journal.records = records.to_vec();
-        self.journal.write(self.directory.path())
+        let journal = self.journal.with_block(layer, records);
+        journal.write(self.directory.path())?;
+        self.journal = journal;
+        Ok(())
     }
 
     /// Writes the reports and gives the directory its name.
-    pub(crate) fn commit(self, job: &Job<'_>, report: &QuantReport) -> Result<()> {
+    pub(crate) fn commit(mut self, job: &Job<'_>, report: &QuantReport) -> Result<()> {
+        // All blocks are in there: nothing that fails from now on may delete them.
+        self.keep();
         let path = self.directory.path().to_owned();
         let mut log = String::new();
         for record in &report.modules {
@@ -154,11 +157,10 @@ impl Output {
         };
         write_atomic(&path.join("README.md"), model_card(report, &details).as_bytes())?;
         self.writer.finish()?;
-        Journal::remove(&path)?;
         // The files are mapped: close them before they move.
         drop(self.checkpoint);
-        self.directory.commit()?;
-        Ok(())
+        // Until the directory has its name, the journal is what makes it worth resuming.
+        Journal::remove(&self.directory.commit()?)
     }
 }
 
@@ -183,6 +185,7 @@ fn copy(checkpoint: &Checkpoint, tensor: &Copied, writer: &mut ShardWriter) -> R
     let store = &checkpoint.tensors;
     let info = store.info(&tensor.name)?;
     if info.dtype == tensor.dtype && store.is_identity(&tensor.name) {
+        store.check_finite(&tensor.name)?;
         let mut piece = vec![0u8; COPY_BYTES.min(info.bytes)];
         let mut at = 0;
         while at < info.bytes {

@@ -163,6 +163,14 @@ impl Run<'_> {
             }
             _ => solver::rtn(pool, &weights, linear.in_features, group_size, grid),
         });
+        // The grid stops at the largest scale that can be stored; weights beyond it would be cut.
+        if solution.scales.iter().any(|&scale| scale >= f16::MAX.to_f32()) {
+            return Err(QuantizeError::ScaleTooLarge {
+                path: job.checkpoint.path.clone(),
+                tensor: format!("{}.weight", linear.module),
+                largest: weights.iter().fold(0.0, |largest, w| w.abs().max(largest)),
+            });
+        }
         let relative_output_error = fitted.map(|(_, hessian)| {
             let error = || hessian.relative_error(pool, &weights, &solution.dequantize());
             self.phases.time("error", error)
