@@ -6,12 +6,12 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
-use gptq_eval::{EvalOptions, Protocol, evaluate};
+use gptq_eval::{EvalError, EvalOptions, Protocol, evaluate};
 use gptq_model::Session;
 use gptq_quantize::{Progress, rss};
 use serde_json::{Value, json};
 
-use super::{load, pool, progress, read_text};
+use super::{explain, load, pool, progress, read_text};
 use crate::Global;
 use crate::output::json as json_output;
 use crate::output::table::{Align, Table, colour_allowed};
@@ -87,7 +87,12 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         &tokens,
         &options,
         |done, total| view.phase_progress(done, total),
-    )?;
+    )
+    .map_err(|error| {
+        let of_reference = matches!(error, EvalError::NotFinite { which: "reference", .. });
+        let blamed = reference.as_ref().filter(|_| of_reference).map_or(&checkpoint, |(c, _)| c);
+        explain(blamed, error)
+    })?;
     view.finish();
     let mut value = json!(result);
     if let Value::Object(map) = &mut value {

@@ -9,7 +9,7 @@ use gptq_format::chat::Message;
 use gptq_model::{FinishReason, GenerateOptions, Sampling, Session, generate};
 use serde_json::json;
 
-use super::{eos_ids, load, pool, progress};
+use super::{eos_ids, explain, load, pool, progress};
 use crate::Global;
 use crate::output::json as json_output;
 
@@ -116,7 +116,8 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 ControlFlow::Break(())
             }
         }
-    })?;
+    })
+    .map_err(|error| explain(&checkpoint, error))?;
     if let Some(error) = failed {
         return Err(error);
     }

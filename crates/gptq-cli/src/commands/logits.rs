@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use gptq_format::TensorStore;
-use gptq_model::{EncodeInput, Rows, Session};
+use gptq_model::{EncodeInput, ModelError, Rows, Session};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Map, json};
 
-use super::{load, pool, progress};
+use super::{explain, load, pool, progress};
 use crate::Global;
 use crate::output::json as json_output;
 
@@ -38,7 +38,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let start = Instant::now();
     let view = progress(global);
     let inputs = Inputs::read(&args.input)?;
-    let (_, model) = load(&args.model, &view)?;
+    let (checkpoint, model) = load(&args.model, &view)?;
     view.finish();
     let Inputs { batch, seq, ids, types, mask } = &inputs;
     let (batch, seq) = (*batch, *seq);
@@ -57,7 +57,9 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         }
         let types = types.as_ref().map_or(&[][..], |types| &types[here.clone()]);
         let input = EncodeInput { ids: &ids[here], types, mask };
-        let encoded = model.encode(&mut session, &[input])?;
+        let encoded = model
+            .encode(&mut session, &[input])
+            .with_context(|| format!("{}: row {row}", args.input.display()))?;
         if let Some(vector) = encoded.pooled {
             pooled.extend_from_slice(vector.as_slice());
         }
@@ -72,6 +74,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     if !has_logits && pooled.len() == batch * hidden {
         tensors.push(("pooler_output", vec![batch, hidden], pooled));
     }
+    check(&tensors).map_err(|error| explain(&checkpoint, error))?;
     write(&args.output, &tensors)?;
     if args.json {
         let shapes: Map<_, _> =
@@ -123,12 +126,16 @@ impl Inputs {
     }
 }
 
-fn write(path: &Path, tensors: &[(&str, Vec<usize>, Vec<f32>)]) -> anyhow::Result<()> {
-    for (name, _, values) in tensors {
-        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
-            bail!("the model gives {} as {name}[{at}]: its weights are damaged", values[at]);
-        }
+/// Refuses outputs that are not numbers.
+fn check(tensors: &[(&str, Vec<usize>, Vec<f32>)]) -> Result<(), ModelError> {
+    let broken = |(_, _, values): &(_, _, Vec<f32>)| values.iter().any(|v| !v.is_finite());
+    if tensors.iter().any(broken) {
+        return Err(ModelError::BadLogits { what: "NaN or infinite", step: 0 });
     }
+    Ok(())
+}
+
+fn write(path: &Path, tensors: &[(&str, Vec<usize>, Vec<f32>)]) -> anyhow::Result<()> {
     let bytes: Vec<Vec<u8>> = tensors
         .iter()
         .map(|(_, _, values)| values.iter().flat_map(|v| v.to_le_bytes()).collect())

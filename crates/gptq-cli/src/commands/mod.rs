@@ -15,9 +15,10 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use gptq_compute::Pool;
+use gptq_eval::EvalError;
 use gptq_format::{Checkpoint, hub};
-use gptq_model::Model;
-use gptq_quantize::Progress;
+use gptq_model::{Model, ModelError};
+use gptq_quantize::{Progress, QuantizeError};
 
 use crate::Global;
 use crate::output::progress::ProgressView;
@@ -79,6 +80,39 @@ fn load(model: &str, view: &ProgressView) -> anyhow::Result<(Checkpoint, Model)>
     view.phase("load");
     let model = Model::load(&checkpoint)?;
     Ok((checkpoint, model))
+}
+
+/// Adds to an error of running a model what its files tell of the reason.
+fn explain(checkpoint: &Checkpoint, error: impl Into<anyhow::Error>) -> anyhow::Error {
+    let error = error.into();
+    let model_error = model_error(&error);
+    let path = checkpoint.path.display();
+    if let Some(ModelError::Token { id, vocab, .. }) = model_error {
+        let message = format!(
+            "`{path}`: its tokenizer gives token {id}, which is not among the {vocab} tokens of the model: the two do not \
+             belong together, or tokens were added without making the embedding larger"
+        );
+        return error.context(message);
+    }
+    let not_finite = matches!(error.downcast_ref(), Some(EvalError::NotFinite { .. }));
+    if !not_finite && !matches!(model_error, Some(ModelError::BadLogits { .. })) {
+        return error;
+    }
+    let tensors = &checkpoint.tensors;
+    match tensors.names().find_map(|name| tensors.check_finite(name).err()) {
+        Some(damage) => error.context(damage),
+        None => error.context(format!(
+            "`{path}`: all its weights are finite, but some are so large that what it computes is not"
+        )),
+    }
+}
+
+/// What the model said, where an error is about it.
+fn model_error(error: &anyhow::Error) -> Option<&ModelError> {
+    match (error.downcast_ref(), error.downcast_ref()) {
+        (Some(EvalError::Model(inner)), _) | (_, Some(QuantizeError::Model(inner))) => Some(inner),
+        _ => error.downcast_ref(),
+    }
 }
 
 /// A whole text file.

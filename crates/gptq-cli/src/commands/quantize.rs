@@ -17,7 +17,7 @@ use gptq_quantize::{
 };
 use serde_json::json;
 
-use super::{open, pool, progress};
+use super::{explain, open, pool, progress};
 use crate::Global;
 use crate::output::progress::{ProgressView, catch_interrupts};
 use crate::output::table::{Align, Table, colour_allowed};
@@ -197,7 +197,9 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let view = progress(global);
     let options = args.options()?;
     options.check()?;
-    if let Some(output) = args.output.as_deref().filter(|o| args.resume && is_finished(o)) {
+    // With --overwrite it may be the output that is to be replaced.
+    let resume = args.resume && !args.overwrite;
+    if let Some(output) = args.output.as_deref().filter(|o| resume && is_finished(o)) {
         tracing::warn!("{} is finished already", output.display());
         return Ok(());
     }
@@ -291,7 +293,8 @@ fn calibrate(
         let mut options = SelfCalibration::new(args.windows());
         options.temperature = args.calibration_temperature;
         options.top_k = args.calibration_top_k;
-        return Ok(self_calibrate(&model, &mut session, tokenizer, &options, view)?);
+        return self_calibrate(&model, &mut session, tokenizer, &options, view)
+            .map_err(|error| explain(checkpoint, error));
     }
     view.phase("calibration");
     let sources =
