@@ -1,219 +1,426 @@
-//! A run that is killed goes on where it was and ends with the same bytes.
+//! A run that is stopped, by whatever, goes on where it was and ends with the same bytes.
+//!
+//! `GPTQ_KILLS` sets how often the runs are killed (default 16).
 
 #![allow(clippy::print_stderr, missing_docs)] // The counts are shown with --nocapture.
 
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use gptq_format::TensorStore;
-use gptq_testkit::{Rng, TinyLlama};
+use gptq_testkit::{Rng, TinyLlama, World, safetensors_file};
 use serde_json::Value;
 
-fn prepare(dir: &Path) {
-    let shape = TinyLlama { layers: 6, hidden: 64, intermediate: 192, ..TinyLlama::default() };
-    shape.write(&dir.join("model"), 11);
-    let text: String =
-        (0..6000).flat_map(|i| [(i * 7919 % 1009).to_string(), " ".to_owned()]).collect();
-    std::fs::write(dir.join("text.txt"), text).unwrap();
+const LINE: &str =
+    "quantize model --calibration text.txt --nsamples 16 --seqlen 96 --group-size 32 -q -o";
+const BLOCKS: u64 = 6;
+
+fn world() -> World {
+    let shape = TinyLlama {
+        layers: BLOCKS as usize,
+        hidden: 64,
+        intermediate: 192,
+        ..TinyLlama::default()
+    };
+    World::with_model(env!("CARGO_BIN_EXE_gptq"), shape)
 }
 
-fn command(dir: &Path, extra: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_gptq"));
-    let line = "quantize model --calibration text.txt --nsamples 16 --seqlen 96 --group-size 32 -q";
-    command.args(line.split(' ')).args(extra).current_dir(dir).stderr(Stdio::piped());
-    command
+/// The bytes of a run that nobody disturbs, and its time.
+fn undisturbed(world: &World) -> (Vec<u8>, Duration) {
+    let start = Instant::now();
+    world.ok(&format!("{LINE} whole"));
+    (world.read("whole/model.safetensors"), start.elapsed())
 }
 
-fn run(dir: &Path, extra: &[&str]) -> (bool, String) {
-    let output = command(dir, extra).output().unwrap();
-    (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+fn start(world: &World, rest: &str) -> Child {
+    let mut command = world.command(&format!("{LINE} {rest}"));
+    command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap()
 }
 
-fn journal(dir: &Path) -> Option<Value> {
-    let text = std::fs::read_to_string(dir.join(".out.partial/journal.json")).ok()?;
-    Some(serde_json::from_str(&text).unwrap())
+fn blocks_done(world: &World) -> Option<u64> {
+    let text = std::fs::read_to_string(world.path(".out.partial/journal.json")).ok()?;
+    serde_json::from_str::<Value>(&text).unwrap()["blocks_done"].as_u64()
 }
 
-/// What a power cut may do: everything that no journal counted is lost.
-fn damage_unfinished_blocks(dir: &Path) {
-    let Some(journal) = journal(dir) else { return };
-    let done = journal["blocks_done"].as_u64().unwrap();
-    let path = dir.join(".out.partial/model.safetensors");
-    let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
-    let mut length = [0; 8];
-    file.read_exact_at(&mut length, 0).unwrap();
-    let data = 8 + u64::from_le_bytes(length);
-    let mut header = vec![0; data as usize - 8];
-    file.read_exact_at(&mut header, 8).unwrap();
-    let header: Value = serde_json::from_slice(&header).unwrap();
-    for (name, entry) in header.as_object().unwrap() {
+/// Waits until blocks are finished; false if the run ended before.
+fn wait_for_blocks(world: &World, child: &mut Child) -> bool {
+    while blocks_done(world).unwrap_or(0) == 0 {
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
+}
+
+/// Kills the run after `limit`, or when `reached` says so; false if it has ended by then.
+fn kill_after(child: &mut Child, limit: Duration, reached: impl Fn() -> bool) -> bool {
+    let begun = Instant::now();
+    while begun.elapsed() < limit && !reached() {
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success());
+            return false;
+        }
+        std::thread::sleep(Duration::from_micros(300));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    true
+}
+
+fn kills_wanted() -> usize {
+    std::env::var("GPTQ_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(16)
+}
+
+/// What a power cut may do: whatever was not synced before the journal was written is lost. Tensors of unfinished blocks
+/// turn into noise, and other files that are newer than the journal are empty.
+fn cut_power(world: &World) {
+    let partial = world.path(".out.partial");
+    let Some(done) = blocks_done(world) else {
+        for entry in std::fs::read_dir(&partial).into_iter().flatten().flatten() {
+            if entry.file_type().unwrap().is_file() {
+                std::fs::File::create(entry.path()).unwrap();
+            }
+        }
+        return;
+    };
+    let synced = partial.join("journal.json").metadata().unwrap().modified().unwrap();
+    for entry in std::fs::read_dir(&partial).unwrap().map(Result::unwrap) {
+        let meta = entry.metadata().unwrap();
+        let is_weights = entry.path().extension().is_some_and(|e| e == "safetensors");
+        if meta.is_file() && !is_weights && meta.modified().unwrap() > synced {
+            std::fs::File::create(entry.path()).unwrap();
+        }
+    }
+    let name = ".out.partial/model.safetensors";
+    let bytes = world.read(name);
+    let file = std::fs::OpenOptions::new().write(true).open(world.path(name)).unwrap();
+    for tensor in safetensors_file::parts(&bytes).0.keys() {
         let quantized =
-            [".qweight", ".qzeros", ".scales", ".g_idx"].iter().any(|s| name.ends_with(s));
-        let layer = name.split('.').find_map(|part| part.parse::<u64>().ok());
-        if quantized && layer.is_some_and(|l| l >= done) {
-            let [start, end] = [0, 1].map(|i| entry["data_offsets"][i].as_u64().unwrap());
-            file.write_all_at(&vec![0xAA; (end - start) as usize], data + start).unwrap();
+            [".qweight", ".qzeros", ".scales", ".g_idx"].iter().any(|s| tensor.ends_with(s));
+        let layer = tensor.split('.').find_map(|part| part.parse::<u64>().ok());
+        if quantized && layer.is_some_and(|layer| layer >= done) {
+            let range = safetensors_file::range(&bytes, tensor);
+            file.write_all_at(&vec![0xAA; range.len()], range.start as u64).unwrap();
         }
     }
 }
 
 #[test]
 fn killed_anywhere_it_resumes_to_the_same_bytes() {
-    let dir = tempfile::tempdir().unwrap();
-    let dir = dir.path();
-    prepare(dir);
-    let start = Instant::now();
-    let (ok, stderr) = run(dir, &["-o", "whole"]);
-    assert!(ok, "{stderr}");
-    let whole = start.elapsed();
-    let expected = std::fs::read(dir.join("whole/model.safetensors")).unwrap();
-    TensorStore::open_dir(&dir.join("whole")).unwrap();
-
+    let world = world();
+    let (expected, whole) = undisturbed(&world);
     let mut random = Rng::new(20_261_121);
-    let (mut kills, mut resumed) = (0, 0);
-    for round in 0..8 {
-        let _ = std::fs::remove_dir_all(dir.join("out"));
-        for _ in 0..50 {
-            let mut child = command(dir, &["-o", "out", "--resume"]).spawn().unwrap();
-            let limit = whole.mul_f64(f64::from(random.uniform().abs()).clamp(0.02, 1.0));
-            let begun = Instant::now();
-            let finished = loop {
-                if let Some(status) = child.try_wait().unwrap() {
-                    assert!(status.success(), "round {round}");
-                    break true;
-                }
-                if begun.elapsed() > limit {
-                    child.kill().unwrap();
-                    child.wait().unwrap();
-                    break false;
-                }
-                std::thread::sleep(Duration::from_millis(1));
-            };
-            if finished {
+    let (mut kills, mut resumed, mut round) = (0, 0, 0);
+    while kills < kills_wanted() {
+        let _ = std::fs::remove_dir_all(world.path("out"));
+        loop {
+            // Some time after it began, or after some more blocks, whatever the speed of the machine.
+            let some_time = whole.mul_f64(f64::from(random.uniform()).max(0.02));
+            let some_block = blocks_done(&world).unwrap_or(0) + random.below(4) as u64;
+            let by_time = random.below(2) == 0;
+            let mut child = start(&world, "out --resume");
+            let killed =
+                kill_after(&mut child, if by_time { some_time } else { Duration::MAX }, || {
+                    !by_time && blocks_done(&world) > Some(some_block)
+                });
+            if !killed {
                 break;
             }
             kills += 1;
-            assert!(!dir.join("out").exists(), "the name appears only when all is whole");
-            resumed +=
-                usize::from(journal(dir).is_some_and(|j| j["blocks_done"].as_u64() > Some(0)));
+            resumed += usize::from(blocks_done(&world) > Some(0));
+            if world.path("out").exists() {
+                break;
+            }
             if round % 2 == 1 {
-                damage_unfinished_blocks(dir);
+                cut_power(&world);
             }
         }
-        let bytes = std::fs::read(dir.join("out/model.safetensors")).unwrap();
+        // Also where the kill hit it behind the rename.
+        let bytes = world.read("out/model.safetensors");
         assert!(bytes == expected, "round {round}: the bytes differ");
-        assert!(!dir.join("out/journal.json").exists() && !dir.join(".out.partial").exists());
+        assert!(!world.path(".out.partial").exists());
+        round += 1;
     }
-    eprintln!("{kills} kills survived, {resumed} of them with finished blocks");
-    assert!(kills >= 8 && resumed >= 3, "{kills} kills, {resumed} resumed");
+    eprintln!(
+        "{kills} kills survived in {round} runs, {resumed} of them with finished blocks, half of the runs with power cuts"
+    );
+    assert!(resumed >= kills / 8, "{kills} kills, {resumed} resumed");
+}
+
+/// The last moments of a run: reports, the rename, what is cleaned up behind it; also over an older output.
+#[test]
+fn killed_around_the_rename_the_directory_is_whole_or_not_there() {
+    let world = world();
+    let (expected, _) = undisturbed(&world);
+    world.ok("quantize model -o older --method rtn --group-size 32 -q");
+    let older = world.read("older/model.safetensors");
+    let mut random = Rng::new(7);
+    let (mut before, mut after) = (0, 0);
+    for round in 0..kills_wanted() / 2 {
+        let overwrite = round % 2 == 1;
+        let line = if overwrite { "out --resume --overwrite" } else { "out --resume" };
+        let _ = std::fs::remove_dir_all(world.path("out"));
+        if overwrite {
+            copy_dir(&world, "older", "out");
+        }
+        let mut child = start(&world, line);
+        let begun = world.path(".out.partial");
+        while !begun.join("quant_log.jsonl").exists() && child.try_wait().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_micros(random.below(12_000) as u64));
+        let killed = child.try_wait().unwrap().is_none();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // What has the name is one or the other, and opens.
+        if world.path("out").exists() {
+            let bytes = world.read("out/model.safetensors");
+            assert!(bytes == expected || overwrite && bytes == older, "round {round}");
+            world.ok("inspect out");
+            after += usize::from(killed && bytes == expected);
+        }
+        before += usize::from(killed && begun.exists());
+        world.ok(&format!("{LINE} {line}"));
+        assert!(world.read("out/model.safetensors") == expected, "round {round}");
+        assert!(world.path("out/README.md").exists() && !begun.exists());
+    }
+    eprintln!("{before} kills survived just before the rename, {after} behind it");
+    assert!(before > 0, "no kill hit the end of a run");
+}
+
+fn copy_dir(world: &World, from: &str, to: &str) {
+    std::fs::create_dir(world.path(to)).unwrap();
+    for entry in std::fs::read_dir(world.path(from)).unwrap().map(Result::unwrap) {
+        if entry.file_type().unwrap().is_file() {
+            std::fs::copy(entry.path(), world.path(to).join(entry.file_name())).unwrap();
+        }
+    }
 }
 
 #[test]
 fn a_changed_command_is_refused_by_the_name_of_the_field() {
-    let dir = tempfile::tempdir().unwrap();
-    let dir = dir.path();
-    prepare(dir);
-    // Stop after some blocks.
-    for _ in 0..40 {
-        let mut child = command(dir, &["-o", "out", "--resume"]).spawn().unwrap();
-        while journal(dir).is_none_or(|j| j["blocks_done"].as_u64() == Some(0)) {
-            if child.try_wait().unwrap().is_some() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let _ = child.kill();
+    let world = world();
+    loop {
+        let mut child = start(&world, "out --resume");
+        let begun = wait_for_blocks(&world, &mut child);
+        child.kill().unwrap();
         child.wait().unwrap();
-        if dir.join(".out.partial").exists() {
+        if begun && world.path(".out.partial").exists() {
             break;
         }
-        std::fs::remove_dir_all(dir.join("out")).unwrap();
+        std::fs::remove_dir_all(world.path("out")).unwrap();
     }
     for (extra, field) in [
-        (&["--bits", "3"][..], "bits"),
-        (&["--damp-percent", "0.1"], "damp_percent"),
-        (&["--no-sym"], "sym"),
-        (&["--seed", "4"], "calibration"),
-        (&["--max-shard-size", "100KiB"], "max_shard_size"),
+        ("--bits 3", "bits"),
+        ("--damp-percent 0.1", "damp_percent"),
+        ("--no-sym", "sym"),
+        ("--seed 4", "calibration"),
+        ("--max-shard-size 100KiB", "max_shard_size"),
     ] {
-        let (ok, stderr) = run(dir, &[&["-o", "out", "--resume"], extra].concat());
-        assert!(!ok && stderr.contains(&format!("with {field} =")), "{field}: {stderr}");
+        let output = world.gptq(&format!("{LINE} out --resume {extra}"));
+        let stderr = world.text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(stderr.contains(&format!("with {field} =")), "{field}: {stderr}");
     }
-    std::fs::write(dir.join("model/other"), "").unwrap();
-    let weights = dir.join("model/model.safetensors");
-    let bytes = std::fs::read(&weights).unwrap();
-    std::fs::write(&weights, bytes).unwrap();
-    let (ok, stderr) = run(dir, &["-o", "out", "--resume"]);
-    assert!(!ok && stderr.contains("model files"), "{stderr}");
+    let text = world.read("text.txt");
+    world.write("text.txt", "another text ".repeat(400));
+    let stderr = world.text(&world.gptq(&format!("{LINE} out --resume")).stderr);
+    assert!(stderr.contains("with calibration ="), "{stderr}");
+    world.write("text.txt", text);
+    let weights = world.read("model/model.safetensors");
+    world.write("model/model.safetensors", weights);
+    let stderr = world.text(&world.gptq(&format!("{LINE} out --resume")).stderr);
+    assert!(stderr.contains("with model files ="), "{stderr}");
     // The unfinished work survived all refusals; without --resume it makes room.
-    assert!(journal(dir).is_some());
-    let (ok, stderr) = run(dir, &["-o", "out"]);
-    assert!(ok, "{stderr}");
-    let (ok, stderr) = run(dir, &["-o", "out", "--resume"]);
-    assert!(ok, "a finished directory is finished: {stderr}");
+    assert!(blocks_done(&world) > Some(0));
+    world.ok(&format!("{LINE} out"));
+    // A finished directory is finished.
+    let files = world.files();
+    world.ok(&format!("{LINE} out --resume"));
+    assert_eq!(world.files(), files);
 }
 
 #[test]
 fn two_runs_into_one_directory_are_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let dir = dir.path();
-    prepare(dir);
-    let mut child = command(dir, &["-o", "out"]).spawn().unwrap();
-    while !dir.join(".out.partial/.lock").exists() {
+    let world = world();
+    let mut child = start(&world, "out");
+    while !world.path(".out.partial/.lock").exists() {
         assert!(child.try_wait().unwrap().is_none(), "finished too early");
         std::thread::sleep(Duration::from_millis(1));
     }
-    let (ok, stderr) = run(dir, &["-o", "out"]);
+    let stderr = world.text(&world.gptq(&format!("{LINE} out")).stderr);
     // The first may have finished meanwhile; then its output is in the way.
-    assert!(!ok && (stderr.contains("lock") || stderr.contains("out")), "{stderr}");
+    assert!(stderr.contains("another run") || stderr.contains("exists"), "{stderr}");
     assert!(child.wait().unwrap().success());
+}
+
+fn interrupt(child: &Child) {
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
 }
 
 #[test]
 fn a_first_interrupt_finishes_the_block_and_tells_how_to_go_on() {
-    let dir = tempfile::tempdir().unwrap();
-    let dir = dir.path();
-    prepare(dir);
+    let world = world();
+    let (expected, _) = undisturbed(&world);
     for _ in 0..20 {
-        let child = command(dir, &["-o", "out"]).spawn().unwrap();
-        while journal(dir).is_none_or(|j| j["blocks_done"].as_u64() == Some(0))
-            && !dir.join("out").exists()
-        {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let pid = child.id().to_string();
-        Command::new("kill").args(["-INT", &pid]).status().unwrap();
+        let mut child = start(&world, "out");
+        wait_for_blocks(&world, &mut child);
+        interrupt(&child);
         let output = child.wait_with_output().unwrap();
-        let stderr = String::from_utf8_lossy(&output.stderr);
+        let stderr = world.text(&output.stderr);
         if output.status.success() {
             // It was in its last block.
-            std::fs::remove_dir_all(dir.join("out")).unwrap();
+            std::fs::remove_dir_all(world.path("out")).unwrap();
             continue;
         }
-        assert!(stderr.contains("--resume") && stderr.contains("of 6 blocks"), "{stderr}");
-        assert!(journal(dir).unwrap()["blocks_done"].as_u64().unwrap() >= 1);
-        let (ok, stderr) = run(dir, &["-o", "out", "--resume"]);
-        assert!(ok, "{stderr}");
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains("finishing this block; Ctrl-C again stops now"), "{stderr}");
+        assert!(stderr.contains("of 6 blocks") && stderr.contains("--resume"), "{stderr}");
+        assert!(blocks_done(&world) > Some(0));
+        world.ok(&format!("{LINE} out --resume"));
+        assert!(world.read("out/model.safetensors") == expected);
         return;
     }
     panic!("never interrupted in time");
 }
 
 #[test]
-fn an_output_that_cannot_be_written_is_an_error() {
-    let dir = tempfile::tempdir().unwrap();
-    let dir = dir.path();
-    prepare(dir);
-    // The shell's limit on file sizes stands for a full disk: writes fail in the middle.
-    let gptq = env!("CARGO_BIN_EXE_gptq");
-    let line = format!("trap '' XFSZ; ulimit -f 100; {gptq} quantize model -o out --method rtn -q");
-    let output = Command::new("sh").args(["-c", &line]).current_dir(dir).output().unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains("model.safetensors") && !stderr.contains("panicked"), "{stderr}");
-    assert!(!dir.join("out").exists() && !dir.join(".out.partial").exists());
-    let (ok, stderr) = run(dir, &["-o", "/proc/nowhere/out"]);
-    assert!(!ok && stderr.contains("/proc/nowhere"), "{stderr}");
+fn a_second_interrupt_stops_at_once() {
+    // Blocks that take long enough for two signals.
+    let shape = TinyLlama { layers: 3, hidden: 256, intermediate: 1024, ..TinyLlama::default() };
+    let world = World::with_model(env!("CARGO_BIN_EXE_gptq"), shape);
+    let (expected, _) = undisturbed(&world);
+    for _ in 0..20 {
+        let mut child = start(&world, "out");
+        if !wait_for_blocks(&world, &mut child) {
+            std::fs::remove_dir_all(world.path("out")).unwrap();
+            continue;
+        }
+        interrupt(&child);
+        std::thread::sleep(Duration::from_millis(5));
+        interrupt(&child);
+        let done = blocks_done(&world);
+        let output = child.wait_with_output().unwrap();
+        if output.status.code() != Some(130) {
+            // The block ended between the signals, or it was the last.
+            let _ = std::fs::remove_dir_all(world.path("out"));
+            continue;
+        }
+        assert!(!world.path("out").exists() && done > Some(0));
+        world.ok(&format!("{LINE} out --resume"));
+        assert!(world.read("out/model.safetensors") == expected);
+        return;
+    }
+    panic!("never interrupted twice within a block");
+}
+
+/// Before there is anything to keep, the first one stops at once and leaves nothing that is in the way.
+#[test]
+fn an_interrupt_before_the_first_block_stops_at_once() {
+    let world = world();
+    let child = start(&world, "out");
+    std::thread::sleep(Duration::from_millis(3));
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    assert!(!output.status.success() && !world.path("out").exists());
+    world.ok(&format!("{LINE} out"));
+}
+
+/// The limit on the size of files stands for a full disk. The journal grows with every block, and the reports are larger
+/// than it: the limits hit different blocks and the end of the run.
+#[test]
+fn a_full_disk_in_the_middle_of_a_run() {
+    let shape = TinyLlama { layers: 16, hidden: 32, intermediate: 32, ..TinyLlama::default() };
+    let world = World::with_model(env!("CARGO_BIN_EXE_gptq"), shape);
+    let line = |out: &str| format!("{LINE} {out} --max-shard-size 20KiB");
+    world.ok(&line("whole"));
+    let expected = shards(&world, "whole");
+    let mut stops = Vec::new();
+    let size = |name: &str| world.path("whole").join(name).metadata().unwrap().len();
+    let largest = expected.iter().map(|(name, _)| size(name)).max().unwrap();
+    let span = size("quant_report.json") - largest;
+    for part in 1..=6 {
+        let kib = (largest + span * part / 7) / 1024;
+        // In units of 512 bytes.
+        let limited = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", kib * 2);
+        let mut command = Command::new("sh");
+        command.args(["-c", &limited, env!("CARGO_BIN_EXE_gptq")]).args(line("out").split(' '));
+        let output = command.current_dir(world.dir()).output().unwrap();
+        let stderr = world.text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{kib} KiB: {stderr}");
+        assert!(stderr.contains("File too large") && !stderr.contains("panicked"), "{stderr}");
+        assert!(!world.path("out").exists());
+        let done = blocks_done(&world).unwrap_or(0);
+        if done > 0 {
+            assert!(stderr.contains("blocks are kept") && stderr.contains("--resume"), "{stderr}");
+        } else {
+            assert!(!world.path(".out.partial").exists(), "{stderr}");
+        }
+        stops.push(done);
+        world.ok(&format!("{} --resume", line("out")));
+        assert!(shards(&world, "out") == expected, "{kib} KiB: the bytes differ");
+        std::fs::remove_dir_all(world.path("out")).unwrap();
+    }
+    eprintln!("the disk was full after {stops:?} of 16 blocks");
+    stops.dedup();
+    assert!(stops.len() >= 3, "{stops:?}");
+}
+
+/// Name and bytes of all weights of a directory.
+fn shards(world: &World, directory: &str) -> Vec<(String, Vec<u8>)> {
+    let entries = std::fs::read_dir(world.path(directory)).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = names.filter(|name| name.ends_with(".safetensors")).collect();
+    names.sort();
+    names
+        .into_iter()
+        .map(|name| (name.clone(), world.read(&format!("{directory}/{name}"))))
+        .collect()
+}
+
+/// The same on a file system that is really full, where the kernel lets everyone mount one.
+#[test]
+fn no_space_left_in_the_middle_of_a_run() {
+    let world = world();
+    let (expected, _) = undisturbed(&world);
+    std::fs::create_dir(world.path("disk")).unwrap();
+    let inside = |script: &str, arguments: &[&str]| {
+        Command::new("unshare")
+            .args(["--user", "--map-root-user", "--mount", "sh", "-c", script])
+            .args(arguments)
+            .current_dir(world.dir())
+            .output()
+    };
+    let mount = "mount -t tmpfs -o size=64k tmpfs disk";
+    if !inside(mount, &[]).is_ok_and(|output| output.status.success()) {
+        eprintln!("SKIPPED: no file system can be mounted here to fill it");
+        return;
+    }
+    // First with too little room, then with enough.
+    let script = "mount -t tmpfs -o size=$1k tmpfs disk && shift && \
+        { \"$0\" \"$@\"; echo \"code $?\" >&2; } && cat disk/.out.partial/journal.json >journal 2>/dev/null; \
+        mount -o remount,size=9000k disk && \"$0\" \"$@\" --resume && cp disk/out/model.safetensors result";
+    let line = format!("{LINE} disk/out");
+    let mut stops = Vec::new();
+    for kib in (140..=260).step_by(30) {
+        let _ = std::fs::remove_file(world.path("journal"));
+        let size = kib.to_string();
+        let mut arguments = vec![env!("CARGO_BIN_EXE_gptq"), &size];
+        arguments.extend(line.split(' '));
+        let output = inside(script, &arguments).unwrap();
+        let stderr = world.text(&output.stderr);
+        assert!(output.status.success() && !stderr.contains("panicked"), "{kib} KiB: {stderr}");
+        assert!(world.read("result") == expected, "{kib} KiB: the bytes differ");
+        let journal = std::fs::read(world.path("journal")).unwrap_or_default();
+        let journal: Value = serde_json::from_slice(&journal).unwrap_or_default();
+        if stderr.contains("code 0") {
+            break;
+        }
+        assert!(stderr.contains("code 1") && stderr.contains("No space left"), "{stderr}");
+        stops.push(journal["blocks_done"].as_u64().unwrap_or(0));
+    }
+    eprintln!("no space left after {stops:?} of {BLOCKS} blocks");
+    assert!(!stops.is_empty());
 }

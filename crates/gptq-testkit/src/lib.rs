@@ -14,9 +14,12 @@ mod compare;
 mod expected;
 pub mod fixtures;
 mod rng;
+pub mod safetensors_file;
 mod tiny;
+mod world;
 
 pub use compare::{Difference, assert_close, assert_relative, difference};
 pub use expected::Expected;
 pub use rng::Rng;
 pub use tiny::{TinyLlama, byte_level_tokenizer, tiny_llama};
+pub use world::World;
