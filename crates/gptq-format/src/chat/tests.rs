@@ -108,6 +108,13 @@ fn a_template_that_does_not_end_is_stopped() {
 }
 
 #[test]
+fn a_tag_that_shares_its_ends_is_an_error() {
+    for source in ["{%}", "a {%} b", "{%}%}", "{% generation %}{%}"] {
+        assert!(!fails(source).reason.is_empty(), "{source}");
+    }
+}
+
+#[test]
 fn files_are_out_of_reach() {
     for source in [
         "{% include '/etc/passwd' %}",
