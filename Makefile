@@ -1,7 +1,7 @@
 # Everything a contributor runs. `make` alone lists the targets.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench compat
+.PHONY: help demo test check bench compat fuzz
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,3 +23,9 @@ bench: ## Speed of loading, prefill and decoding, original and 4-bit (run `make 
 
 compat: ## Check against the real tools (transformers, GPTQModel, llama.cpp): installs 5 GiB, tens of minutes
 	@scripts/compat.sh
+
+fuzz: ## Fuzz the readers of untrusted bytes, 20 seconds each (needs `cargo install cargo-fuzz`)
+	cd fuzz && for target in safetensors_index gguf gptq_unpack config chat_template; do \
+		mkdir -p corpus/$$target && RUSTC_BOOTSTRAP=1 cargo fuzz run $$target \
+			corpus/$$target ../testdata/corpus/$$target -- -max_total_time=20 || exit 1; \
+	done
