@@ -46,7 +46,7 @@ fn quantized(bits: u32, k: usize, n: usize, group: usize) -> Linear {
 fn main() {
     let filter = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
     let pool = Pool::with_all_cores();
-    let peak = gemm_peak_rate(&pool);
+    let peak = gemm_peak_rate(&pool, 1536);
     println!("{} threads, f32 product {:.0} GFLOP/s", pool.threads(), peak / 1e9);
     let report = |name: String, flops: f64, bytes: f64, run: &mut dyn FnMut()| {
         if name.contains(&filter) {

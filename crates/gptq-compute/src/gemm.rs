@@ -234,12 +234,13 @@ const GEMV_PREFETCH: usize = 2048;
 /// Largest element size of a [`DenseType`].
 const SIZE_MAX: usize = 4;
 
-/// The f32 rate of this machine: the best of a few products of 1536 x 1536 matrices with all
-/// threads of `pool`, in floating point operations per second.
-pub fn gemm_peak_rate(pool: &Pool) -> f64 {
-    const N: usize = 1536;
-    let x = Tensor::from_vec(N, N, (0..N * N).map(|i| (i % 17) as f32 - 8.0).collect());
-    let w = DenseMatrix::from_f32(N, N, x.as_slice().to_vec());
+/// The f32 rate of this machine: the best of a few products of `size` x `size` matrices with all
+/// threads of `pool`, in floating point operations per second. 512 give an estimate within some
+/// tens of milliseconds, 1536 the peak.
+pub fn gemm_peak_rate(pool: &Pool, size: usize) -> f64 {
+    let values = (0..size * size).map(|i| (i % 17) as f32 - 8.0);
+    let x = Tensor::from_vec(size, size, values.collect());
+    let w = DenseMatrix::from_f32(size, size, x.as_slice().to_vec());
     let mut y = Tensor::default();
     let mut best = f64::INFINITY;
     for _ in 0..5 {
@@ -247,7 +248,7 @@ pub fn gemm_peak_rate(pool: &Pool) -> f64 {
         gemm_nt(pool, &x, &w, None, &mut y);
         best = best.min(start.elapsed().as_secs_f64());
     }
-    2.0 * (N * N * N) as f64 / best
+    2.0 * (size as f64).powi(3) / best
 }
 
 #[cfg(test)]

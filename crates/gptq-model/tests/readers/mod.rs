@@ -12,7 +12,7 @@ use gptq_format::{Checkpoint, CheckpointFormat, Config, GptqLinear, QuantizeConf
 use gptq_model::Spec;
 
 /// Whether the bytes were accepted, or the typed error that refused them.
-pub type Read = Result<(), Box<dyn Error>>;
+pub(crate) type Read = Result<(), Box<dyn Error>>;
 
 /// Elements above which a tensor is not read as a whole: its size was checked against the file, whose holes cost nothing.
 const MAX_ELEMENTS: usize = 1 << 20;
@@ -28,7 +28,7 @@ fn replace(path: &Path, bytes: &[u8]) {
 }
 
 /// A sharded directory: the index is the input up to the first byte 0xff, which JSON cannot hold, the shard the rest.
-pub fn safetensors_index(data: &[u8]) -> Read {
+pub(crate) fn safetensors_index(data: &[u8]) -> Read {
     thread_local!(static DIR: LazyLock<tempfile::TempDir> = LazyLock::new(scratch));
     let mut parts = data.splitn(2, |&byte| byte == 0xff);
     let (index, shard) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
@@ -41,7 +41,7 @@ pub fn safetensors_index(data: &[u8]) -> Read {
 }
 
 /// A whole GGUF file: header, config, tokenizer and values.
-pub fn gguf(data: &[u8]) -> Read {
+pub(crate) fn gguf(data: &[u8]) -> Read {
     thread_local!(static DIR: LazyLock<tempfile::TempDir> = LazyLock::new(scratch));
     header::parse(data, data.len() as u64, Path::new("a.gguf"))?;
     DIR.with(|dir| {
@@ -71,7 +71,7 @@ fn read_all(store: &TensorStore, file_bytes: usize) -> Read {
 
 /// Packed codes and zero points: bits, format, rows and columns are the first four bytes. What unpacks packs again to the
 /// same words.
-pub fn gptq_unpack(data: &[u8]) -> Read {
+pub(crate) fn gptq_unpack(data: &[u8]) -> Read {
     let [width, v2, rows, columns, rest @ ..] = data else {
         return Err("four bytes of settings".into());
     };
@@ -102,7 +102,7 @@ pub fn gptq_unpack(data: &[u8]) -> Read {
 }
 
 /// config.json with its quantization settings, their `dynamic` rules included.
-pub fn config(data: &[u8]) -> Read {
+pub(crate) fn config(data: &[u8]) -> Read {
     let map: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(data)?;
     let path = Path::new("config.json");
     if let Some(settings) = map.get("quantization_config") {
@@ -119,7 +119,7 @@ pub fn config(data: &[u8]) -> Read {
 }
 
 /// A chat template, compiled and rendered.
-pub fn chat_template(data: &[u8]) -> Read {
+pub(crate) fn chat_template(data: &[u8]) -> Read {
     let source = std::str::from_utf8(data)?;
     let variables = [("bos_token".to_owned(), "<s>".to_owned())].into();
     let template = ChatTemplate::new("t.jinja", source, variables)?;

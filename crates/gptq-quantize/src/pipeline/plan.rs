@@ -178,7 +178,7 @@ fn seconds(job: &Job<'_>, spec: &Spec, layout: &Layout, tokens: usize, seqlen: u
     if tokens == 0 {
         return solving;
     }
-    let rate = gptq_compute::gemm_peak_rate(job.pool);
+    let rate = gptq_compute::gemm_peak_rate(job.pool, 512);
     let mut per_token = 0.0;
     for layer in 0..spec.layer_count() {
         // The share of the tokens that one expert sees.
