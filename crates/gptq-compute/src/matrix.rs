@@ -58,14 +58,14 @@ impl DenseMatrix {
     /// # Panics
     /// If the length does not match the shape.
     #[track_caller]
-    pub fn from_f32(out_features: usize, in_features: usize, weights: Vec<f32>) -> Self {
+    pub fn from_f32(
+        out_features: usize,
+        in_features: usize,
+        weights: impl Into<Arc<[f32]>>,
+    ) -> Self {
+        let weights = weights.into();
         assert_eq!(weights.len(), out_features * in_features, "dense matrix");
-        Self {
-            storage: Storage::Owned(weights.into()),
-            dtype: DenseType::F32,
-            out_features,
-            in_features,
-        }
+        Self { storage: Storage::Owned(weights), dtype: DenseType::F32, out_features, in_features }
     }
 
     /// Weights that stay where they are, `[out, in]` row-major little-endian; no alignment needed.

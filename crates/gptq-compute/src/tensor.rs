@@ -29,7 +29,13 @@ impl Tensor {
 
     /// Changes the shape. The contents are unspecified afterwards.
     pub fn resize(&mut self, rows: usize, cols: usize) {
-        self.data.resize(rows * cols, 0.0);
+        let len = rows * cols;
+        if len > self.data.capacity() {
+            // Exactly what is needed, and never the old contents beside it: buffers are planned.
+            self.data = Vec::new();
+            self.data.reserve_exact(len);
+        }
+        self.data.resize(len, 0.0);
         self.rows = rows;
         self.cols = cols;
     }
