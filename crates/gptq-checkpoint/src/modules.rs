@@ -14,23 +14,8 @@ pub(crate) fn linears(spec: &Spec) -> Vec<LinearSpec> {
         .flat_map(|layer| spec.stages(layer))
         .flat_map(|stage| stage.linears)
         .collect();
-    if let Some(head) = head(spec).filter(|_| !spec.head.tied) {
-        all.push(head);
-    }
+    all.extend(spec.head_linear().filter(|_| !spec.head.tied));
     all
-}
-
-/// The projection to logits, if the model has one.
-pub(crate) fn head(spec: &Spec) -> Option<LinearSpec> {
-    let name = spec.head.name?;
-    Some(LinearSpec {
-        name: name.to_owned(),
-        module: name.to_owned(),
-        out_features: spec.vocab,
-        in_features: spec.embedding.width,
-        bias: spec.head.bias,
-        transposed: false,
-    })
 }
 
 /// The module and part of a tensor that belongs to a quantized linear; a bias belongs to it too.

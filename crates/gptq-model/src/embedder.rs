@@ -24,38 +24,32 @@ pub struct Embedder {
 }
 
 impl Embedder {
-    /// Loads the embedding; where its type allows it stays in the mapped file.
+    /// Loads the embedding: [`LinearSource::Mapped`] leaves it in the mapped file where its type allows,
+    /// [`LinearSource::Copied`] copies it, so that the file leaves no resident pages behind.
     ///
     /// # Errors
     /// A tensor that is missing, unreadable or of another shape than the spec asks for.
-    pub fn load(checkpoint: &Checkpoint, spec: &Arc<Spec>) -> Result<Self> {
+    pub fn load(checkpoint: &Checkpoint, spec: &Arc<Spec>, source: LinearSource) -> Result<Self> {
         let loader = Loader { checkpoint, spec };
         let Spec { base, embedding, hidden, .. } = &**spec;
         let weight = |name: &str| format!("{base}{name}.weight");
         let positions = match spec.positions {
             Positions::Learned { name, offset, .. } => {
                 let rows = spec.max_positions + offset;
-                Some(loader.matrix(&weight(name), rows, *hidden, LinearSource::Mapped)?)
+                Some(loader.matrix(&weight(name), rows, *hidden, source)?)
             }
             Positions::Rotary(_) | Positions::Alibi { .. } => None,
         };
-        let types = embedding
-            .types
-            .map(|(name, rows)| loader.matrix(&weight(name), rows, *hidden, LinearSource::Mapped));
+        let types =
+            embedding.types.map(|(name, rows)| loader.matrix(&weight(name), rows, *hidden, source));
         let norm =
             embedding.norm.map(|name| loader.norm(&format!("{base}{name}"), *hidden, spec.norm));
         let project_in = embedding.project_in.map(|name| {
-            let matrix =
-                loader.matrix(&weight(name), *hidden, embedding.width, LinearSource::Mapped)?;
+            let matrix = loader.matrix(&weight(name), *hidden, embedding.width, source)?;
             Ok::<_, ModelError>(Linear { weight: Matrix::Dense(matrix), bias: None })
         });
         Ok(Self {
-            tokens: loader.matrix(
-                &weight(embedding.name),
-                spec.vocab,
-                embedding.width,
-                LinearSource::Mapped,
-            )?,
+            tokens: loader.matrix(&weight(embedding.name), spec.vocab, embedding.width, source)?,
             positions,
             types: types.transpose()?,
             norm: norm.transpose()?,

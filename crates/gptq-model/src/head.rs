@@ -33,6 +33,17 @@ impl HeadLayer {
     /// A tensor that is missing, unreadable or of another shape than the spec asks for.
     pub fn load(checkpoint: &Checkpoint, spec: &Arc<Spec>, embedder: &Embedder) -> Result<Self> {
         let loader = Loader { checkpoint, spec };
+        let projection = spec.head.name.map(|name| projection(&loader, name, embedder));
+        let head = Self::load_without_projection(checkpoint, spec)?;
+        Ok(Self { projection: projection.transpose()?, ..head })
+    }
+
+    /// Loads what the head has besides the projection to logits: [`HeadLayer::normalize`] gives the projection's input.
+    ///
+    /// # Errors
+    /// As [`HeadLayer::load`].
+    pub fn load_without_projection(checkpoint: &Checkpoint, spec: &Arc<Spec>) -> Result<Self> {
+        let loader = Loader { checkpoint, spec };
         let Spec { base, embedding, hidden, head, .. } = &**spec;
         let square = |module: String, bias| {
             let (name, out_features, in_features) = (module.clone(), *hidden, *hidden);
@@ -49,7 +60,6 @@ impl HeadLayer {
             let matrix = loader.matrix(&name, embedding.width, *hidden, LinearSource::Mapped)?;
             Ok::<_, ModelError>(Linear { weight: Matrix::Dense(matrix), bias: None })
         });
-        let projection = head.name.map(|name| projection(&loader, name, embedder));
         let pooler = head.pooler.map(|name| square(format!("{base}{name}"), true));
         Ok(Self {
             norm: head
@@ -58,7 +68,7 @@ impl HeadLayer {
                 .transpose()?,
             project_out: project_out.transpose()?,
             transform: transform.transpose()?,
-            projection: projection.transpose()?,
+            projection: None,
             pooler: pooler.transpose()?,
             spec: Arc::clone(spec),
         })
@@ -149,8 +159,8 @@ fn projection(loader: &Loader<'_>, name: &str, embedder: &Embedder) -> Result<Li
     let owner = bias_owner(loader.checkpoint, name);
     if head.unit_rows {
         let stored = format!("{name}.weight");
-        let weight = loader.matrix(&stored, *vocab, embedding.width, LinearSource::Mapped)?;
-        let mut rows = weight.to_f32();
+        loader.check_shape(&stored, &[*vocab, embedding.width])?;
+        let mut rows = loader.checkpoint.tensors.read_f32(&stored, &[*vocab, embedding.width])?;
         rows.chunks_exact_mut(embedding.width).for_each(crate::pooling::normalize);
         let weight = Matrix::Dense(DenseMatrix::from_f32(*vocab, embedding.width, rows));
         return Ok(Linear { weight, bias: loader.bias(name, *vocab, head.bias)? });

@@ -26,6 +26,7 @@ mod fields;
 pub mod fused;
 pub mod generate;
 pub mod head;
+mod linear_rows;
 mod load;
 pub mod model;
 mod moe;
@@ -47,6 +48,7 @@ pub use generate::{
     BatchOptions, FinishReason, GenerateOptions, Generated, generate, generate_batch,
 };
 pub use head::HeadLayer;
+pub use linear_rows::LinearRows;
 pub use load::{LinearSource, load_linear};
 pub use model::{Model, Rows, Session};
 pub use pooling::{Pooling, SentencePooling};

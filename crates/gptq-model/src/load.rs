@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use gptq_compute::{DenseMatrix, DenseType, GptqParts, Linear, Matrix, Norm, QuantizedMatrix};
-use gptq_format::{Checkpoint, DType, FormatError, GptqLinear, TensorStore};
+use gptq_format::{Checkpoint, DType, FormatError, GptqLinear, TensorInfo, TensorStore};
 
 use crate::head::bias_owner;
 use crate::spec::{NormSpec, Spec};
@@ -110,7 +110,9 @@ impl Loader<'_> {
             return self.quantized(linear);
         }
         let weight = if linear.transposed {
-            self.transposed(&format!("{module}.weight"), *out_features, *in_features)?
+            let name = format!("{module}.weight");
+            let weights = self.transposed(&name, *out_features, *in_features)?;
+            DenseMatrix::from_f32(*out_features, *in_features, weights)
         } else {
             self.matrix(&format!("{module}.weight"), *out_features, *in_features, source)?
         };
@@ -126,10 +128,7 @@ impl Loader<'_> {
         cols: usize,
         source: LinearSource,
     ) -> Result<DenseMatrix> {
-        let info = self.info(name)?;
-        if info.shape != [rows, cols] {
-            return Err(self.shape_error(name, &[rows, cols], &info.shape));
-        }
+        let info = self.check_shape(name, &[rows, cols])?;
         let dtype = match info.dtype {
             DType::F32 => DenseType::F32,
             DType::F16 => DenseType::F16,
@@ -161,10 +160,7 @@ impl Loader<'_> {
 
     /// A vector of floats.
     pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let info = self.info(name)?;
-        if info.shape != [len] {
-            return Err(self.shape_error(name, &[len], &info.shape));
-        }
+        self.check_shape(name, &[len])?;
         Ok(self.store().read_f32(name, &[len])?)
     }
 
@@ -192,16 +188,13 @@ impl Loader<'_> {
     }
 
     /// A matrix stored `[in, out]`, turned to `[out, in]`.
-    fn transposed(
+    pub(crate) fn transposed(
         &self,
         name: &str,
         out_features: usize,
         in_features: usize,
-    ) -> Result<DenseMatrix> {
-        let info = self.info(name)?;
-        if info.shape != [in_features, out_features] {
-            return Err(self.shape_error(name, &[in_features, out_features], &info.shape));
-        }
+    ) -> Result<Vec<f32>> {
+        self.check_shape(name, &[in_features, out_features])?;
         let stored = self.store().read_f32(name, &[in_features, out_features])?;
         let mut turned = vec![0.0; stored.len()];
         for (i, row) in stored.chunks_exact(out_features).enumerate() {
@@ -209,7 +202,7 @@ impl Loader<'_> {
                 turned[o * in_features + i] = value;
             }
         }
-        Ok(DenseMatrix::from_f32(out_features, in_features, turned))
+        Ok(turned)
     }
 
     /// Packed codes, repacked for the processor.
@@ -235,7 +228,7 @@ impl Loader<'_> {
         Ok(Linear { weight: Matrix::Quantized(matrix), bias })
     }
 
-    fn info(&self, name: &str) -> Result<&gptq_format::TensorInfo> {
+    fn info(&self, name: &str) -> Result<&TensorInfo> {
         self.store().info(name).map_err(|error| match error {
             FormatError::MissingTensor { .. } => ModelError::MissingTensor {
                 file: self.file().to_owned(),
@@ -246,12 +239,17 @@ impl Loader<'_> {
         })
     }
 
-    fn shape_error(&self, name: &str, expected: &[usize], got: &[usize]) -> ModelError {
-        ModelError::Shape {
+    /// What is known of tensor `name`, which must have this shape.
+    pub(crate) fn check_shape(&self, name: &str, expected: &[usize]) -> Result<&TensorInfo> {
+        let info = self.info(name)?;
+        if info.shape == expected {
+            return Ok(info);
+        }
+        Err(ModelError::Shape {
             file: self.file().to_owned(),
             tensor: name.to_owned(),
             expected: expected.to_vec(),
-            got: got.to_vec(),
-        }
+            got: info.shape.clone(),
+        })
     }
 }

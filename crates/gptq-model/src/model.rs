@@ -81,7 +81,7 @@ impl Model {
     /// A config that is not supported, or a tensor that is missing, unreadable or of another shape.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
         let spec = Arc::new(Spec::for_checkpoint(checkpoint)?);
-        let embedder = Embedder::load(checkpoint, &spec)?;
+        let embedder = Embedder::load(checkpoint, &spec, LinearSource::Mapped)?;
         let blocks = (0..spec.layer_count())
             .map(|layer| Block::load(checkpoint, &spec, layer, LinearSource::Mapped));
         Ok(Self {

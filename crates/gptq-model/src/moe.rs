@@ -1,12 +1,14 @@
 //! Mixture of experts: which tokens go to which expert, their rows, and the sum of what the experts make of them.
 
+use std::io;
+
 use gptq_compute::{Linear, Tensor, linear};
 
 use crate::Result;
 use crate::load::{LinearSource, Loader};
 use crate::spec::Moe;
 use crate::stages::{LinearSpec, Part};
-use crate::state::Ctx;
+use crate::state::{Ctx, restore_tensor, save_tensor};
 
 /// The linears that decide where a token goes. They stay floats.
 pub(crate) struct Router {
@@ -173,6 +175,52 @@ impl MoeState {
             + self.sum.capacity_bytes()
             + routes * size_of::<(u32, f32)>()
             + self.shared.capacity() * size_of::<f32>()
+    }
+
+    /// Most bytes that [`MoeState::save`] writes for `rows` rows.
+    pub(crate) fn saved_bytes(moe: &Moe, hidden: usize, rows: usize) -> usize {
+        let lists = rows * moe.top_k * size_of::<(u32, f32)>() + rows * size_of::<f32>();
+        let starts = (moe.count + 2) * size_of::<u64>();
+        2 * rows * hidden * size_of::<f32>() + lists + starts
+    }
+
+    /// Writes what the experts that are still to run need.
+    pub(crate) fn save(&self, to: &mut impl io::Write) -> io::Result<()> {
+        save_tensor(&self.input, to)?;
+        save_tensor(&self.sum, to)?;
+        let starts: Vec<u64> = self.starts.iter().map(|&start| start as u64).collect();
+        let pack = |&(row, weight): &(u32, f32)| u64::from(row) << 32 | u64::from(weight.to_bits());
+        let routes: Vec<u64> = self.routes.iter().map(pack).collect();
+        let lengths = [starts.len(), routes.len(), self.shared.len()].map(|len| len as u64);
+        to.write_all(bytemuck::cast_slice(&lengths))?;
+        to.write_all(bytemuck::cast_slice(&starts))?;
+        to.write_all(bytemuck::cast_slice(&routes))?;
+        to.write_all(bytemuck::cast_slice(&self.shared))
+    }
+
+    /// Reads what [`MoeState::save`] wrote.
+    pub(crate) fn restore(&mut self, from: &mut impl io::Read) -> io::Result<()> {
+        restore_tensor(&mut self.input, from)?;
+        restore_tensor(&mut self.sum, from)?;
+        let mut lengths = [0u64; 3];
+        from.read_exact(bytemuck::cast_slice_mut(&mut lengths))?;
+        let [mut starts, mut routes] = [lengths[0], lengths[1]].map(|len| vec![0u64; len as usize]);
+        from.read_exact(bytemuck::cast_slice_mut(&mut starts))?;
+        from.read_exact(bytemuck::cast_slice_mut(&mut routes))?;
+        self.shared.resize(lengths[2] as usize, 0.0);
+        from.read_exact(bytemuck::cast_slice_mut(&mut self.shared))?;
+        self.starts = starts.into_iter().map(|start| start as usize).collect();
+        let unpack = |packed: u64| ((packed >> 32) as u32, f32::from_bits(packed as u32));
+        self.routes = routes.into_iter().map(unpack).collect();
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn fill(&mut self, routes: &[(u32, f32)]) {
+        self.sum = Tensor::from_vec(1, 2, vec![3.0, 4.0]);
+        self.routes = routes.to_vec();
+        self.starts = vec![0, routes.len(), routes.len()];
+        self.shared = vec![0.5, -0.5];
     }
 
     fn starts(&self, expert: u32) -> std::ops::Range<usize> {

@@ -60,7 +60,7 @@ pub struct StageSpec {
     pub linears: Vec<LinearSpec>,
 }
 
-/// One linear of a block.
+/// One linear of a block, or the projection to logits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearSpec {
     /// Name within the block, for example `self_attn.q_proj`.
@@ -146,6 +146,19 @@ impl Spec {
                 vec![linear(format!("{prefix}{down}"), hidden, width, mlp.bias())]
             }
         }
+    }
+
+    /// The projection to logits as a linear of its own, tied or not, if the model has one.
+    pub fn head_linear(&self) -> Option<LinearSpec> {
+        let name = self.head.name?;
+        Some(LinearSpec {
+            name: name.to_owned(),
+            module: name.to_owned(),
+            out_features: self.vocab,
+            in_features: self.embedding.width,
+            bias: self.head.bias,
+            transposed: false,
+        })
     }
 
     /// Prefix of the names and form of one part of the MLP of block `layer`, if the block has it.

@@ -1,5 +1,6 @@
 //! What flows through a block and what is reused from call to call.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -7,6 +8,7 @@ use gptq_compute::{LayerKv, Pool, Scratch, Tensor};
 
 use crate::moe::MoeState;
 use crate::rope::RopeTables;
+use crate::spec::Spec;
 use crate::{ModelError, Result};
 
 /// What running a block needs besides weights and state: threads, tables and buffers that are reused from call to call.
@@ -78,6 +80,54 @@ impl BlockState {
             .sum::<usize>()
             + self.moe.bytes()
     }
+
+    /// Most bytes that [`BlockState::save`] writes for `rows` rows of a model; its buffers need as many.
+    pub fn saved_bytes(spec: &Spec, rows: usize) -> usize {
+        let linears = (0..spec.layer_count()).flat_map(|layer| spec.stages(layer));
+        let inputs = linears.filter_map(|stage| stage.linears.first().map(|l| l.in_features));
+        // `shared` or the stage's input, and `carry`.
+        let parallel = if spec.residual.parallel { 2 * spec.hidden } else { 0 };
+        let width = spec.hidden + inputs.max().unwrap_or(0) + parallel;
+        let moe = spec.moe.as_ref().map_or(0, |moe| MoeState::saved_bytes(moe, spec.hidden, rows));
+        // Shapes of six tensors, lengths of three lists.
+        let headers = (6 * 2 + 3) * size_of::<u64>();
+        rows * width * size_of::<f32>() + moe + headers
+    }
+
+    /// Writes all of it, for [`BlockState::restore`] in the same process.
+    ///
+    /// # Errors
+    /// If writing fails.
+    pub fn save(&self, to: &mut impl io::Write) -> io::Result<()> {
+        for tensor in [&self.hidden, &self.input, &self.shared, &self.carry] {
+            save_tensor(tensor, to)?;
+        }
+        self.moe.save(to)
+    }
+
+    /// Reads what [`BlockState::save`] wrote.
+    ///
+    /// # Errors
+    /// If reading fails.
+    pub fn restore(&mut self, from: &mut impl io::Read) -> io::Result<()> {
+        for tensor in [&mut self.hidden, &mut self.input, &mut self.shared, &mut self.carry] {
+            restore_tensor(tensor, from)?;
+        }
+        self.moe.restore(from)
+    }
+}
+
+pub(crate) fn save_tensor(tensor: &Tensor, to: &mut impl io::Write) -> io::Result<()> {
+    let shape = [tensor.rows() as u64, tensor.cols() as u64];
+    to.write_all(bytemuck::cast_slice(&shape))?;
+    to.write_all(bytemuck::cast_slice(tensor.as_slice()))
+}
+
+pub(crate) fn restore_tensor(tensor: &mut Tensor, from: &mut impl io::Read) -> io::Result<()> {
+    let mut shape = [0u64; 2];
+    from.read_exact(bytemuck::cast_slice_mut(&mut shape))?;
+    tensor.resize(shape[0] as usize, shape[1] as usize);
+    from.read_exact(bytemuck::cast_slice_mut(tensor.as_mut_slice()))
 }
 
 /// The rows of one sequence in a [`BlockState`], and its keys and values in this block.
@@ -112,4 +162,36 @@ pub(crate) fn check_spans(seqs: &[SeqSpan<'_>], rows: usize) -> Result<()> {
     Err(ModelError::Batch(format!(
         "the sequences' rows {spans:?} do not cover the {rows} rows of the state in order"
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_comes_back_whole() {
+        let tensor = |rows: usize, cols: usize, first: f32| {
+            Tensor::from_vec(rows, cols, (0..rows * cols).map(|i| first + i as f32).collect())
+        };
+        let mut state = BlockState::new(tensor(3, 4, 1.0));
+        (state.input, state.carry) = (tensor(2, 7, 100.0), tensor(3, 4, -9.0));
+        state.moe.fill(&[(0, 0.25), (2, 0.75), (1, f32::MIN_POSITIVE)]);
+        let mut bytes = Vec::new();
+        state.save(&mut bytes).unwrap();
+        let mut back = BlockState::new(tensor(9, 1, 0.0));
+        back.restore(&mut bytes.as_slice()).unwrap();
+        for (got, want) in [
+            (&back.hidden, &state.hidden),
+            (&back.input, &state.input),
+            (&back.shared, &state.shared),
+            (&back.carry, &state.carry),
+        ] {
+            assert_eq!((got.rows(), got.cols()), (want.rows(), want.cols()));
+            assert_eq!(got.as_slice(), want.as_slice());
+        }
+        let mut again = Vec::new();
+        back.save(&mut again).unwrap();
+        assert_eq!(bytes, again, "the experts' part too");
+        assert!(back.restore(&mut &bytes[..bytes.len() - 1]).is_err(), "a short file");
+    }
 }

@@ -109,7 +109,7 @@ fn check_hidden_states(
     let (shape, ids) = expected.tokens("input_ids");
     let length = shape[1];
     let positions: Vec<u32> = (0..shape[0]).flat_map(|_| 0..length as u32).collect();
-    let embedder = Embedder::load(checkpoint, &spec).unwrap();
+    let embedder = Embedder::load(checkpoint, &spec, LinearSource::Mapped).unwrap();
     let mut hidden = Tensor::default();
     embedder.forward(ctx, &ids, &positions, &mut hidden).unwrap();
     let mut state = BlockState::new(hidden);

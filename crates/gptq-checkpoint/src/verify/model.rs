@@ -33,7 +33,7 @@ impl Layout {
         match Spec::for_checkpoint(checkpoint) {
             Ok(spec) => Self {
                 linears: modules::linears(&spec),
-                head: modules::head(&spec),
+                head: spec.head_linear(),
                 tied: spec.head.tied,
                 spec: Some(Arc::new(spec)),
             },
@@ -168,7 +168,7 @@ fn check_loading(checkpoint: &Checkpoint, spec: &Arc<Spec>, findings: &mut Findi
             report(error);
         }
     }
-    match Embedder::load(checkpoint, spec) {
+    match Embedder::load(checkpoint, spec, LinearSource::Mapped) {
         Ok(embedder) => {
             if let Err(error) = HeadLayer::load(checkpoint, spec, &embedder) {
                 report(error);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use gptq_compute::{Gram, LayerKv, Tensor};
 use gptq_format::Checkpoint;
-use gptq_model::{Block, BlockState, Ctx, Embedder, SeqSpan, Spec, Stage};
+use gptq_model::{Block, BlockState, Ctx, Embedder, LinearSource, SeqSpan, Spec, Stage};
 
 use super::{MoeFallback, Phases};
 use crate::calibration::CalibrationSet;
@@ -38,7 +38,7 @@ impl Activations {
         spec: &Arc<Spec>,
         set: &CalibrationSet,
     ) -> Result<Self> {
-        let embedder = Embedder::load(checkpoint, spec)?;
+        let embedder = Embedder::load(checkpoint, spec, LinearSource::Mapped)?;
         let per_chunk = (CHUNK_TOKENS / set.report.seqlen.max(1)).max(1);
         let mut chunks = Vec::new();
         for windows in set.windows.chunks(per_chunk) {

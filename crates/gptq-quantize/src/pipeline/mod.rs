@@ -159,7 +159,8 @@ impl Run<'_> {
     fn blocks(&mut self) -> Result<()> {
         // No block needs the head, but a model with a wrong one must not come out as whole.
         let source = self.job.checkpoint;
-        HeadLayer::load(source, self.spec, &Embedder::load(source, self.spec)?)?;
+        let embedder = Embedder::load(source, self.spec, LinearSource::Mapped)?;
+        HeadLayer::load(source, self.spec, &embedder)?;
         let mut ctx = Ctx::new(Arc::clone(self.job.pool));
         let mut activations = match self.job.calibration {
             Some(set) if self.job.options.method.needs_calibration() => {
