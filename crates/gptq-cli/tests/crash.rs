@@ -12,7 +12,8 @@ use gptq_testkit::{Rng, TinyLlama, World, safetensors_file};
 use serde_json::Value;
 
 /// One thread: where many tests share a processor, threads that wait for each other take seconds.
-const LINE: &str = "quantize model --calibration text.txt --nsamples 6 --seqlen 64 --group-size 32 --threads 1 -q -o";
+const LINE: &str = "quantize model --calibration text.txt --nsamples 6 --seqlen 64 --group-size 32 --lm-head --threads 1 -q -o";
+/// Blocks in front of the head, which is quantized too.
 const BLOCKS: u64 = 6;
 
 fn world() -> World {
@@ -98,8 +99,9 @@ fn cut_power(world: &World) {
     for tensor in safetensors_file::parts(&bytes).0.keys() {
         let quantized =
             [".qweight", ".qzeros", ".scales", ".g_idx"].iter().any(|s| tensor.ends_with(s));
-        let layer = tensor.split('.').find_map(|part| part.parse::<u64>().ok());
-        if quantized && layer.is_some_and(|layer| layer >= done) {
+        // The head comes behind the blocks.
+        let layer = tensor.split('.').find_map(|part| part.parse::<u64>().ok()).unwrap_or(BLOCKS);
+        if quantized && layer >= done {
             let range = safetensors_file::range(&bytes, tensor);
             file.write_all_at(&vec![0xAA; range.len()], range.start as u64).unwrap();
         }
@@ -277,7 +279,7 @@ fn a_first_interrupt_finishes_the_block_and_tells_how_to_go_on() {
         }
         assert_eq!(output.status.code(), Some(1), "{stderr}");
         assert!(stderr.contains("finishing this block; Ctrl-C again stops now"), "{stderr}");
-        assert!(stderr.contains("of 6 blocks") && stderr.contains("--resume"), "{stderr}");
+        assert!(stderr.contains("of 7 blocks") && stderr.contains("--resume"), "{stderr}");
         assert!(blocks_done(&world) > Some(0));
         world.ok(&format!("{LINE} out --resume"));
         assert!(world.read("out/model.safetensors") == expected);
@@ -344,8 +346,8 @@ fn a_full_disk_at_the_start_and_at_the_end_of_a_run() {
     for (bytes, blocks) in [
         (at_start / 4, 0),
         (at_start - 1024, 0),
-        ((at_start + at_end) / 2, 16),
-        (at_end - 1024, 16),
+        (at_start.midpoint(at_end), 17),
+        (at_end - 1024, 17),
     ] {
         // In units of 512 bytes.
         let limited = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", bytes / 512);

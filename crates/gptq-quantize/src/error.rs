@@ -70,7 +70,7 @@ pub enum QuantizeError {
     Interrupted {
         /// Finished blocks.
         done: usize,
-        /// Blocks of the model.
+        /// Blocks of the model, and one for the head if it is quantized.
         total: usize,
     },
     /// Something outside of the run failed, such as a disk that is full.
@@ -85,18 +85,6 @@ pub enum QuantizeError {
         done: usize,
         /// Blocks of the model.
         total: usize,
-    },
-    /// A weight that is not a number.
-    #[error("{path}: tensor {tensor} holds {value} at index {index}; the file is damaged")]
-    WeightNotFinite {
-        /// The checkpoint.
-        path: PathBuf,
-        /// The tensor.
-        tensor: String,
-        /// Position of the first such weight.
-        index: usize,
-        /// Its value.
-        value: f32,
     },
     /// Weights beyond what half precision scales reach.
     #[error(
@@ -136,6 +124,21 @@ pub enum QuantizeError {
     /// No module of the model is left to quantize.
     #[error("nothing to quantize: the rules of --dynamic skip every module")]
     NothingToQuantize,
+    /// `--max-memory` below what the run needs.
+    #[error(
+        "--max-memory {} MiB is too little: {what} needs {least_mib} MiB{hint}",
+        limit >> 20
+    )]
+    Memory {
+        /// The limit, in bytes.
+        limit: u64,
+        /// What needs more.
+        what: &'static str,
+        /// The least that would do, in MiB.
+        least_mib: u64,
+        /// What would need less.
+        hint: &'static str,
+    },
     /// Calibration windows longer than the model's table of positions.
     #[error(
         "calibration windows of {seqlen} tokens exceed the model's {max_positions} positions; use --seqlen {max_positions} or less"

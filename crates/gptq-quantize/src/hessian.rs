@@ -1,13 +1,15 @@
 //! From the Gram matrix of a stage's inputs to the factor that its linears are swept with.
 
-use gptq_compute::{Gram, Pool, cholesky::inverse_factor};
+use std::sync::Arc;
+
+use gptq_compute::{DenseMatrix, Gram, Pool, Tensor, cholesky::inverse_factor, gemm_nt};
 
 use crate::order::{ColumnOrder, OrderOptions};
 
 /// H = 2/n Σ x xᵀ over the n calibration tokens of a stage, `[in, in]` (GPTQ, section 3).
 #[derive(Debug, Clone)]
 pub struct Hessian {
-    matrix: Vec<f32>,
+    matrix: Arc<[f32]>,
     width: usize,
     tokens: usize,
 }
@@ -41,7 +43,7 @@ impl Hessian {
     pub fn new(gram: Gram) -> Self {
         let (width, tokens) = (gram.width(), gram.rows());
         let factor = 2.0 / tokens.max(1) as f32;
-        Self { matrix: gram.into_symmetric(factor), width, tokens }
+        Self { matrix: gram.into_symmetric(factor).into(), width, tokens }
     }
 
     /// A given symmetric matrix `[width, width]`, from `tokens` tokens.
@@ -51,7 +53,7 @@ impl Hessian {
     #[track_caller]
     pub fn from_matrix(matrix: Vec<f32>, width: usize, tokens: usize) -> Self {
         assert_eq!(matrix.len(), width * width, "square matrix");
-        Self { matrix, width, tokens }
+        Self { matrix: matrix.into(), width, tokens }
     }
 
     /// Number of inputs.
@@ -134,28 +136,49 @@ impl Hessian {
         Factor { columns, upper, dead, damp_percent: percent, tries }
     }
 
-    /// ‖ΔW X‖² / ‖W X‖² over the calibration inputs for weights and their quantized values, both
-    /// `[out, in]`.
+    /// Adds ‖ΔW X‖² and ‖W X‖² over the calibration inputs for some rows of weights and their
+    /// quantized values, both `[rows, in]`.
     ///
     /// # Panics
     /// If the lengths differ.
-    pub fn relative_error(&self, pool: &Pool, weights: &[f32], quantized: &[f32]) -> f64 {
+    pub fn add_error(
+        &self,
+        pool: &Pool,
+        weights: &[f32],
+        mut quantized: Vec<f32>,
+        sum: &mut OutputError,
+    ) {
         assert_eq!(weights.len(), quantized.len(), "weights and quantized weights");
         let n = self.width;
         let rows = weights.len() / n.max(1);
-        let h = gptq_compute::DenseMatrix::from_f32(n, n, self.matrix.clone());
-        let energy = |w: Vec<f32>| -> f64 {
-            let w = gptq_compute::Tensor::from_vec(rows, n, w);
-            let mut wh = gptq_compute::Tensor::default();
-            gptq_compute::gemm_nt(pool, &w, &h, None, &mut wh);
+        let h = DenseMatrix::from_f32(n, n, Arc::clone(&self.matrix));
+        let mut wh = Tensor::default();
+        let mut energy = |w: &Tensor| -> f64 {
+            gemm_nt(pool, w, &h, None, &mut wh);
             let dot = |i: usize| -> f64 {
                 w.row(i).iter().zip(wh.row(i)).map(|(a, b)| f64::from(a * b)).sum()
             };
             (0..rows).map(dot).sum()
         };
-        let difference = weights.iter().zip(quantized).map(|(w, q)| w - q).collect();
-        let total = energy(weights.to_vec());
-        if total > 0.0 { (energy(difference) / total).max(0.0) } else { 0.0 }
+        quantized.iter_mut().zip(weights).for_each(|(q, w)| *q = w - *q);
+        let mut rows_of = Tensor::from_vec(rows, n, quantized);
+        sum.difference += energy(&rows_of);
+        rows_of.as_mut_slice().copy_from_slice(weights);
+        sum.total += energy(&rows_of);
+    }
+}
+
+/// Squared outputs of a linear over its calibration inputs, as they are summed up.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct OutputError {
+    difference: f64,
+    total: f64,
+}
+
+impl OutputError {
+    /// ‖ΔW X‖² / ‖W X‖².
+    pub fn relative(self) -> f64 {
+        if self.total > 0.0 { (self.difference / self.total).max(0.0) } else { 0.0 }
     }
 }
 
@@ -203,8 +226,12 @@ mod tests {
     fn relative_error_is_the_energy_ratio() {
         let pool = Pool::new(1);
         let h = Hessian::from_matrix(vec![2.0, 1.0, 1.0, 3.0], 2, 8);
-        let e = h.relative_error(&pool, &[1.0, 2.0], &[0.5, 2.0]);
+        let mut sum = OutputError::default();
+        h.add_error(&pool, &[1.0, 2.0], vec![0.5, 2.0], &mut sum);
         // 0.25 * 2 over 2 + 4 + 12.
-        assert!((e - 0.5 / 18.0).abs() < 1e-6);
+        assert!((sum.relative() - 0.5 / 18.0).abs() < 1e-6);
+        // A second row without an error doubles the total.
+        h.add_error(&pool, &[1.0, 2.0], vec![1.0, 2.0], &mut sum);
+        assert!((sum.relative() - 0.5 / 36.0).abs() < 1e-6);
     }
 }

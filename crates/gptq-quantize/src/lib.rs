@@ -22,7 +22,9 @@ pub mod solver;
 
 pub use calibration::{CalibrationOptions, CalibrationReport, CalibrationSet, CalibrationSource};
 pub use error::{QuantizeError, Result};
-pub use pipeline::{Method, MoeFallback, Plan, QuantizeOptions, plan, quantize};
+pub use pipeline::{
+    Method, MoeFallback, Plan, QuantizeOptions, plan, quantize, quantize_as_planned,
+};
 pub use progress::Progress;
 pub use report::{ModuleRecord, QuantReport};
 pub use self_calibration::{SelfCalibration, self_calibrate};

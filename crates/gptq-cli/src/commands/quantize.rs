@@ -1,7 +1,7 @@
 //! `gptq quantize`.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
@@ -13,7 +13,7 @@ use gptq_quantize::calibration::SourceReport;
 use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
     CalibrationOptions, CalibrationReport, CalibrationSet, CalibrationSource, Method, MoeFallback,
-    Plan, QuantizeOptions, SelfCalibration, plan, quantize, self_calibrate,
+    Plan, QuantizeOptions, SelfCalibration, plan, quantize_as_planned, self_calibrate,
 };
 use serde_json::json;
 
@@ -106,6 +106,14 @@ pub(crate) struct Args {
     /// Largest weight file.
     #[arg(long, default_value = "4GiB", value_parser = size::parse_bytes, value_name = "SIZE")]
     max_shard_size: u64,
+    /// Quantize the head too: to 8 bits in groups of 32, unless a rule of --dynamic names it. Not for
+    /// a head that is tied to the embedding.
+    #[arg(long)]
+    lm_head: bool,
+    /// Most memory to use, such as 4GiB: activations that do not fit go to a scratch file beside the
+    /// output. Changes nothing in the result.
+    #[arg(long, value_parser = size::parse_bytes, value_name = "SIZE")]
+    max_memory: Option<u64>,
     /// Replace the output directory if it exists.
     #[arg(long)]
     overwrite: bool,
@@ -183,6 +191,8 @@ impl Args {
             },
             dynamic,
             max_shard_bytes: self.max_shard_size,
+            lm_head: self.lm_head,
+            max_memory: self.max_memory,
             overwrite: self.overwrite,
             resume: self.resume,
         })
@@ -212,7 +222,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             Ok(tokenizer) => tokenizer,
             Err(error) => bail!("calibration needs the model's tokenizer: {error}"),
         };
-        Some(calibrate(args, &checkpoint, tokenizer, &pool, &view)?)
+        Some(calibrate(args, &options, &checkpoint, tokenizer, &pool, &view)?)
     } else {
         None
     };
@@ -237,7 +247,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             json_output::print(&json!({
                 "model": args.model,
                 "method": options.method.name(),
-                "quantize_config": options.config().to_json(),
+                "quantize_config": plan.config.to_json(),
                 "threads": pool.threads(),
                 "plan": plan.summary,
                 "totals": { "blocks": plan.blocks, "modules": plan.modules },
@@ -245,7 +255,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         }
         return Ok(());
     }
-    let report = quantize(&job, &view)?;
+    let report = quantize_as_planned(&job, &plan, &view)?;
     view.finish();
     if args.json {
         return json_output::print(&report);
@@ -260,7 +270,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
 }
 
 /// Whether a run into `output` has come to its end: only then does the directory have its name.
-fn is_finished(output: &std::path::Path) -> bool {
+fn is_finished(output: &Path) -> bool {
     output.join("quant_report.json").exists()
         && !gptq_format::OutputDir::partial_path(output).is_ok_and(|partial| partial.exists())
 }
@@ -268,6 +278,7 @@ fn is_finished(output: &std::path::Path) -> bool {
 /// Reads the calibration data, or lets the model write them.
 fn calibrate(
     args: &Args,
+    options: &QuantizeOptions,
     checkpoint: &Checkpoint,
     tokenizer: &Tokenizer,
     pool: &Arc<Pool>,
@@ -279,21 +290,35 @@ fn calibrate(
         if args.calibration.len() > 1 {
             bail!("--calibration self cannot be mixed with files yet; give one or the other");
         }
+        // The plan depends on the number of tokens alone.
+        let windows = vec![vec![0; args.seqlen]; args.nsamples];
+        let name = || "self".to_owned();
+        let source = SourceReport { name: name(), kind: name(), ..SourceReport::default() };
+        let report = CalibrationReport::new(vec![source], &windows, &args.windows(), vocab);
+        let planned = CalibrationSet::from_windows(windows, report);
         if args.dry_run {
-            // The plan depends on the number of tokens alone.
-            let windows = vec![vec![0; args.seqlen]; args.nsamples];
-            let name = || "self".to_owned();
-            let source = SourceReport { name: name(), kind: name(), ..SourceReport::default() };
-            let report = CalibrationReport::new(vec![source], &windows, &args.windows(), vocab);
-            return Ok(CalibrationSet::from_windows(windows, report));
+            return Ok(planned);
         }
+        // What cannot be done is refused before the model writes.
+        plan(&Job {
+            checkpoint,
+            tokenizer: Some(tokenizer),
+            model: &args.model,
+            calibration: Some(&planned),
+            options,
+            output: Path::new(""),
+            plots: None,
+            pool,
+        })?;
         view.phase("load");
-        let model = Model::load(checkpoint)?;
+        // Opened again: its pages leave memory when the text is written.
+        let own = Checkpoint::open(&checkpoint.path)?;
+        let model = Model::load(&own)?;
         let mut session = Session::new(Arc::clone(pool));
-        let mut options = SelfCalibration::new(args.windows());
-        options.temperature = args.calibration_temperature;
-        options.top_k = args.calibration_top_k;
-        return self_calibrate(&model, &mut session, tokenizer, &options, view)
+        let mut writer = SelfCalibration::new(args.windows());
+        writer.temperature = args.calibration_temperature;
+        writer.top_k = args.calibration_top_k;
+        return self_calibrate(&model, &mut session, tokenizer, &writer, view)
             .map_err(|error| explain(checkpoint, error));
     }
     view.phase("calibration");
@@ -336,7 +361,14 @@ fn show_plan(plan: &Plan, job: &Job<'_>) {
         size::duration(std::time::Duration::from_secs_f64(s.seconds)),
         job.pool.threads()
     );
-    if std::io::stderr().is_terminal() || job.output == std::path::Path::new("dry-run") {
+    if s.scratch_bytes > 0 {
+        eprintln!(
+            "Spill the activations of {} tokens: a scratch file of {} beside the output until the run ends",
+            plan.tokens,
+            size::bytes(s.scratch_bytes)
+        );
+    }
+    if std::io::stderr().is_terminal() || job.output == Path::new("dry-run") {
         let mut table = Table::new([("memory", Align::Left), ("size", Align::Right)]);
         for (part, bytes) in &plan.memory {
             table.row([(*part).to_owned(), size::bytes(*bytes)]);
@@ -346,7 +378,7 @@ fn show_plan(plan: &Plan, job: &Job<'_>) {
 }
 
 #[allow(clippy::print_stderr)] // As above.
-fn eprint_summary(report: &gptq_quantize::QuantReport, output: &std::path::Path) {
+fn eprint_summary(report: &gptq_quantize::QuantReport, output: &Path) {
     eprintln!(
         "Done  {} · {} in {}, peak memory {}",
         output.display(),

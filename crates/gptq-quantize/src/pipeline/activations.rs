@@ -1,72 +1,137 @@
 //! The calibration tokens on their way through the model: one chunk of windows at a time.
 
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use gptq_compute::{Gram, LayerKv, Tensor};
 use gptq_format::Checkpoint;
-use gptq_model::{Block, BlockState, Ctx, Embedder, LinearSource, SeqSpan, Spec, Stage};
+use gptq_model::{Block, BlockState, Ctx, Embedder, HeadLayer, LinearSource, SeqSpan, Spec, Stage};
 
+use super::scratch::Scratch;
 use super::{MoeFallback, Phases};
 use crate::calibration::CalibrationSet;
 use crate::error::Result;
 use crate::report::ExpertRecord;
 
 /// Tokens of a chunk: enough rows for the products to run at full rate, few enough for the
-/// temporaries of a chunk to stay small.
+/// temporaries of a chunk to stay small. The same wherever the chunks are kept, because sums and the
+/// rows of experts are rounded by chunk.
 pub(crate) const CHUNK_TOKENS: usize = 2048;
 
-/// Windows that are processed together.
-struct Chunk {
-    state: BlockState,
-    /// Rows of each window.
-    windows: Vec<Range<usize>>,
+/// Windows of a chunk.
+pub(crate) fn windows_per_chunk(seqlen: usize) -> usize {
+    (CHUNK_TOKENS / seqlen.max(1)).max(1)
+}
+
+/// The state of each chunk.
+enum States {
+    Memory(Vec<BlockState>),
+    /// One chunk at a time is in memory.
+    Disk(Scratch),
 }
 
 /// All calibration tokens between two stages.
 pub(crate) struct Activations {
-    chunks: Vec<Chunk>,
-    /// Keys and values of the chunk at work, one per window.
-    caches: Vec<LayerKv>,
+    /// Rows of each window of each chunk.
+    chunks: Vec<Vec<Range<usize>>>,
+    states: States,
+    spec: Arc<Spec>,
 }
 
 impl Activations {
-    /// Embeds the windows.
+    /// Embeds the windows. With `spill` they are kept in a scratch file in that directory.
     pub(crate) fn embed(
         ctx: &mut Ctx,
         checkpoint: &Checkpoint,
         spec: &Arc<Spec>,
         set: &CalibrationSet,
+        spill: Option<&Path>,
     ) -> Result<Self> {
-        let embedder = Embedder::load(checkpoint, spec, LinearSource::Mapped)?;
-        let per_chunk = (CHUNK_TOKENS / set.report.seqlen.max(1)).max(1);
-        let mut chunks = Vec::new();
+        // Copied: mapped, the rows that are looked up would stay resident for the whole run.
+        let embedder = Embedder::load(checkpoint, spec, LinearSource::Copied)?;
+        let per_chunk = windows_per_chunk(set.report.seqlen);
+        let mut states = match spill {
+            None => States::Memory(Vec::new()),
+            Some(directory) => {
+                let rows = set.windows.chunks(per_chunk).map(|w| w.iter().map(Vec::len).sum());
+                let slot = BlockState::saved_bytes(spec, rows.max().unwrap_or(0));
+                States::Disk(Scratch::create(directory, slot)?)
+            }
+        };
+        let mut chunks: Vec<Vec<Range<usize>>> = Vec::new();
         for windows in set.windows.chunks(per_chunk) {
             let ids: Vec<u32> = windows.concat();
             let positions: Vec<u32> = windows.iter().flat_map(|w| 0..w.len() as u32).collect();
             let mut state = BlockState::default();
             embedder.forward(ctx, &ids, &positions, &mut state.hidden)?;
+            match &mut states {
+                States::Memory(all) => all.push(state),
+                States::Disk(scratch) => scratch.store(chunks.len(), &state)?,
+            }
             let mut start = 0;
             let rows = windows.iter().map(|w| {
                 start += w.len();
                 start - w.len()..start
             });
-            chunks.push(Chunk { state, windows: rows.collect() });
+            chunks.push(rows.collect());
         }
-        let cache = || LayerKv::new(spec.attention.kv_heads, spec.attention.head_dim);
-        let caches = (0..per_chunk.min(set.windows.len())).map(|_| cache()).collect();
-        Ok(Self { chunks, caches })
+        Ok(Self { chunks, states, spec: Arc::clone(spec) })
+    }
+
+    /// Shows the state of each chunk with its windows. What `visit` changes is kept only with `keep`;
+    /// without it nothing may be changed.
+    fn pass(
+        &mut self,
+        ctx: &mut Ctx,
+        phases: &mut Phases,
+        keep: bool,
+        mut visit: impl FnMut(&mut Ctx, &mut BlockState, &[Range<usize>], &mut Phases) -> Result<()>,
+    ) -> Result<()> {
+        let Self { chunks, states, .. } = self;
+        let scratch = match states {
+            States::Memory(all) => {
+                let mut all = all.iter_mut().zip(chunks);
+                return all.try_for_each(|(state, windows)| visit(ctx, state, windows, phases));
+            }
+            States::Disk(scratch) => scratch,
+        };
+        let mut state = BlockState::default();
+        for (index, windows) in chunks.iter().enumerate() {
+            phases.time("scratch", || scratch.load(index, &mut state))?;
+            visit(ctx, &mut state, windows, phases)?;
+            if keep {
+                phases.time("scratch", || scratch.store(index, &state))?;
+            }
+        }
+        // The buffers make room for the factor.
+        *ctx = Ctx::new(Arc::clone(&ctx.pool));
+        Ok(())
+    }
+
+    /// Keys and values of a chunk's windows.
+    fn caches(&self) -> Vec<LayerKv> {
+        let attention = &self.spec.attention;
+        let most = self.chunks.iter().map(Vec::len).max().unwrap_or(0);
+        (0..most).map(|_| LayerKv::new(attention.kv_heads, attention.head_dim)).collect()
     }
 
     /// Computes the inputs of a block's first stage.
-    pub(crate) fn begin(&mut self, ctx: &mut Ctx, block: &Block, phases: &mut Phases) {
-        phases
-            .time("inputs", || self.chunks.iter_mut().for_each(|c| block.begin(ctx, &mut c.state)));
+    pub(crate) fn begin(
+        &mut self,
+        ctx: &mut Ctx,
+        block: &Block,
+        phases: &mut Phases,
+    ) -> Result<()> {
+        self.pass(ctx, phases, true, |ctx, state, _, phases| {
+            phases.time("inputs", || block.begin(ctx, state));
+            Ok(())
+        })
     }
 
     /// The inputs of `stage`, which comes next.
     pub(crate) fn inputs(
-        &self,
+        &mut self,
         ctx: &mut Ctx,
         block: &Block,
         stage: Stage,
@@ -74,14 +139,16 @@ impl Activations {
         phases: &mut Phases,
     ) -> Result<StageInputs> {
         let mut sum = Sum::default();
-        for chunk in &self.chunks {
-            phases.time("hessian", || sum.add(ctx, &chunk.state.input));
-        }
+        self.pass(ctx, phases, false, |ctx, state, _, phases| {
+            phases.time("hessian", || sum.add(ctx, &state.input));
+            Ok(())
+        })?;
         if sum.unrouted(stage, fallback) {
+            sum.gram = None;
             let mut all = Sum::default();
-            for chunk in &self.chunks {
-                all.add_unrouted(ctx, block, stage, &chunk.state, phases)?;
-            }
+            self.pass(ctx, phases, false, |ctx, state, _, phases| {
+                all.add_unrouted(ctx, block, stage, state, phases)
+            })?;
             sum.gram = all.gram;
         }
         Ok(sum.finish(stage, fallback))
@@ -95,18 +162,20 @@ impl Activations {
         stage: Stage,
         phases: &mut Phases,
     ) -> Result<()> {
-        let Self { chunks, caches } = self;
-        phases.time("inputs", || {
-            chunks.iter_mut().try_for_each(|chunk| {
-                run(ctx, block, stage, &mut chunk.state, &chunk.windows, caches)
-            })
+        let mut caches = self.caches();
+        self.pass(ctx, phases, true, |ctx, state, windows, phases| {
+            phases.time("inputs", || run(ctx, block, stage, state, windows, &mut caches))
         })
     }
 
     /// Whether every element of the stream is a number.
-    pub(crate) fn is_finite(&self) -> bool {
-        let mut streams = self.chunks.iter().map(|chunk| chunk.state.hidden.as_slice());
-        streams.all(|stream| stream.iter().all(|x| x.is_finite()))
+    pub(crate) fn is_finite(&mut self, ctx: &mut Ctx, phases: &mut Phases) -> Result<bool> {
+        let mut finite = true;
+        self.pass(ctx, phases, false, |_, state, _, _| {
+            finite &= state.hidden.as_slice().iter().all(|x| x.is_finite());
+            Ok(())
+        })?;
+        Ok(finite)
     }
 
     /// The inputs of all stages as the block's present linears compute them; the stream stays where
@@ -150,22 +219,38 @@ impl Activations {
         phases: &mut Phases,
         mut visit: impl FnMut(&mut Ctx, usize, &BlockState, &mut Phases) -> Result<()>,
     ) -> Result<()> {
-        let Self { chunks, caches } = self;
-        for chunk in chunks {
-            let mut state = BlockState::new(chunk.state.hidden.clone());
+        let mut caches = self.caches();
+        self.pass(ctx, phases, false, |ctx, state, windows, phases| {
+            let mut state = BlockState::new(state.hidden.clone());
             phases.time("inputs", || block.begin(ctx, &mut state));
             for (index, &stage) in block.stages().iter().enumerate() {
                 visit(ctx, index, &state, phases)?;
-                phases.time("inputs", || {
-                    run(ctx, block, stage, &mut state, &chunk.windows, caches)
-                })?;
+                phases
+                    .time("inputs", || run(ctx, block, stage, &mut state, windows, &mut caches))?;
             }
-        }
-        Ok(())
+            Ok(())
+        })
+    }
+
+    /// The inputs of the projection to logits, behind the last block.
+    pub(crate) fn head_inputs(
+        &mut self,
+        ctx: &mut Ctx,
+        head: &HeadLayer,
+        phases: &mut Phases,
+    ) -> Result<StageInputs> {
+        let (mut sum, mut normalized) = (Sum::default(), Tensor::default());
+        self.pass(ctx, phases, false, |ctx, state, _, phases| {
+            phases.time("inputs", || head.normalize(ctx, &state.hidden, &mut normalized));
+            phases.time("hessian", || sum.add(ctx, &normalized));
+            Ok(())
+        })?;
+        Ok(StageInputs { gram: sum.gram, expert: None })
     }
 }
 
-/// What the linears of a stage are solved against.
+/// What the linears of a stage are solved against; by default they are rounded to nearest.
+#[derive(Default)]
 pub(crate) struct StageInputs {
     /// XᵀX of the stage's inputs; `None`: they are rounded to nearest.
     pub(crate) gram: Option<Gram>,

@@ -25,7 +25,7 @@ const NAME: &str = "journal.json";
 pub(crate) struct Journal {
     /// Everything that decides the bytes of the output, by name.
     fingerprint: Map<String, Value>,
-    /// Blocks that are durable.
+    /// Blocks that are durable; the head counts as one more.
     pub(crate) blocks_done: usize,
     /// Their modules.
     pub(crate) records: Vec<ModuleRecord>,

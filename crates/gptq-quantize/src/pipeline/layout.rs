@@ -2,9 +2,13 @@
 
 use std::collections::HashMap;
 
+use gptq_format::dynamic::Decision;
 use gptq_format::gptq_linear::LinearShape;
-use gptq_format::{Checkpoint, DType, ModuleSettings, QuantizeConfig, ShardPlan, TensorSpec};
+use gptq_format::{
+    Checkpoint, DType, Dynamic, ModuleSettings, QuantizeConfig, ShardPlan, TensorSpec,
+};
 use gptq_model::{LinearSpec, Spec};
+use serde_json::json;
 
 use super::options::QuantizeOptions;
 use crate::error::{QuantizeError, Result};
@@ -23,7 +27,7 @@ pub(crate) struct Layout {
     pub(crate) config: QuantizeConfig,
     pub(crate) plan: ShardPlan,
     pub(crate) copied: Vec<Copied>,
-    /// Settings, linear and block by module name.
+    /// Settings, linear and block by module name; the head's block is the one behind the last.
     modules: HashMap<String, (ModuleSettings, LinearSpec, usize)>,
     /// All parameters of the model.
     pub(crate) parameters: u64,
@@ -42,7 +46,7 @@ impl Layout {
             let (path, bits) = (checkpoint.path.clone(), config.bits.as_u32());
             return Err(QuantizeError::AlreadyQuantized { path, bits });
         }
-        let config = options.config();
+        let mut config = options.config();
         let mut modules = HashMap::new();
         for layer in 0..spec.layer_count() {
             for linear in spec.stages(layer).into_iter().flat_map(|s| s.linears) {
@@ -53,6 +57,11 @@ impl Layout {
         }
         if modules.is_empty() {
             return Err(QuantizeError::NothingToQuantize);
+        }
+        if options.lm_head {
+            let head = untied_head(spec)?;
+            let settings = head_settings(&mut config, &head.module)?;
+            modules.insert(head.module.clone(), (settings, head, spec.layer_count()));
         }
         let mut names: Vec<&str> = checkpoint.tensors.names().collect();
         names.sort_by(|a, b| natural(a).cmp(&natural(b)));
@@ -87,6 +96,12 @@ impl Layout {
         self.modules.get(module).map(|(settings, ..)| settings)
     }
 
+    /// Parts of the work that are finished one after the other: the blocks, and the head if it is
+    /// quantized.
+    pub(crate) fn units(&self, spec: &Spec) -> usize {
+        spec.layer_count() + usize::from(self.config.lm_head)
+    }
+
     /// The block of a tensor of a quantized module; `None` for all others.
     pub(crate) fn layer_of(&self, tensor: &str) -> Option<usize> {
         let (module, _) = tensor.rsplit_once('.')?;
@@ -112,6 +127,51 @@ impl Layout {
         let bf16 = self.copied.iter().any(|c| c.dtype == DType::BF16);
         if bf16 { "bfloat16" } else { "float16" }
     }
+}
+
+/// The head, if it can be quantized.
+fn untied_head(spec: &Spec) -> Result<LinearSpec> {
+    let refuse = |reason: &str| {
+        let reason = format!("{reason}; run without --lm-head");
+        Err(QuantizeError::Option { option: "lm_head", reason })
+    };
+    let head = &spec.head;
+    if head.tied {
+        return refuse(
+            "the head of this model is its embedding (tie_word_embeddings), which a GPTQ checkpoint keeps as floats: \
+             untie it first, by saving the model with a copy of the embedding as lm_head.weight and tie_word_embeddings \
+             false",
+        );
+    }
+    if head.unit_rows {
+        return refuse(
+            "this family scales the rows of its head when it is loaded, as only floats allow",
+        );
+    }
+    match spec.head_linear() {
+        Some(linear) if head.transform.is_none() => Ok(linear),
+        Some(_) => {
+            refuse("the head of a masked language model is part of no engine's quantized model")
+        }
+        None => refuse("this model gives hidden states and has no head"),
+    }
+}
+
+/// The settings of the head: those of a rule of `dynamic` that names it, else GPTQModel's, which become
+/// a rule.
+fn head_settings(config: &mut QuantizeConfig, module: &str) -> Result<ModuleSettings> {
+    if config.dynamic.decide(module) == Decision::Default {
+        let mut rules = config.dynamic.source().clone();
+        // Nothing behind the head makes up for its errors.
+        let usual =
+            json!({ "bits": 8, "group_size": 32, "sym": true, "desc_act": false, "mse": 2.4 });
+        rules.insert(module.to_owned(), usual);
+        config.dynamic = Dynamic::from_map(&rules)?;
+    }
+    config.settings_for(module).ok_or_else(|| QuantizeError::Option {
+        option: "lm_head",
+        reason: format!("a rule of --dynamic leaves {module} out; drop the rule or --lm-head"),
+    })
 }
 
 pub(crate) fn linear_shape(settings: &ModuleSettings, linear: &LinearSpec) -> LinearShape {

@@ -1,11 +1,15 @@
 //! The run: plan, then block after block and stage after stage.
 
 mod activations;
+mod head;
 mod journal;
 mod layout;
+mod linear;
+mod memory;
 mod options;
 mod output;
 mod plan;
+mod scratch;
 mod stage;
 
 use std::path::Path;
@@ -14,7 +18,7 @@ use std::time::Instant;
 
 use gptq_compute::Pool;
 use gptq_format::{Checkpoint, FormatError, Tokenizer};
-use gptq_model::{Block, Ctx, Embedder, HeadLayer, LinearSource, Spec, load_linear};
+use gptq_model::{Block, Ctx, Embedder, HeadLayer, LinearRows, LinearSource, Spec, load_linear};
 
 pub use options::{Method, MoeFallback, QuantizeOptions};
 pub use plan::{Plan, plan};
@@ -24,7 +28,7 @@ use crate::error::{QuantizeError, Result};
 use crate::progress::Progress;
 use crate::report::{self, ModuleRecord, PhaseTime, QuantReport, Totals};
 use crate::rss;
-use activations::Activations;
+use activations::{Activations, StageInputs};
 use layout::Layout;
 use output::Output;
 
@@ -86,24 +90,35 @@ pub(crate) struct Run<'a> {
 /// [`QuantizeError`]: options out of range, a model that is not supported or damaged, an output
 /// that cannot be written.
 pub fn quantize(job: &Job<'_>, progress: &dyn Progress) -> Result<QuantReport> {
+    quantize_as_planned(job, &plan(job)?, progress)
+}
+
+/// As [`quantize`], with the plan that [`plan()`] made of the same job.
+///
+/// # Errors
+/// As [`quantize`].
+pub fn quantize_as_planned(
+    job: &Job<'_>,
+    plan: &Plan,
+    progress: &dyn Progress,
+) -> Result<QuantReport> {
     let start = Instant::now();
     let spec = Arc::new(Spec::for_checkpoint(job.checkpoint)?);
     job.options.check()?;
     let layout = Layout::new(job.checkpoint, &spec, job.options)?;
-    let plan = plan::summarize(job, &spec, &layout)?;
     let mut phases = Phases::default();
     progress.phase("write");
     let output = phases.time("write", || Output::open(job, &layout))?;
     let records = output.records();
     let mut run = Run { job, spec: &spec, layout: &layout, output, phases, progress, records };
-    if let Err(error) = run.blocks() {
+    if let Err(error) = run.units(plan.spill) {
         // Another try can succeed: what is finished is worth keeping.
         let done = run.output.blocks_done();
         if done == 0 || !may_pass(&error) {
             return Err(error);
         }
         run.output.keep();
-        return Err(kept(error, done, spec.layer_count()));
+        return Err(kept(error, done, layout.units(&spec)));
     }
 
     let modules = std::mem::take(&mut run.records);
@@ -132,7 +147,7 @@ pub fn quantize(job: &Job<'_>, progress: &dyn Progress) -> Result<QuantReport> {
         warnings: report::warnings(&modules),
         modules,
     };
-    let total = spec.layer_count();
+    let total = layout.units(&spec);
     run.output.commit(job, &report).map_err(|error| kept(error, total, total))?;
     Ok(report)
 }
@@ -155,40 +170,43 @@ fn may_pass(error: &QuantizeError) -> bool {
 }
 
 impl Run<'_> {
-    /// Quantizes all blocks that are not finished yet.
-    fn blocks(&mut self) -> Result<()> {
-        // No block needs the head, but a model with a wrong one must not come out as whole.
-        let source = self.job.checkpoint;
-        let embedder = Embedder::load(source, self.spec, LinearSource::Mapped)?;
-        HeadLayer::load(source, self.spec, &embedder)?;
+    /// Quantizes all blocks that are not finished yet, and the head if it is to be.
+    fn units(&mut self, spill: bool) -> Result<()> {
+        let blocks = self.spec.layer_count();
+        let total = self.layout.units(self.spec);
+        let done = self.output.blocks_done();
+        if done == total {
+            return Ok(());
+        }
+        self.check_head()?;
         let mut ctx = Ctx::new(Arc::clone(self.job.pool));
         let mut activations = match self.job.calibration {
             Some(set) if self.job.options.method.needs_calibration() => {
                 self.progress.phase("inputs");
                 let model = self.output.checkpoint();
-                Some(
-                    self.phases
-                        .time("inputs", || Activations::embed(&mut ctx, model, self.spec, set))?,
-                )
+                let directory = spill.then(|| self.output.directory());
+                Some(self.phases.time("inputs", || {
+                    Activations::embed(&mut ctx, model, self.spec, set, directory)
+                })?)
             }
             _ => None,
         };
-        let total = self.spec.layer_count();
-        let done = self.output.blocks_done();
         for layer in 0..total {
             self.progress.block_started(layer, total);
             if layer < done {
-                // With all blocks finished nothing is computed any more.
-                if let Some(activations) = activations.as_mut().filter(|_| done < total) {
+                if let Some(activations) = &mut activations {
                     self.replay(&mut ctx, layer, activations)?;
                 }
                 self.progress.block_done(layer);
                 continue;
             }
-            self.block(&mut ctx, layer, activations.as_mut())?;
-            if layer + 1 == total && activations.as_ref().is_some_and(|a| !a.is_finite()) {
-                let module = self.last_module(layer);
-                return Err(QuantizeError::OutputNotFinite { layer, module });
+            if layer < blocks {
+                self.block(&mut ctx, layer, activations.as_mut())?;
+                if layer + 1 == blocks {
+                    self.check_outputs(&mut ctx, layer, activations.as_mut())?;
+                }
+            } else {
+                self.head(&mut ctx, activations.as_mut())?;
             }
             self.progress.phase("write");
             let Self { output, records, phases, .. } = self;
@@ -201,12 +219,25 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// No block needs the head, but a model with a wrong one must not come out as whole.
+    fn check_head(&self) -> Result<()> {
+        let source = self.job.checkpoint;
+        if let Some(linear) = self.spec.head_linear().filter(|_| self.layout.config.lm_head) {
+            LinearRows::open(source, self.spec, &linear)?;
+            HeadLayer::load_without_projection(source, self.spec)?;
+            return Ok(());
+        }
+        let embedder = Embedder::load(source, self.spec, LinearSource::Mapped)?;
+        HeadLayer::load(source, self.spec, &embedder)?;
+        Ok(())
+    }
+
     /// Takes the activations through a block that an earlier run finished.
     fn replay(&mut self, ctx: &mut Ctx, layer: usize, activations: &mut Activations) -> Result<()> {
         let model = self.output.checkpoint();
         let block = Block::load(model, self.spec, layer, LinearSource::Copied)?;
         self.progress.phase("inputs");
-        activations.begin(ctx, &block, &mut self.phases);
+        activations.begin(ctx, &block, &mut self.phases)?;
         for stage in self.spec.stage_order(layer) {
             activations.advance(ctx, &block, stage, &mut self.phases)?;
         }
@@ -232,15 +263,17 @@ impl Run<'_> {
             }
         }
         let Some(activations) = activations else {
-            return stages.iter().try_for_each(|&stage| self.round_stage(&mut block, layer, stage));
+            return stages.iter().try_for_each(|&stage| {
+                self.solve_stage(&mut block, layer, stage, StageInputs::default())
+            });
         };
         if self.job.options.true_sequential {
-            activations.begin(ctx, &block, &mut self.phases);
+            activations.begin(ctx, &block, &mut self.phases)?;
             for &stage in &stages {
                 let fallback = self.job.options.moe_fallback;
                 let inputs = activations.inputs(ctx, &block, stage, fallback, &mut self.phases)?;
                 self.solve_stage(&mut block, layer, stage, inputs)?;
-                // Behind the last stage nothing is solved, but what comes out is checked.
+                // Behind the last stage of all only the head is solved, but what comes out is checked.
                 self.progress.phase("inputs");
                 activations.advance(ctx, &block, stage, &mut self.phases)?;
             }
@@ -263,17 +296,27 @@ impl Run<'_> {
             self.solve_stage(&mut block, layer, stage, inputs)?;
         }
         self.progress.phase("inputs");
-        activations.begin(ctx, &block, &mut self.phases);
+        activations.begin(ctx, &block, &mut self.phases)?;
         for &stage in &stages {
             activations.advance(ctx, &block, stage, &mut self.phases)?;
         }
         Ok(())
     }
 
-    /// The linear of a block that is run last.
-    fn last_module(&self, layer: usize) -> String {
+    /// Whether what comes out of the last block, `layer`, is all numbers.
+    fn check_outputs(
+        &mut self,
+        ctx: &mut Ctx,
+        layer: usize,
+        activations: Option<&mut Activations>,
+    ) -> Result<()> {
+        let Some(activations) = activations else { return Ok(()) };
+        if activations.is_finite(ctx, &mut self.phases)? {
+            return Ok(());
+        }
         let stages = self.spec.stage_order(layer).into_iter().rev();
         let mut linears = stages.flat_map(|stage| self.spec.stage_linears(layer, stage));
-        linears.next().map_or_else(String::new, |linear| linear.module)
+        let module = linears.next().map_or_else(String::new, |linear| linear.module);
+        Err(QuantizeError::OutputNotFinite { layer, module })
     }
 }

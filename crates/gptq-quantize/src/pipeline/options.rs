@@ -90,6 +90,11 @@ pub struct QuantizeOptions {
     pub dynamic: Dynamic,
     /// Largest size of one safetensors file, in bytes.
     pub max_shard_bytes: u64,
+    /// Quantize the head too, which must not be tied to the embedding.
+    pub lm_head: bool,
+    /// Most memory of the run, in bytes: above it the activations go to disk. The result does not
+    /// depend on it.
+    pub max_memory: Option<u64>,
     /// Replace an output directory that has content.
     pub overwrite: bool,
     /// Go on with what an interrupted run into the same directory left behind.
@@ -115,6 +120,8 @@ impl Default for QuantizeOptions {
             format: CheckpointFormat::Gptq,
             dynamic: Dynamic::default(),
             max_shard_bytes: 4 << 30,
+            lm_head: false,
+            max_memory: None,
             overwrite: false,
             resume: false,
         }
@@ -161,6 +168,7 @@ impl QuantizeOptions {
         config.act_group_aware = Some(self.act_group_aware);
         config.mse = Some(self.mse.map_or(0.0, |norm| f64::from((norm * 1000.0).round()) / 1000.0));
         config.dynamic = self.dynamic.clone();
+        config.lm_head = self.lm_head;
         config
     }
 

@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use super::Job;
 use super::journal::Journal;
 use super::layout::{Copied, Layout};
+use super::scratch::Scratch;
 use crate::error::Result;
 use crate::model_card::{CardDetails, license_of_card, model_card};
 use crate::report::{ModuleRecord, QuantReport};
@@ -72,6 +73,7 @@ impl Output {
     fn resume(mut directory: OutputDir, journal: Journal, layout: &Layout) -> Result<Self> {
         directory.keep();
         let path = directory.path();
+        Scratch::remove_left_over(path)?;
         let copied = layout.copied.iter().map(|c| c.name.clone());
         let solved =
             layout.plan.tensors().map(|t| t.name.clone()).filter(|name| {
@@ -89,7 +91,12 @@ impl Output {
         self.directory.keep();
     }
 
-    /// Blocks that were finished before this run.
+    /// The unfinished directory.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Blocks that were finished before this run; the head counts as one more.
     pub(crate) fn blocks_done(&self) -> usize {
         self.journal.blocks_done
     }

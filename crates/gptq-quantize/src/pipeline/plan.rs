@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use gptq_format::DType;
+use gptq_format::{DType, QuantizeConfig};
 use gptq_model::Spec;
 
-use super::activations::CHUNK_TOKENS;
+use super::Job;
 use super::layout::Layout;
-use super::{Job, QuantizeOptions};
+use super::memory::{Memory, total};
 use crate::calibration::{CalibrationOptions, CalibrationReport, SELF};
 use crate::error::{QuantizeError, Result};
 use crate::report::PlanSummary;
@@ -29,6 +29,10 @@ pub struct Plan {
     pub tokens: usize,
     /// What the peak of memory consists of, in bytes.
     pub memory: Vec<(&'static str, u64)>,
+    /// The settings that the checkpoint will record.
+    pub config: QuantizeConfig,
+    /// Whether the activations go to a scratch file.
+    pub(crate) spill: bool,
 }
 
 /// Plans a run without starting it.
@@ -42,39 +46,75 @@ pub fn plan(job: &Job<'_>) -> Result<Plan> {
     summarize(job, &spec, &layout)
 }
 
-pub(super) fn summarize(job: &Job<'_>, spec: &Spec, layout: &Layout) -> Result<Plan> {
+fn summarize(job: &Job<'_>, spec: &Spec, layout: &Layout) -> Result<Plan> {
     let calibration = job.calibration.filter(|_| job.options.method.needs_calibration());
     let (tokens, seqlen) = calibration.map_or((0, 0), |c| (c.report.tokens, c.report.seqlen));
     if seqlen > spec.max_positions && calibration.is_some() {
         return Err(QuantizeError::WindowTooLong { seqlen, max_positions: spec.max_positions });
     }
-    let memory = memory(job.options, spec, tokens, seqlen);
+    let memory = Memory::new(job, spec, layout, tokens, seqlen);
     // What is resident already: the program, the tokenizer, the calibration text.
     let resident = rss::current_bytes().unwrap_or(0);
-    let peak = resident + memory.iter().map(|(_, bytes)| bytes).sum::<u64>();
-    let mut all = vec![("program, tokenizer and tokens", resident)];
-    all.extend(memory);
+    let limit = job.options.max_memory;
+    let need = |spill| resident + total(&memory.peak(spill));
+    let (free, spilled) = (need(false), need(true));
+    // Few tokens gain nothing from a file.
+    let spill = limit.is_some_and(|limit| free > limit) && spilled < free;
+    let mut peak = if spill { spilled } else { free };
+    let mut parts = vec![("program, tokenizer and tokens", resident)];
+    parts.extend(memory.peak(spill).into_iter().filter(|(_, bytes)| *bytes > 0));
+    let hint = if spill { ", with the activations on disk" } else { "" };
+    check_limit(limit, peak, "the run", hint)?;
     // Writing the calibration text needs the whole model, before the run and not beside it.
     let writing = calibration
         .filter(|c| c.report.sources.iter().any(|s| s.kind == SELF))
         .map_or(0, |c| self_calibration_bytes(job, spec, &c.report));
     if writing > 0 {
-        all.push(("before the run: the model writes its text", writing));
+        parts.push(("before the run: the model writes its text", writing));
+        peak = peak.max(resident + writing);
+        check_limit(
+            limit,
+            peak,
+            "the model that writes its own calibration text",
+            "; a text file given with --calibration needs less",
+        )?;
     }
-    let peak = peak.max(resident + writing);
+    // Reading model and text may have needed more than the run will; text that the model wrote was
+    // planned before.
+    let so_far = if writing > 0 { 0 } else { rss::peak_bytes().unwrap_or(0) };
+    check_limit(limit, so_far, "reading the model and the calibration text", "")?;
     Ok(Plan {
         summary: PlanSummary {
-            peak_rss_bytes: peak,
+            peak_rss_bytes: peak.max(so_far),
             output_bytes: layout.plan.total_bytes(),
-            scratch_bytes: 0,
+            scratch_bytes: if spill { memory.scratch_bytes() } else { 0 },
             seconds: seconds(job, spec, layout, tokens, seqlen),
         },
         blocks: spec.layer_count(),
         modules: layout.modules().count(),
         bits_per_weight: layout.bits_per_weight(),
         tokens,
-        memory: all,
+        memory: parts,
+        config: layout.config.clone(),
+        spill,
     })
+}
+
+/// Refuses a limit below `bytes`, and names the least that will do, in steps of 16 MiB: what is
+/// resident differs a little from run to run.
+fn check_limit(
+    limit: Option<u64>,
+    bytes: u64,
+    what: &'static str,
+    hint: &'static str,
+) -> Result<()> {
+    match limit {
+        Some(limit) if bytes > limit => {
+            let least_mib = ((bytes >> 20) + 8).next_multiple_of(16);
+            Err(QuantizeError::Memory { limit, what, least_mib, hint })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Memory of [`crate::self_calibrate`]: all weights and the caches of a batch of windows.
@@ -93,81 +133,6 @@ fn self_calibration_bytes(job: &Job<'_>, spec: &Spec, report: &CalibrationReport
     let kv = spec.kv_bytes_per_token();
     let batch = SelfCalibration::new(windows).batch(kv).min(report.windows);
     weights + (batch * report.seqlen * kv) as u64
-}
-
-/// The largest of what blocks hold.
-#[derive(Default)]
-struct Largest {
-    /// Inputs of a stage.
-    inputs: u64,
-    /// Outputs of a stage, of all its linears.
-    outputs: u64,
-    /// Weights of a linear.
-    linear: u64,
-    /// Weights of a block.
-    block: u64,
-    /// Elements of a block's Hessians.
-    hessians: u64,
-}
-
-impl Largest {
-    fn of(spec: &Spec) -> Self {
-        let mut found = Self::default();
-        for layer in 0..spec.layer_count() {
-            let (mut block, mut hessians) = (0, 0);
-            for stage in spec.stages(layer) {
-                let inputs = stage.linears.first().map_or(0, |l| l.in_features) as u64;
-                let outputs = stage.linears.iter().map(|l| l.out_features).sum::<usize>() as u64;
-                let sizes = stage.linears.iter().map(|l| (l.in_features * l.out_features) as u64);
-                found.inputs = found.inputs.max(inputs);
-                found.outputs = found.outputs.max(outputs);
-                found.linear = found.linear.max(sizes.max().unwrap_or(0));
-                block += inputs * outputs;
-                hessians += inputs * inputs;
-            }
-            found.block = found.block.max(block);
-            found.hessians = found.hessians.max(hessians);
-        }
-        found
-    }
-}
-
-fn memory(
-    options: &QuantizeOptions,
-    spec: &Spec,
-    tokens: usize,
-    seqlen: usize,
-) -> Vec<(&'static str, u64)> {
-    const F32: u64 = 4;
-    let largest = Largest::of(spec);
-    let widest = largest.inputs;
-    let hidden = spec.hidden as u64;
-    let tokens = tokens as u64;
-    // Weights of one linear: as stored, as f32, in panels and codes of the sweep, packed twice;
-    // the error takes three float copies once the sweep has freed its own.
-    let solving = largest.linear * (2 * F32 + 3 * F32 + 2);
-    // The block's quantized linears stay until it is finished.
-    let block = largest.block * u64::from(options.bits.as_u32()) / 8;
-    let mut parts = vec![("one block and the linear being solved", block + solving)];
-    if tokens > 0 {
-        let chunk = (CHUNK_TOKENS.max(seqlen) as u64).min(tokens);
-        // Stream and stage input of every token; with experts also the MLP's input and output.
-        let experts = if spec.layers.iter().any(|layer| layer.moe) { 2 * hidden } else { 0 };
-        parts.push(("activations", tokens * (hidden + widest + experts) * F32));
-        // Outputs of a stage, the packed inputs and the cache of one chunk.
-        let kv = spec.kv_bytes_per_token() as u64 / spec.layer_count().max(1) as u64;
-        parts.push((
-            "temporaries of a chunk",
-            chunk * ((largest.outputs + 2 * widest + hidden) * F32 + kv),
-        ));
-        // H, the factor, and two matrices while it is computed.
-        // Without true-sequential order the block's Hessians exist together.
-        let others = if options.true_sequential { 0 } else { largest.hessians };
-        parts.push(("Hessian and factor", (4 * widest * widest + others) * F32));
-        // Rows of the embedding that were touched stay mapped.
-        parts.push(("embedding", (spec.vocab as u64 * hidden * 2).min(tokens * 4096)));
-    }
-    parts
 }
 
 /// A rough time from the operations and this machine's rate for products, measured on the spot.
@@ -191,6 +156,9 @@ fn seconds(job: &Job<'_>, spec: &Spec, layout: &Layout, tokens: usize, seqlen: u
         }
         let attention = spec.attention.heads * spec.attention.head_dim;
         per_token += 2.0 * (seqlen * attention) as f64;
+    }
+    if let Some(head) = spec.head_linear().filter(|_| layout.config.lm_head) {
+        per_token += (head.in_features * head.in_features) as f64;
     }
     solving + per_token * tokens as f64 / (0.75 * rate)
 }

@@ -5,6 +5,8 @@
 
 mod obq;
 
+use std::ops::Range;
+
 use gptq_compute::Pool;
 use gptq_compute::sweep::{Grid, Sweep, Swept};
 
@@ -34,19 +36,88 @@ impl Solution {
         Self { codes, scales, zeros, g_idx: g_idx.to_vec(), loss: losses.iter().sum() }
     }
 
+    /// Outputs of the linear.
+    pub fn outputs(&self) -> usize {
+        self.codes.len() / self.g_idx.len().max(1)
+    }
+
     /// The weights that the codes stand for, `[out, in]`.
     pub fn dequantize(&self) -> Vec<f32> {
-        let inputs = self.g_idx.len();
-        let outputs = self.codes.len() / inputs.max(1);
-        let mut weights = vec![0.0; self.codes.len()];
-        for (k, (row, &g)) in self.codes.chunks_exact(outputs.max(1)).zip(&self.g_idx).enumerate() {
+        self.dequantize_rows(0..self.outputs())
+    }
+
+    /// Some rows of [`Solution::dequantize`], `[rows, in]`.
+    ///
+    /// # Panics
+    /// If there are no such rows.
+    #[track_caller]
+    pub fn dequantize_rows(&self, rows: Range<usize>) -> Vec<f32> {
+        let (inputs, outputs) = (self.g_idx.len(), self.outputs());
+        let mut weights = vec![0.0; inputs * rows.len()];
+        for (k, (codes, &g)) in self.codes.chunks_exact(outputs.max(1)).zip(&self.g_idx).enumerate()
+        {
             let at = g as usize * outputs;
-            let params = self.scales[at..at + outputs].iter().zip(&self.zeros[at..at + outputs]);
-            for (n, (&q, (s, &z))) in row.iter().zip(params).enumerate() {
+            let params =
+                self.scales[at..][rows.clone()].iter().zip(&self.zeros[at..][rows.clone()]);
+            for (n, (&q, (s, &z))) in codes[rows.clone()].iter().zip(params).enumerate() {
                 weights[n * inputs + k] = s * (f32::from(q) - f32::from(z));
             }
         }
         weights
+    }
+}
+
+/// A solution that grows by parts of the outputs, which do not interact.
+#[derive(Debug)]
+pub struct Joined {
+    outputs: usize,
+    filled: usize,
+    whole: Option<Solution>,
+}
+
+impl Joined {
+    /// Nothing yet of a linear with `outputs` outputs.
+    pub fn new(outputs: usize) -> Self {
+        Self { outputs, filled: 0, whole: None }
+    }
+
+    /// Appends the solution of the outputs that come next.
+    ///
+    /// # Panics
+    /// If it has more outputs than are left, or another shape than the parts before it.
+    #[track_caller]
+    pub fn push(&mut self, part: Solution) {
+        let (outputs, filled, rows) = (self.outputs, self.filled, part.outputs());
+        self.filled += rows;
+        if rows == outputs {
+            self.whole = Some(part);
+            return;
+        }
+        let Solution { codes, scales, zeros, g_idx, loss } = part;
+        let groups = scales.len() / rows.max(1);
+        let whole = self.whole.get_or_insert_with(|| Solution {
+            codes: vec![0; g_idx.len() * outputs],
+            scales: vec![0.0; groups * outputs],
+            zeros: vec![0; groups * outputs],
+            g_idx,
+            loss: 0.0,
+        });
+        put_columns(&mut whole.codes, &codes, outputs, filled, rows);
+        put_columns(&mut whole.scales, &scales, outputs, filled, rows);
+        put_columns(&mut whole.zeros, &zeros, outputs, filled, rows);
+        whole.loss += loss;
+    }
+
+    /// The solution of all outputs; `None` while some are missing.
+    pub fn finish(self) -> Option<Solution> {
+        self.whole.filter(|_| self.filled == self.outputs)
+    }
+}
+
+/// Copies `[_, rows]` to the columns of `[_, outputs]` from `first` on.
+fn put_columns<T: Copy>(to: &mut [T], from: &[T], outputs: usize, first: usize, rows: usize) {
+    for (to, from) in to.chunks_exact_mut(outputs).zip(from.chunks_exact(rows)) {
+        to[first..first + rows].copy_from_slice(from);
     }
 }
 

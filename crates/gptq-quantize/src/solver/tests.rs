@@ -1,7 +1,7 @@
 use gptq_testkit::{Expected, fixtures};
 
 use super::*;
-use crate::hessian::{Damping, Hessian};
+use crate::hessian::{Damping, Hessian, OutputError};
 use crate::order::OrderOptions;
 
 fn grid(bits: u32, sym: bool) -> Grid {
@@ -65,7 +65,7 @@ fn equals_the_reference_implementation() {
                 .fold(0.0, f32::max);
             assert!(worst < 1e-4, "{name}: {what} differ by {worst}");
         }
-        let error = h.relative_error(&pool, &w, &s.dequantize());
+        let error = relative_error(&h, &pool, &w, &s);
         let reference = case["rel_out_err"].as_f64().unwrap();
         // Their figure is the ratio of norms or energies; either way ours must not be worse.
         assert!(
@@ -73,6 +73,12 @@ fn equals_the_reference_implementation() {
             "{name}: {error} {reference}"
         );
     }
+}
+
+fn relative_error(h: &Hessian, pool: &Pool, weights: &[f32], solution: &Solution) -> f64 {
+    let mut sum = OutputError::default();
+    h.add_error(pool, weights, solution.dequantize(), &mut sum);
+    sum.relative()
 }
 
 fn toy(outputs: usize, n: usize) -> (Vec<f32>, Hessian) {
@@ -102,7 +108,7 @@ fn obq_and_gptq_beat_rounding_and_obq_is_greedy_optimal() {
     let factor = h.factor(order, Damping { percent: 0.01, auto_increment: 0.01 });
     for bits in [2, 3, 4] {
         let g = grid(bits, true);
-        let error = |s: &Solution| h.relative_error(&pool, &w, &s.dequantize());
+        let error = |s: &Solution| relative_error(&h, &pool, &w, s);
         let r = error(&rtn(&pool, &w, n, 16, g));
         let q = error(&gptq(&pool, &w, &factor, g));
         let o = obq(&pool, &w, &factor, 16, g);
@@ -173,4 +179,35 @@ fn gauss_inverse(index: &[usize], h: impl Fn(usize, usize) -> f64) -> Vec<f64> {
         }
     }
     b
+}
+
+#[test]
+fn parts_of_the_outputs_join_to_the_whole() {
+    let (outputs, n) = (48, 32);
+    let (w, h) = toy(outputs, n);
+    let pool = Pool::new(2);
+    let order = OrderOptions {
+        group_size: 8,
+        desc_act: true,
+        act_group_aware: false,
+        static_groups: false,
+    };
+    let factor = h.factor(order, Damping { percent: 0.01, auto_increment: 0.01 });
+    let whole = gptq(&pool, &w, &factor, grid(4, false));
+    let mut joined = Joined::new(outputs);
+    for rows in [0..16, 16..17, 17..48] {
+        assert!(joined.whole.is_none() || joined.filled < outputs);
+        let part = &w[rows.start * n..rows.end * n];
+        joined.push(gptq(&pool, part, &factor, grid(4, false)));
+        let filled = joined.filled;
+        let got = joined.whole.as_ref().unwrap().dequantize_rows(rows.clone());
+        assert_eq!(got, whole.dequantize_rows(rows), "up to {filled}");
+    }
+    let joined = joined.finish().unwrap();
+    assert_eq!(
+        (&joined.codes, &joined.scales, &joined.zeros, &joined.g_idx),
+        (&whole.codes, &whole.scales, &whole.zeros, &whole.g_idx)
+    );
+    assert!((joined.loss / whole.loss - 1.0).abs() < 1e-12);
+    assert!(Joined::new(2).finish().is_none());
 }

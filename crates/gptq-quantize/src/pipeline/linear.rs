@@ -1,0 +1,186 @@
+//! One linear: read, solved, measured, packed and written, a slab of its outputs at a time.
+//!
+//! The outputs of a linear do not interact, so the codes are the same for any slabs; what has to be
+//! in memory as floats is a slab.
+
+use std::time::Instant;
+
+use gptq_compute::sweep::Grid;
+use gptq_compute::{GptqParts, Linear, Matrix, QuantizedMatrix};
+use gptq_format::{CheckpointFormat, GptqLinear, ModuleSettings};
+use gptq_model::{LinearRows, LinearSpec};
+use half::f16;
+
+use super::{Method, QuantizeOptions, Run};
+use crate::error::{QuantizeError, Result};
+use crate::hessian::{Factor, Hessian, OutputError};
+use crate::report::{ExpertRecord, ModuleRecord};
+use crate::rss;
+use crate::solver::{self, Joined, Solution};
+
+/// Weights of a slab, if that is more than half as many rows as the linear has inputs.
+const SLAB_WEIGHTS: usize = 8 << 20;
+/// Weights whose output error is computed together.
+pub(crate) const ERROR_WEIGHTS: usize = 4 << 20;
+/// Outputs that one task of the sweep takes.
+const TASK_ROWS: usize = 64;
+
+/// Outputs of a slab of a linear: enough tasks for many threads, and half the size of the Hessian or
+/// less unless that is small.
+pub(crate) fn slab_rows(inputs: usize, outputs: usize) -> usize {
+    let rows = (inputs / 2).max(SLAB_WEIGHTS / inputs.max(1));
+    rows.next_multiple_of(TASK_ROWS).min(outputs).max(1)
+}
+
+/// What a linear is solved with.
+pub(super) struct Task<'t> {
+    /// Index of its block; the number of blocks for the head.
+    pub(super) layer: usize,
+    pub(super) linear: &'t LinearSpec,
+    pub(super) settings: &'t ModuleSettings,
+    /// `None`: it is rounded to nearest.
+    pub(super) fitted: Option<(&'t Factor, &'t Hessian)>,
+    /// Of an expert: how it was calibrated.
+    pub(super) expert: Option<&'t ExpertRecord>,
+}
+
+impl Run<'_> {
+    /// Solves a linear, writes it and enters it into the report.
+    pub(super) fn solve_linear(&mut self, task: &Task<'_>) -> Result<GptqLinear> {
+        let Task { layer, linear, settings, fitted, expert } = *task;
+        let start = Instant::now();
+        let mut rows = LinearRows::open(self.job.checkpoint, self.spec, linear)?;
+        let bias = rows.take_bias();
+        let (solution, error) = self.solve_slabs(task, &rows)?;
+        drop(rows);
+        let loss = solution.loss;
+        let packed = self.phases.time("pack", || pack(linear, settings, solution, bias))?;
+        self.progress.phase("write");
+        self.phases
+            .time("write", || self.output.write_linear(&linear.module, &packed, self.layout))?;
+        let record = ModuleRecord {
+            layer,
+            module: linear.name.clone(),
+            shape: [linear.out_features, linear.in_features],
+            bits: settings.bits.as_u32(),
+            group_size: settings.group_size,
+            loss,
+            relative_output_error: fitted.map(|_| error.relative()),
+            damp_percent: fitted.map_or(0.0, |(factor, _)| factor.damp_percent),
+            damp_tries: fitted.map_or(0, |(factor, _)| factor.tries),
+            nsamples: fitted.map_or(0, |(_, hessian)| hessian.tokens() as u64),
+            expert: expert.cloned(),
+            seconds: start.elapsed().as_secs_f64(),
+            rss_bytes: rss::current_bytes(),
+        };
+        self.progress.module_done(&record);
+        self.records.push(record);
+        Ok(packed)
+    }
+
+    fn solve_slabs(
+        &mut self,
+        task: &Task<'_>,
+        rows: &LinearRows<'_>,
+    ) -> Result<(Solution, OutputError)> {
+        let Task { linear, settings, fitted, .. } = *task;
+        let (pool, method) = (self.job.pool, self.job.options.method);
+        let (inputs, outputs) = (linear.in_features, linear.out_features);
+        let v1 = self.layout.config.format == CheckpointFormat::Gptq;
+        let grid = Grid {
+            bits: settings.bits.as_u32(),
+            sym: settings.sym,
+            mse: QuantizeOptions::mse_of(settings),
+            min_zero: u8::from(v1),
+            f16_scales: true,
+        };
+        let group_size = settings.group_size;
+        let slab = slab_rows(inputs, outputs);
+        let (mut joined, mut error) = (Joined::new(outputs), OutputError::default());
+        for first in (0..outputs).step_by(slab) {
+            let range = first..(first + slab).min(outputs);
+            let weights = self.phases.time("read", || rows.read(range))?;
+            let part = self.phases.time("solve", || match (fitted, method) {
+                (Some((factor, _)), Method::Gptq) => solver::gptq(pool, &weights, factor, grid),
+                (Some((factor, _)), Method::Obq) => {
+                    solver::obq(pool, &weights, factor, group_size, grid)
+                }
+                _ => solver::rtn(pool, &weights, inputs, group_size, grid),
+            });
+            // The grid stops at the largest scale that can be stored; weights beyond it would be cut.
+            if part.scales.iter().any(|&scale| scale >= f16::MAX.to_f32()) {
+                return Err(QuantizeError::ScaleTooLarge {
+                    path: self.job.checkpoint.path.clone(),
+                    tensor: format!("{}.weight", linear.module),
+                    largest: weights.iter().fold(0.0, |largest, w| w.abs().max(largest)),
+                });
+            }
+            if let Some((_, hessian)) = fitted {
+                self.phases.time("error", || {
+                    let piece = (ERROR_WEIGHTS / inputs.max(1)).max(1);
+                    for (index, weights) in weights.chunks(piece * inputs).enumerate() {
+                        let first = index * piece;
+                        let rows = first..first + weights.len() / inputs;
+                        hessian.add_error(pool, weights, part.dequantize_rows(rows), &mut error);
+                    }
+                });
+            }
+            drop(weights);
+            joined.push(part);
+        }
+        // The slabs cover all outputs; a linear without outputs has no shape to be stored in.
+        let solution = joined.finish().ok_or_else(|| QuantizeError::Option {
+            option: "model",
+            reason: format!("{} has no outputs", linear.module),
+        })?;
+        Ok((solution, error))
+    }
+}
+
+fn pack(
+    linear: &LinearSpec,
+    settings: &ModuleSettings,
+    solution: Solution,
+    bias: Option<Vec<f32>>,
+) -> Result<GptqLinear> {
+    let Solution { codes, scales, zeros, g_idx, .. } = solution;
+    let scales = scales.into_iter().map(f16::from_f32).collect();
+    let shape = [linear.in_features, linear.out_features];
+    Ok(GptqLinear::from_codes(settings.bits, shape, &codes, scales, zeros, g_idx, bias)?)
+}
+
+/// The linear as it will be loaded from the output.
+pub(super) fn runtime_linear(module: &str, packed: GptqLinear) -> Result<Linear> {
+    let matrix = QuantizedMatrix::from_gptq(GptqParts {
+        bits: packed.bits.as_u32(),
+        in_features: packed.in_features,
+        out_features: packed.out_features,
+        qweight: &packed.qweight,
+        scales: &packed.scales,
+        zeros: &packed.zeros,
+        g_idx: &packed.g_idx,
+    })
+    .map_err(|source| QuantizeError::Compute { module: module.to_owned(), source })?;
+    // The bias as it was saved.
+    let bias = packed.bias.map(|b| b.iter().map(|&x| f16::from_f32(x).to_f32()).collect());
+    Ok(Linear { weight: Matrix::Quantized(matrix), bias })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slabs_are_whole_tasks_and_at_most_the_linear() {
+        for (inputs, outputs, rows) in [
+            (64, 256, 256),
+            (2048, 32_000, 4096),
+            (5632, 2048, 2048),
+            (11_008, 32_000, 5504),
+            (1, 7, 7),
+            (1 << 24, 3, 3),
+        ] {
+            assert_eq!(slab_rows(inputs, outputs), rows, "{inputs} x {outputs}");
+        }
+    }
+}

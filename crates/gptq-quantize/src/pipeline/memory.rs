@@ -1,0 +1,261 @@
+//! What a run holds in memory, moment by moment.
+
+use gptq_format::{Checkpoint, DType, ModuleSettings};
+use gptq_model::spec::{GateUp, Mlp, Qkv};
+use gptq_model::{BlockState, LinearSpec, Spec};
+
+use super::activations::windows_per_chunk;
+use super::layout::{Layout, linear_shape};
+use super::linear::{ERROR_WEIGHTS, slab_rows};
+use super::{Job, Method};
+
+const F32: u64 = 4;
+/// What the allocator keeps for itself, and the products' buffers of each thread.
+const ALLOCATOR: u64 = 16 << 20;
+const PER_THREAD: u64 = 4 << 20;
+/// Most that was freed between two passes and is not given back to the system: glibc keeps buffers of
+/// up to 32 MiB, of which a chunk has a few.
+const KEPT: u64 = 64 << 20;
+
+/// What is in memory at one time, by what it is for, in bytes.
+pub(crate) type Moment = Vec<(&'static str, u64)>;
+
+pub(crate) fn total(moment: &[(&'static str, u64)]) -> u64 {
+    moment.iter().map(|(_, bytes)| bytes).sum()
+}
+
+/// The needs of one job.
+pub(crate) struct Memory<'a> {
+    job: &'a Job<'a>,
+    spec: &'a Spec,
+    layout: &'a Layout,
+    /// Calibration tokens; 0 where nothing is calibrated.
+    tokens: usize,
+    chunk_tokens: usize,
+    /// Bytes of the activations of all tokens, and of a chunk.
+    activations: u64,
+    chunk: u64,
+    /// Bytes of the buffers of a chunk on its way through a block.
+    temporaries: u64,
+}
+
+/// Needs of the linears that share one input.
+#[derive(Clone, Copy)]
+struct Shared {
+    inputs: u64,
+    /// The most that solving one of them takes beside Hessian and factor.
+    solving: u64,
+}
+
+impl<'a> Memory<'a> {
+    /// The needs of `job` with so many calibration tokens in windows of `seqlen`.
+    pub(crate) fn new(
+        job: &'a Job<'a>,
+        spec: &'a Spec,
+        layout: &'a Layout,
+        tokens: usize,
+        seqlen: usize,
+    ) -> Self {
+        let chunk_tokens = (windows_per_chunk(seqlen) * seqlen).min(tokens);
+        let state = |tokens| BlockState::saved_bytes(spec, tokens) as u64;
+        Self {
+            job,
+            spec,
+            layout,
+            tokens,
+            chunk_tokens,
+            activations: state(tokens),
+            chunk: state(chunk_tokens),
+            temporaries: if tokens > 0 { temporaries(spec, chunk_tokens, seqlen) } else { 0 },
+        }
+    }
+
+    /// The moment of the run that needs most, with the activations in memory or in a scratch file.
+    pub(crate) fn peak(&self, spill: bool) -> Moment {
+        let moments = self.moments(spill).into_iter();
+        let mut peak = moments.max_by_key(|moment| total(moment)).unwrap_or_default();
+        let threads = self.job.pool.threads() as u64;
+        let kept = if spill { KEPT.min(self.chunk + self.temporaries) } else { 0 };
+        peak.push(("allocator and buffers of threads", ALLOCATOR + threads * PER_THREAD + kept));
+        peak
+    }
+
+    /// Bytes of the scratch file.
+    pub(crate) fn scratch_bytes(&self) -> u64 {
+        self.tokens.div_ceil(self.chunk_tokens.max(1)) as u64 * self.chunk
+    }
+
+    fn moments(&self, spill: bool) -> Vec<Moment> {
+        let mut moments = vec![self.embedding(spill)];
+        for layer in 0..self.spec.layer_count() {
+            let (packed, floats) = self.block(layer);
+            let stages = self.spec.stages(layer);
+            let stages: Vec<Shared> =
+                stages.iter().filter_map(|s| self.shared(&s.linears)).collect();
+            // Without true-sequential order the Hessians of a block exist together, and its floats
+            // beside its codes.
+            let (block, others) = if self.job.options.true_sequential || self.tokens == 0 {
+                (packed, 0)
+            } else {
+                let hessians = stages.iter().map(|s| s.inputs * s.inputs * F32);
+                (packed + floats, hessians.sum())
+            };
+            let kept = vec![("block", block), ("Hessians of a block", others)];
+            let mut moment = self.with_activations(spill, kept);
+            if spill {
+                moment.push(("temporaries of a chunk", self.temporaries));
+            }
+            if !self.job.options.true_sequential {
+                moment.push(("copy of a chunk", self.chunk));
+            }
+            moments.push(moment);
+            for stage in stages {
+                moments.extend(self.solving(spill, stage, block, others));
+            }
+        }
+        if let Some(head) = self.spec.head_linear().filter(|_| self.layout.config.lm_head)
+            && let Some(shared) = self.shared(&[head])
+        {
+            moments.extend(self.solving(spill, shared, 0, 0));
+        }
+        moments
+    }
+
+    /// The first moment: the head is checked, tokens are looked up.
+    fn embedding(&self, spill: bool) -> Moment {
+        let Spec { vocab, base, embedding, .. } = self.spec;
+        let size = (vocab * embedding.width) as u64;
+        let info = self.job.checkpoint.tensors.info(&format!("{base}{}.weight", embedding.name));
+        if !matches!(info.map(|i| i.dtype), Ok(DType::F16 | DType::BF16 | DType::F32)) {
+            // Types that have to be widened are in memory twice while they are, and the head with
+            // them; the activations are not there yet.
+            let tables = if self.spec.head.tied { 2 } else { 3 };
+            return vec![("embedding and head", tables * F32 * size)];
+        }
+        let table = if self.tokens > 0 { 2 * size } else { 0 };
+        self.with_activations(spill, vec![("embedding", table)])
+    }
+
+    /// Sum over the inputs of a stage, its factor, and the solution of its linears.
+    fn solving(&self, spill: bool, stage: Shared, block: u64, others: u64) -> [Moment; 3] {
+        let matrix = stage.inputs * stage.inputs * F32;
+        let kept = vec![("block", block), ("Hessians of a block", others)];
+        let solve = ("linear being solved", stage.solving);
+        if self.tokens == 0 {
+            return [vec![("block", block), solve], Vec::new(), Vec::new()];
+        }
+        let mut sum = self.with_activations(spill, kept.clone());
+        let chunk = self.chunk_tokens as u64;
+        sum.extend([("Hessian", matrix), ("input of a chunk", chunk * stage.inputs * F32)]);
+        // Between passes no chunk of spilled activations is in memory, nor its temporaries.
+        let between = if spill { kept } else { self.with_activations(false, kept) };
+        let mut factor = between.clone();
+        // H, H in the order of the sweep, and its inverse.
+        factor.push(("Hessian and factor", 3 * matrix));
+        let mut solved = between;
+        let inverse = match self.job.options.method {
+            // Every row starts from a copy of the inverse.
+            Method::Obq => (1 + self.job.pool.threads() as u64) * matrix,
+            Method::Gptq | Method::Rtn => 0,
+        };
+        solved.extend([("Hessian and factor", 2 * matrix + inverse), solve]);
+        [sum, factor, solved]
+    }
+
+    /// Adds what the activations take: all of them with the buffers that stay between passes, or one
+    /// chunk.
+    fn with_activations(&self, spill: bool, mut moment: Moment) -> Moment {
+        if self.tokens > 0 && spill {
+            moment.push(("activations of a chunk", self.chunk));
+        } else if self.tokens > 0 {
+            moment.push(("activations", self.activations));
+            moment.push(("temporaries of a chunk", self.temporaries));
+        }
+        moment
+    }
+
+    /// Needs of the quantized ones among linears with one input; `None` if there are none.
+    fn shared(&self, linears: &[LinearSpec]) -> Option<Shared> {
+        let solving = |l: &LinearSpec| Some(self.linear(l, self.layout.settings(&l.module)?));
+        let solving = linears.iter().filter_map(solving).max()?;
+        Some(Shared { inputs: linears.first()?.in_features as u64, solving })
+    }
+
+    /// The most that solving one linear takes.
+    fn linear(&self, linear: &LinearSpec, settings: &ModuleSettings) -> u64 {
+        let (inputs, outputs) = (linear.in_features as u64, linear.out_features as u64);
+        let all = inputs * outputs;
+        // Turned weights are read as a whole.
+        let (turning, turned) = if linear.transposed { (2 * F32 * all, F32 * all) } else { (0, 0) };
+        let slab = slab_rows(linear.in_features, linear.out_features) as u64 * inputs;
+        let joined = if slab < all { all } else { 0 };
+        // Weights, codes, and either weights without dead inputs or three copies of some rows.
+        let piece = slab.min(ERROR_WEIGHTS as u64);
+        let rows_of_tasks = self.job.pool.threads() as u64 * 64 * inputs * 12;
+        let slabs =
+            turned + joined + slab * (F32 + 1) + (F32 * slab + rows_of_tasks).max(3 * F32 * piece);
+        let packed = packed_bytes(linear, settings);
+        // Codes while they are packed; then the packed codes, as stored, and as they are used.
+        turning.max(slabs).max(all + packed).max(3 * packed)
+    }
+
+    /// Bytes of a finished block, and of its quantized linears as floats.
+    fn block(&self, layer: usize) -> (u64, u64) {
+        let (mut finished, mut floats) = (0, 0);
+        for linear in self.spec.stages(layer).iter().flat_map(|stage| &stage.linears) {
+            let size = (linear.in_features * linear.out_features) as u64;
+            match self.layout.settings(&linear.module) {
+                Some(settings) => {
+                    finished += packed_bytes(linear, settings);
+                    floats += size * float_bytes(self.job.checkpoint, linear);
+                }
+                None if linear.transposed => finished += F32 * size,
+                None => finished += 2 * size,
+            }
+        }
+        (finished, floats)
+    }
+}
+
+/// Bytes of the buffers of a chunk on its way through a block.
+fn temporaries(spec: &Spec, chunk_tokens: usize, seqlen: usize) -> u64 {
+    let Spec { hidden, attention, mlp, moe, .. } = spec;
+    let attended = attention.q_width() + 2 * attention.kv_width();
+    let forms = moe.iter().flat_map(|moe| {
+        [Some(moe.expert), moe.shared.map(|shared| shared.mlp)].into_iter().flatten()
+    });
+    // `wide`, `gate` and `out` of the widest form of MLP, which the attention uses too.
+    let widths = |mlp: &Mlp| match mlp {
+        Mlp::Gated { gate_up: GateUp::Fused(_), width, .. } => (2 * width, *width, *width),
+        Mlp::Gated { width, .. } | Mlp::Plain { width, .. } => (*width, *width, 0),
+    };
+    let (mut wide, mut gate, mut out) = widths(mlp);
+    for (w, g, o) in forms.map(|form| widths(&form)) {
+        (wide, gate, out) = (wide.max(w), gate.max(g), out.max(o));
+    }
+    if let Qkv::Fused { .. } = attention.qkv {
+        wide = wide.max(attended);
+    }
+    let widest = (*hidden).max(gate).max(attention.q_width());
+    let columns = attended + wide.max(*hidden) + gate + out.max(*hidden) + widest + hidden;
+    let kv = 2 * attention.kv_width().next_multiple_of(16);
+    // A window's cache grows by whole blocks of positions.
+    let positions = windows_per_chunk(seqlen) * seqlen.next_multiple_of(64);
+    (chunk_tokens * columns + positions * kv) as u64 * F32
+}
+
+/// Codes, scales, zero points and indices of a quantized linear.
+fn packed_bytes(linear: &LinearSpec, settings: &ModuleSettings) -> u64 {
+    let (inputs, outputs) = (linear.in_features as u64, linear.out_features as u64);
+    let groups = linear_shape(settings, linear).groups() as u64;
+    inputs * outputs * u64::from(settings.bits.as_u32()) / 8 + groups * outputs * 3 + inputs * F32
+}
+
+/// Bytes of a float weight when it is loaded for computing.
+fn float_bytes(checkpoint: &Checkpoint, linear: &LinearSpec) -> u64 {
+    let info = checkpoint.tensors.info(&format!("{}.weight", linear.module));
+    match info.map(|info| info.dtype) {
+        Ok(DType::F16 | DType::BF16) if !linear.transposed => 2,
+        _ => F32,
+    }
+}
