@@ -346,7 +346,7 @@ fn a_full_disk_at_the_start_and_at_the_end_of_a_run() {
     for (bytes, blocks) in [
         (at_start / 4, 0),
         (at_start - 1024, 0),
-        (at_start.midpoint(at_end), 17),
+        (u64::midpoint(at_start, at_end), 17),
         (at_end - 1024, 17),
     ] {
         // In units of 512 bytes.
