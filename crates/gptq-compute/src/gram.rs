@@ -38,6 +38,16 @@ impl Gram {
     /// If the width differs.
     #[track_caller]
     pub fn accumulate(&mut self, pool: &Pool, x: &Tensor) {
+        self.emphasize(pool, x);
+        self.rows += x.rows();
+    }
+
+    /// Adds xᵀx of rows that were counted already, to give them more weight.
+    ///
+    /// # Panics
+    /// If the width differs.
+    #[track_caller]
+    pub fn emphasize(&mut self, pool: &Pool, x: &Tensor) {
         assert_eq!(x.cols(), self.width, "width of the Gram matrix");
         if x.rows() == 0 {
             return;
@@ -63,7 +73,6 @@ impl Gram {
                 );
             }
         });
-        self.rows += x.rows();
     }
 
     /// The full symmetric matrix `[width, width]`, every element multiplied by `factor`.

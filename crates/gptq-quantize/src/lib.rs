@@ -19,6 +19,7 @@ pub mod report;
 pub mod rss;
 pub mod self_calibration;
 pub mod solver;
+mod token_weights;
 
 pub use calibration::{CalibrationOptions, CalibrationReport, CalibrationSet, CalibrationSource};
 pub use error::{QuantizeError, Result};
@@ -28,3 +29,4 @@ pub use pipeline::{
 pub use progress::Progress;
 pub use report::{ModuleRecord, QuantReport};
 pub use self_calibration::{SelfCalibration, self_calibrate};
+pub use token_weights::TokenWeights;

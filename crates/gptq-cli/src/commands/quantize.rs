@@ -13,7 +13,8 @@ use gptq_quantize::calibration::SourceReport;
 use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
     CalibrationOptions, CalibrationReport, CalibrationSet, CalibrationSource, Method, MoeFallback,
-    Plan, QuantizeOptions, SelfCalibration, plan, quantize_as_planned, self_calibrate,
+    Plan, QuantizeOptions, SelfCalibration, TokenWeights, plan, quantize_as_planned,
+    self_calibrate,
 };
 use serde_json::json;
 
@@ -79,6 +80,11 @@ pub(crate) struct Args {
     /// quarter of its inputs: round it to nearest, or solve it on all tokens.
     #[arg(long, value_enum, default_value_t = MoeFallbackArg::Rtn)]
     moe_fallback: MoeFallbackArg,
+    /// How much each calibration token counts: all the same as in the paper, or balanced: the first
+    /// token of a window, to which all others attend, counts for a quarter of it in the inputs of
+    /// q, k and v; inputs of the output and down projections count by direction, not by size.
+    #[arg(long, value_enum, default_value_t = TokenWeightsArg::Balanced)]
+    token_weights: TokenWeightsArg,
     /// Calibration text (.txt, .jsonl, .parquet; several are mixed), or `self`: the model writes it.
     #[arg(long, value_name = "FILE|self", default_value = "self", num_args = 1)]
     calibration: Vec<String>,
@@ -142,6 +148,12 @@ enum MoeFallbackArg {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum TokenWeightsArg {
+    Uniform,
+    Balanced,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum FormatArg {
     Gptq,
     #[value(name = "gptq_v2")]
@@ -184,6 +196,10 @@ impl Args {
             moe_fallback: match self.moe_fallback {
                 MoeFallbackArg::Rtn => MoeFallback::Rtn,
                 MoeFallbackArg::AllTokens => MoeFallback::AllTokens,
+            },
+            token_weights: match self.token_weights {
+                TokenWeightsArg::Uniform => TokenWeights::Uniform,
+                TokenWeightsArg::Balanced => TokenWeights::Balanced,
             },
             format: match self.format {
                 FormatArg::Gptq => CheckpointFormat::Gptq,

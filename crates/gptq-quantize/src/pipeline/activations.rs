@@ -13,6 +13,7 @@ use super::{MoeFallback, Phases};
 use crate::calibration::CalibrationSet;
 use crate::error::Result;
 use crate::report::ExpertRecord;
+use crate::token_weights::{RowWeights, TokenWeights};
 
 /// Tokens of a chunk: enough rows for the products to run at full rate, few enough for the
 /// temporaries of a chunk to stay small. The same wherever the chunks are kept, because sums and the
@@ -37,6 +38,7 @@ pub(crate) struct Activations {
     chunks: Vec<Vec<Range<usize>>>,
     states: States,
     spec: Arc<Spec>,
+    weights: TokenWeights,
 }
 
 impl Activations {
@@ -46,6 +48,7 @@ impl Activations {
         checkpoint: &Checkpoint,
         spec: &Arc<Spec>,
         set: &CalibrationSet,
+        weights: TokenWeights,
         spill: Option<&Path>,
     ) -> Result<Self> {
         // Copied: mapped, the rows that are looked up would stay resident for the whole run.
@@ -76,7 +79,7 @@ impl Activations {
             });
             chunks.push(rows.collect());
         }
-        Ok(Self { chunks, states, spec: Arc::clone(spec) })
+        Ok(Self { chunks, states, spec: Arc::clone(spec), weights })
     }
 
     /// Shows the state of each chunk with its windows. What `visit` changes is kept only with `keep`;
@@ -109,6 +112,12 @@ impl Activations {
         Ok(())
     }
 
+    /// An empty sum over the inputs of `stage`.
+    fn sum(&self, stage: Stage) -> Sum {
+        let weights = self.weights.rows(stage, self.spec.attention.causal);
+        Sum { weights, ..Sum::default() }
+    }
+
     /// Keys and values of a chunk's windows.
     fn caches(&self) -> Vec<LayerKv> {
         let attention = &self.spec.attention;
@@ -138,14 +147,14 @@ impl Activations {
         fallback: MoeFallback,
         phases: &mut Phases,
     ) -> Result<StageInputs> {
-        let mut sum = Sum::default();
-        self.pass(ctx, phases, false, |ctx, state, _, phases| {
-            phases.time("hessian", || sum.add(ctx, &state.input));
+        let mut sum = self.sum(stage);
+        self.pass(ctx, phases, false, |ctx, state, windows, phases| {
+            phases.time("hessian", || sum.add(ctx, &state.input, windows));
             Ok(())
         })?;
         if sum.unrouted(stage, fallback) {
             sum.gram = None;
-            let mut all = Sum::default();
+            let mut all = self.sum(stage);
             self.pass(ctx, phases, false, |ctx, state, _, phases| {
                 all.add_unrouted(ctx, block, stage, state, phases)
             })?;
@@ -187,17 +196,17 @@ impl Activations {
         fallback: MoeFallback,
         phases: &mut Phases,
     ) -> Result<Vec<StageInputs>> {
-        let mut sums: Vec<Sum> = block.stages().iter().map(|_| Sum::default()).collect();
-        self.walk(ctx, block, phases, |ctx, index, state, phases| {
-            phases.time("hessian", || sums[index].add(ctx, &state.input));
+        let mut sums: Vec<Sum> = block.stages().iter().map(|&stage| self.sum(stage)).collect();
+        self.walk(ctx, block, phases, |ctx, index, state, windows, phases| {
+            phases.time("hessian", || sums[index].add(ctx, &state.input, windows));
             Ok(())
         })?;
         let stages = block.stages();
         let starved: Vec<bool> =
             stages.iter().zip(&sums).map(|(&stage, sum)| sum.unrouted(stage, fallback)).collect();
         if starved.contains(&true) {
-            let mut all: Vec<Sum> = stages.iter().map(|_| Sum::default()).collect();
-            self.walk(ctx, block, phases, |ctx, index, state, phases| {
+            let mut all: Vec<Sum> = stages.iter().map(|&stage| self.sum(stage)).collect();
+            self.walk(ctx, block, phases, |ctx, index, state, _, phases| {
                 if starved[index] {
                     all[index].add_unrouted(ctx, block, stages[index], state, phases)?;
                 }
@@ -217,14 +226,14 @@ impl Activations {
         ctx: &mut Ctx,
         block: &Block,
         phases: &mut Phases,
-        mut visit: impl FnMut(&mut Ctx, usize, &BlockState, &mut Phases) -> Result<()>,
+        mut visit: impl FnMut(&mut Ctx, usize, &BlockState, &[Range<usize>], &mut Phases) -> Result<()>,
     ) -> Result<()> {
         let mut caches = self.caches();
         self.pass(ctx, phases, false, |ctx, state, windows, phases| {
             let mut state = BlockState::new(state.hidden.clone());
             phases.time("inputs", || block.begin(ctx, &mut state));
             for (index, &stage) in block.stages().iter().enumerate() {
-                visit(ctx, index, &state, phases)?;
+                visit(ctx, index, &state, windows, phases)?;
                 phases
                     .time("inputs", || run(ctx, block, stage, &mut state, windows, &mut caches))?;
             }
@@ -242,7 +251,7 @@ impl Activations {
         let (mut sum, mut normalized) = (Sum::default(), Tensor::default());
         self.pass(ctx, phases, false, |ctx, state, _, phases| {
             phases.time("inputs", || head.normalize(ctx, &state.hidden, &mut normalized));
-            phases.time("hessian", || sum.add(ctx, &normalized));
+            phases.time("hessian", || sum.add(ctx, &normalized, &[]));
             Ok(())
         })?;
         Ok(StageInputs { gram: sum.gram, expert: None })
@@ -261,6 +270,7 @@ pub(crate) struct StageInputs {
 /// XᵀX of a stage's inputs as it grows.
 #[derive(Default)]
 struct Sum {
+    weights: RowWeights,
     gram: Option<Gram>,
     /// Tokens that went to the stage, and its inputs.
     tokens: usize,
@@ -268,8 +278,9 @@ struct Sum {
 }
 
 impl Sum {
-    fn add(&mut self, ctx: &Ctx, input: &Tensor) {
-        self.gram.get_or_insert_with(|| Gram::new(input.cols())).accumulate(&ctx.pool, input);
+    fn add(&mut self, ctx: &Ctx, input: &Tensor, windows: &[Range<usize>]) {
+        let gram = self.gram.get_or_insert_with(|| Gram::new(input.cols()));
+        self.weights.accumulate(gram, &ctx.pool, input, windows);
         self.tokens += input.rows();
         self.width = input.cols();
     }
@@ -285,7 +296,7 @@ impl Sum {
     ) -> Result<()> {
         let mut input = Tensor::default();
         phases.time("inputs", || block.unrouted_input(ctx, stage, state, &mut input))?;
-        phases.time("hessian", || self.add(ctx, &input));
+        phases.time("hessian", || self.add(ctx, &input, &[]));
         Ok(())
     }
 

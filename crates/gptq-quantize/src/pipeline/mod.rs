@@ -186,7 +186,8 @@ impl Run<'_> {
                 let model = self.output.checkpoint();
                 let directory = spill.then(|| self.output.directory());
                 Some(self.phases.time("inputs", || {
-                    Activations::embed(&mut ctx, model, self.spec, set, directory)
+                    let weights = self.job.options.token_weights;
+                    Activations::embed(&mut ctx, model, self.spec, set, weights, directory)
                 })?)
             }
             _ => None,

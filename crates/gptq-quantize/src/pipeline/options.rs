@@ -3,6 +3,7 @@
 use gptq_format::{Bits, CheckpointFormat, Dynamic, ModuleSettings, QuantizeConfig};
 
 use crate::error::{QuantizeError, Result};
+use crate::token_weights::TokenWeights;
 
 /// How weights become codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,6 +85,8 @@ pub struct QuantizeOptions {
     pub true_sequential: bool,
     /// What is done with an expert that too few tokens were routed to.
     pub moe_fallback: MoeFallback,
+    /// How much each calibration token counts.
+    pub token_weights: TokenWeights,
     /// Zero-point convention of the output.
     pub format: CheckpointFormat,
     /// Per-module overrides.
@@ -117,6 +120,7 @@ impl Default for QuantizeOptions {
             mse: None,
             true_sequential: true,
             moe_fallback: MoeFallback::default(),
+            token_weights: TokenWeights::default(),
             format: CheckpointFormat::Gptq,
             dynamic: Dynamic::default(),
             max_shard_bytes: 4 << 30,
