@@ -4,7 +4,7 @@
 //! [`Tensor`]s ([`linear`], [`norm`], [`rope`], [`attention()`], …) and the numerical core of GPTQ
 //! ([`Gram`], [`cholesky`], [`sweep`]). Every operation is written once over the
 //! [`arch::Simd`] trait and instantiated per instruction set; the set is chosen once per process
-//! ([`arch::isa`], overridable with `GPTQ_ISA=scalar|avx2|avx512`).
+//! ([`arch::isa`], overridable with `GPTQ_ISA`, see [`arch::Isa::name`]).
 //!
 //! Results never depend on the number of threads: work is cut into pieces whose boundaries depend
 //! on the shapes alone, and every piece is computed by one thread from start to end.
@@ -53,6 +53,6 @@ pub use loss::{Divergence, argmax, cross_entropy, kl_divergence};
 pub use matrix::{DenseMatrix, DenseType, Linear, Matrix, SharedBytes};
 pub use norm::{Norm, NormKind, norm, norm_heads};
 pub use pool::Pool;
-pub use quantized::{GptqParts, QuantizedMatrix};
+pub use quantized::{Activations, GptqParts, QuantizedMatrix};
 pub use rope::{RopeStyle, RopeTable, rope};
 pub use tensor::Tensor;

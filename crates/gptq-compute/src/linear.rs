@@ -6,27 +6,42 @@ use crate::arch::{Isa, isa};
 use crate::gemm::gemm_nt;
 use crate::matrix::{Linear, Matrix};
 use crate::pool::Pool;
-use crate::quantized::{Out, QuantizedMatrix, heights, pack_input, run_tile};
+use crate::quantized::{
+    Activations, FloatTile, Heights, Int8Input, Int8Tile, Out, QuantizedMatrix, STRIP,
+    float_heights, int8_heights, pack_floats, token_floats,
+};
 use crate::tensor::{RawSlice, Tensor};
 
-/// Panels of 16 outputs that one task computes.
-const PANELS: usize = 4;
-/// Tiles of tokens that one task computes: the packed inputs of eight tiles stay in the second
-/// level cache while the panels pass by.
+/// Tasks per thread: enough that a thread which the system takes away does not hold up the others,
+/// few enough that each streams a long run of weights.
+const TASKS: usize = 8;
+/// Tiles of f32 tokens that one task computes: their inputs stay in the second level cache while
+/// the strips pass by.
 const TILES: usize = 8;
+/// Tokens of one task in int8.
+const TOKENS: usize = 256;
+/// Floats of input from which on it is worth waking the threads to quantize them.
+const PARALLEL: usize = 32 << 10;
 
-/// Buffers that operations reuse between calls.
+/// Buffers that operations reuse between calls, and how they compute.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    packed: Vec<f32>,
+    activations: Activations,
+    floats: Vec<f32>,
+    int8: Int8Input,
 }
 
-/// One quantized layer of a call, with its place in the list of tasks.
-struct Job<'a> {
-    matrix: &'a QuantizedMatrix,
-    bias: Option<&'a [f32]>,
-    out: RawSlice,
-    tasks: Range<usize>,
+impl Scratch {
+    /// Chooses how quantized layers take their input from now on. Dense layers are always
+    /// computed in f32.
+    pub fn set_activations(&mut self, activations: Activations) {
+        self.activations = activations;
+    }
+
+    /// How quantized layers take their input.
+    pub fn activations(&self) -> Activations {
+        self.activations
+    }
 }
 
 /// y_i = x W_iᵀ + b_i for all layers, which share the input `x` `[tokens, in]`; outputs are resized
@@ -60,7 +75,7 @@ pub(crate) fn linear_on(
             }
             Matrix::Quantized(w) => {
                 let same = |l: &Linear| matches!(&l.weight, Matrix::Quantized(v) if v.layout() == w.layout());
-                let len = jobs[start..].iter().take_while(|j| same(j.0)).count();
+                let len = jobs[start..].iter().take_while(|j| same(j.0)).take(JOBS).count();
                 quantized(isa, pool, x, &mut jobs[start..start + len], scratch);
                 start += len;
             }
@@ -68,13 +83,32 @@ pub(crate) fn linear_on(
     }
 }
 
-/// Tile `index` of `tokens` rows: first row, rows, height.
-fn tile(heights: &[usize], tokens: usize, index: usize) -> (usize, usize, usize) {
-    let first = index * heights[0];
-    let rows = heights[0].min(tokens - first);
-    // The smallest height that holds the rest.
-    let height = heights.iter().copied().filter(|&h| h >= rows).min().unwrap_or(heights[0]);
-    (first, rows, height)
+/// Layers that one pass computes, at most.
+const JOBS: usize = 4;
+
+/// One quantized layer of a call.
+struct Job<'a> {
+    matrix: &'a QuantizedMatrix,
+    bias: Option<&'a [f32]>,
+    out: RawSlice,
+    /// Its strips among those of all jobs.
+    strips: Range<usize>,
+}
+
+impl Job<'_> {
+    /// The elements of `rows` tokens in one strip.
+    fn out(&self, strip: usize, first: usize, rows: usize) -> Out<'_> {
+        let n = self.matrix.out_features();
+        let column = strip * STRIP;
+        let columns = STRIP.min(n - column);
+        Out {
+            ptr: self.out.at(first * n + column, (rows - 1) * n + columns),
+            stride: n,
+            rows,
+            columns,
+            bias: self.bias.map(|b| &b[column..column + columns]),
+        }
+    }
 }
 
 #[track_caller]
@@ -85,79 +119,125 @@ fn quantized(
     jobs: &mut [(&Linear, &mut Tensor)],
     scratch: &mut Scratch,
 ) {
-    let heights = heights(isa);
     let tokens = x.rows();
-    let tiles = tokens.div_ceil(heights[0]);
-    let tile_tasks = tiles.div_ceil(TILES);
-    let mut list: [Option<Job<'_>>; 4] = [const { None }; 4];
-    if jobs.len() > list.len() {
-        let (head, tail) = jobs.split_at_mut(list.len());
-        quantized(isa, pool, x, head, scratch);
-        quantized(isa, pool, x, tail, scratch);
-        return;
-    }
-    let mut tasks = 0;
+    let mut strips = 0;
+    let mut list: [Option<Job<'_>>; JOBS] = [const { None }; JOBS];
     for (slot, (linear, y)) in list.iter_mut().zip(jobs.iter_mut()) {
         let Matrix::Quantized(matrix) = &linear.weight else { unreachable!("selected above") };
         let n = matrix.out_features();
         assert_eq!(x.cols(), matrix.in_features(), "input width");
         assert!(linear.bias.as_ref().is_none_or(|b| b.len() == n), "bias width");
         y.resize(tokens, n);
-        let count = matrix.panels().div_ceil(PANELS) * tile_tasks;
         *slot = Some(Job {
             matrix,
             bias: linear.bias.as_deref(),
             out: RawSlice::new(y.as_mut_slice()),
-            tasks: tasks..tasks + count,
+            strips: strips..strips + matrix.strips(),
         });
-        tasks += count;
+        strips += matrix.strips();
     }
-    let Some(first) = &list[0] else { return };
-    if tokens == 0 {
+    if tokens == 0 || strips == 0 {
         return;
     }
+    let pass = Pass { isa, pool, x, jobs: &list, strips };
+    match scratch.activations {
+        Activations::F32 => pass.float(&mut scratch.floats),
+        Activations::Int8 => pass.int8(&mut scratch.int8),
+    }
+}
 
-    // A single token needs no packing unless its columns move or are summed for zero points.
-    let layout = first.matrix.layout();
-    let packed_len = layout.packed_len();
-    let plain = tokens == 1 && list.iter().flatten().all(|j| j.matrix.reads_plain_input());
-    let at = |index: usize| index * heights[0] * packed_len;
-    let packed: &[f32] = if plain {
-        x.as_slice()
-    } else {
-        let (last, _, height) = tile(heights, tokens, tiles - 1);
-        let size = (last + height) * packed_len;
-        if scratch.packed.len() < size {
-            scratch.packed.resize(size, 0.0);
-        }
-        let raw = RawSlice::new(&mut scratch.packed);
-        pool.run(tiles, &|index| {
-            let (first, rows, height) = tile(heights, tokens, index);
-            // SAFETY: tiles occupy disjoint ranges.
-            let out = unsafe { raw.range(at(index), height * packed_len) };
-            pack_input(layout, x, first, rows, height, out);
-        });
-        &scratch.packed
-    };
+/// Tile `index` of `tokens` rows: first row, rows, height.
+fn tile(heights: Heights, tokens: usize, index: usize) -> (usize, usize, usize) {
+    let first = index * heights[0];
+    let rows = heights[0].min(tokens - first);
+    // The smallest height that holds the rest.
+    let height = heights.iter().copied().filter(|&h| h >= rows).min().unwrap_or(heights[0]);
+    (first, rows, height)
+}
 
-    pool.run(tasks, &|task| {
-        // The ranges of the jobs cover all tasks.
-        let Some(job) = list.iter().flatten().find(|j| j.tasks.contains(&task)) else {
-            return;
-        };
-        let local = task - job.tasks.start;
-        let (chunk, tile_task) = (local / tile_tasks, local % tile_tasks);
-        let n = job.matrix.out_features();
-        let panels = chunk * PANELS..((chunk + 1) * PANELS).min(job.matrix.panels());
-        for index in tile_task * TILES..((tile_task + 1) * TILES).min(tiles) {
-            let (first, rows, height) = tile(heights, tokens, index);
-            // SAFETY: the input was packed for this layout and height; the columns of these
-            // panels in these rows belong to this task alone, and `out` holds tokens * n floats.
-            unsafe {
-                let ptr = job.out.at(first * n, rows * n);
-                let out = Out { ptr, stride: n, rows, bias: job.bias };
-                run_tile(isa, job.matrix, panels.clone(), &packed[at(index)..], height, out);
+/// Quantized layers with equal input layouts.
+struct Pass<'a> {
+    isa: Isa,
+    pool: &'a Pool,
+    x: &'a Tensor,
+    jobs: &'a [Option<Job<'a>>; JOBS],
+    /// Strips of all jobs.
+    strips: usize,
+}
+
+impl Pass<'_> {
+    /// Calls `task(job, strip, piece)` for all strips and all `pieces` of the tokens.
+    fn spread(&self, pieces: usize, task: &(dyn Fn(&Job<'_>, usize, usize) + Sync)) {
+        // Neighbouring strips go to the same thread. Results do not depend on this.
+        let run = (self.strips * pieces / (self.pool.threads() * TASKS)).max(1);
+        let runs = self.strips.div_ceil(run);
+        self.pool.run(runs * pieces, &|index| {
+            let (first, piece) = (index / pieces * run, index % pieces);
+            for strip in first..(first + run).min(self.strips) {
+                // The ranges of the jobs cover all strips.
+                let job = self.jobs.iter().flatten().find(|j| j.strips.contains(&strip));
+                if let Some(job) = job {
+                    task(job, strip - job.strips.start, piece);
+                }
             }
-        }
-    });
+        });
+    }
+
+    fn float(&self, buffer: &mut Vec<f32>) {
+        let Some(Job { matrix: first, .. }) = &self.jobs[0] else { return };
+        let (isa, x, tokens) = (self.isa, self.x, self.x.rows());
+        let heights = float_heights(isa);
+        let tiles = tokens.div_ceil(heights[0]);
+        let layout = first.layout();
+        let token_len = token_floats(layout);
+        let matrices = || self.jobs.iter().flatten().map(|j| j.matrix);
+        let at = |index: usize| index * heights[0] * token_len;
+        // A single token needs no packing unless its inputs move or are summed for zero points.
+        let packed = if tokens == 1 && matrices().all(QuantizedMatrix::reads_plain_input) {
+            x.as_slice()
+        } else {
+            let (last, _, height) = tile(heights, tokens, tiles - 1);
+            let size = (last + height) * token_len;
+            if buffer.len() < size {
+                buffer.resize(size, 0.0);
+            }
+            let raw = RawSlice::new(buffer);
+            let sums = matrices().any(QuantizedMatrix::is_asymmetric);
+            self.pool.run(tiles, &|index| {
+                let rows = tile(heights, tokens, index);
+                // SAFETY: tiles occupy disjoint ranges.
+                let out = unsafe { raw.range(at(index), rows.2 * token_len) };
+                pack_floats(layout, x, rows, sums, out);
+            });
+            buffer
+        };
+        self.spread(tiles.div_ceil(TILES), &|job, strip, piece| {
+            for index in piece * TILES..((piece + 1) * TILES).min(tiles) {
+                let (first, rows, height) = tile(heights, tokens, index);
+                let (x, out) = (&packed[at(index)..], job.out(strip, first, rows));
+                // SAFETY: the elements of this strip and these rows belong to this task alone.
+                unsafe { FloatTile { matrix: job.matrix, strip, x, height, out }.run(isa) };
+            }
+        });
+    }
+
+    fn int8(&self, input: &mut Int8Input) {
+        let Some(Job { matrix: first, .. }) = &self.jobs[0] else { return };
+        let (isa, tokens) = (self.isa, self.x.rows());
+        let parallel = tokens > 1 && tokens * self.x.cols() >= PARALLEL;
+        input.fill(isa, parallel.then_some(self.pool), first.layout(), self.x);
+        let input = &*input;
+        let heights = int8_heights(isa);
+        self.spread(tokens.div_ceil(TOKENS), &|job, strip, piece| {
+            let start = piece * TOKENS;
+            let tokens = TOKENS.min(tokens - start);
+            for index in 0..tokens.div_ceil(heights[0]) {
+                let (first, rows, height) = tile(heights, tokens, index);
+                let (token, x) = (start + first, input);
+                let out = job.out(strip, token, rows);
+                // SAFETY: the elements of this strip and these rows belong to this task alone.
+                unsafe { Int8Tile { matrix: job.matrix, strip, x, token, height, out }.run(isa) };
+            }
+        });
+    }
 }

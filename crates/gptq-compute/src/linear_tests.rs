@@ -5,7 +5,7 @@ use half::f16;
 
 use crate::arch::Isa;
 use crate::linear::linear_on;
-use crate::{GptqParts, Linear, Matrix, Pool, QuantizedMatrix, Scratch, Tensor};
+use crate::{Activations, GptqParts, Linear, Matrix, Pool, QuantizedMatrix, Scratch, Tensor};
 
 struct Random(u64);
 
@@ -25,6 +25,35 @@ struct Case {
     linear: Linear,
     /// Dequantized weights `[out, in]`.
     dense: Vec<f32>,
+    /// Inputs of each group.
+    groups: Vec<Vec<usize>>,
+}
+
+impl Case {
+    /// `x` as the kernels take it.
+    fn input(&self, activations: Activations, x: &[f32]) -> Vec<f64> {
+        let mut taken: Vec<f64> = x.iter().map(|&v| f64::from(v)).collect();
+        if activations == Activations::Int8 {
+            for block in self.groups.iter().flat_map(|g| g.chunks(32)) {
+                let largest = block.iter().fold(0.0f32, |m, &k| m.max(x[k].abs()));
+                let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+                for &k in block {
+                    let code = (x[k] * inverse).round_ties_even();
+                    assert!(code.abs() <= 127.0);
+                    taken[k] = f64::from(code) * f64::from(largest / 127.0);
+                }
+            }
+        }
+        taken
+    }
+
+    /// Row `j` of y = W x + b, and the sum of the magnitudes of its terms.
+    fn expected(&self, x: &[f64], j: usize) -> (f64, f64) {
+        let row = &self.dense[j * x.len()..(j + 1) * x.len()];
+        let terms = x.iter().zip(row).map(|(x, w)| x * f64::from(*w));
+        let bias = f64::from(self.linear.bias.as_ref().unwrap()[j]);
+        (terms.clone().sum::<f64>() + bias, terms.map(f64::abs).sum())
+    }
 }
 
 fn case(
@@ -76,58 +105,147 @@ fn case(
         g_idx: &g_idx,
     };
     let weight = Matrix::Quantized(QuantizedMatrix::from_gptq(parts).unwrap());
-    Case { linear: Linear { weight, bias: Some((0..n).map(|_| r.unit()).collect()) }, dense }
+    let of = |g| (0..k).filter(|&i| g_idx[i] as usize == g).collect();
+    let groups = (0..groups).map(of).collect();
+    Case {
+        linear: Linear { weight, bias: Some((0..n).map(|_| r.unit()).collect()) },
+        dense,
+        groups,
+    }
+}
+
+/// Shapes (inputs, outputs, group) that end inside units, blocks, vectors and strips.
+const SHAPES: [(usize, usize, usize); 9] = [
+    (32, 1, 8),
+    (64, 100, 64),
+    (96, 40, 64),
+    (128, 67, 16),
+    (160, 33, 24),
+    (160, 130, 32),
+    (288, 48, 288),
+    (416, 64, 128),
+    (576, 16, 128),
+];
+
+/// Runs `check` on every width, shape, column order and symmetry, in both compute modes.
+fn each_case(seed: u64, check: impl Fn(&mut Random, &Case, &Case, usize, Activations, &str)) {
+    let mut r = Random(seed);
+    for bits in [2, 3, 4, 8] {
+        for (k, n, group) in SHAPES {
+            for (act_order, sym) in [(false, true), (false, false), (true, false), (true, true)] {
+                let one = case(&mut r, bits, k, n, group, act_order, sym);
+                // Another layer on the same input, with other tails and symmetry.
+                let other = case(&mut r, bits, k, 2 * n, group, act_order, !sym);
+                for activations in [Activations::F32, Activations::Int8] {
+                    let name = format!(
+                        "{activations:?} {bits} bits {k}x{n} group {group} act-order {act_order} sym {sym} seed {seed:x}"
+                    );
+                    check(&mut r, &one, &other, k, activations, &name);
+                }
+            }
+        }
+    }
 }
 
 #[test]
-fn all_widths_groups_tails_and_batches() {
-    let seed = 0x5EED_CAFE;
-    let mut r = Random(seed);
-    let (one, two) = (Pool::new(1), Pool::new(2));
-    let mut scratch = Scratch::default();
-    for bits in [2, 3, 4, 8] {
-        for (k, n, group) in
-            [(32, 1, 8), (96, 40, 64), (160, 33, 24), (576, 16, 128), (64, 100, 64), (128, 67, 16)]
-        {
-            for (act_order, sym) in [(false, true), (false, false), (true, false), (true, true)] {
-                let c = case(&mut r, bits, k, n, group, act_order, sym);
-                let d = case(&mut r, bits, k, 2 * n, group, act_order, !sym);
-                for m in [1, 2, 3, 5, 12, 13, 31, 110] {
-                    let x = Tensor::from_vec(m, k, (0..m * k).map(|_| r.unit()).collect());
-                    for isa in Isa::available() {
-                        let (mut y, mut z, mut other) = Default::default();
-                        linear_on(isa, &one, &x, &mut [(&c.linear, &mut y)], &mut scratch);
-                        let jobs = &mut [(&d.linear, &mut other), (&c.linear, &mut z)];
-                        linear_on(isa, &two, &x, jobs, &mut scratch);
-                        assert_eq!(
-                            y.as_slice(),
-                            z.as_slice(),
-                            "threads or siblings change results"
-                        );
-                        // A row does not depend on its batch.
-                        let last = Tensor::from_vec(1, k, x.row(m - 1).to_vec());
-                        linear_on(isa, &one, &last, &mut [(&c.linear, &mut z)], &mut scratch);
-                        assert_eq!(y.row(m - 1), z.row(0), "{isa:?} {bits} {k} {n} {group} {m}");
-                        let bias = c.linear.bias.as_ref().unwrap();
-                        for i in [0, m / 2, m - 1] {
-                            for j in 0..n {
-                                let terms = (0..k).map(|l| {
-                                    f64::from(x.row(i)[l]) * f64::from(c.dense[j * k + l])
-                                });
-                                let want = terms.clone().sum::<f64>() + f64::from(bias[j]);
-                                // f32 sums of k terms of this size; codes are summed before
-                                // the zero point is taken out, hence the factor.
-                                let size: f64 = terms.map(f64::abs).sum::<f64>() + 1.0;
-                                let got = f64::from(y.row(i)[j]);
-                                assert!(
-                                    (got - want).abs() < 4e-6 * size,
-                                    "{isa:?} {bits} bits {k}x{n} g{group} m{m}: {got} {want}, seed {seed:x}"
-                                );
-                            }
-                        }
+fn all_instruction_sets_agree_with_f64() {
+    let pool = Pool::new(2);
+    each_case(0x5EED_CAFE, |r, c, _, k, activations, name| {
+        let mut scratch = Scratch::default();
+        scratch.set_activations(activations);
+        for m in [3, 21] {
+            let x = Tensor::from_vec(m, k, (0..m * k).map(|_| r.unit()).collect());
+            let mut oracle: Option<Tensor> = None;
+            for isa in Isa::available() {
+                let mut y = Tensor::default();
+                linear_on(isa, &pool, &x, &mut [(&c.linear, &mut y)], &mut scratch);
+                for i in [0, m / 2, m - 1] {
+                    let taken = c.input(activations, x.row(i));
+                    for j in 0..y.cols() {
+                        let (want, size) = c.expected(&taken, j);
+                        let got = f64::from(y.row(i)[j]);
+                        // f32 sums of k terms of this size; zero points come out last, hence the
+                        // factor.
+                        let error = (got - want).abs();
+                        assert!(error < 4e-6 * (size + 1.0), "{isa:?} {name}: {got} {want}");
                     }
                 }
+                let oracle = oracle.get_or_insert_with(|| y.clone());
+                if activations == Activations::Int8 {
+                    assert_eq!(oracle.as_slice(), y.as_slice(), "{isa:?} {name}");
+                }
             }
+        }
+    });
+}
+
+#[test]
+fn batches_siblings_and_threads_change_nothing() {
+    let (one, two) = (Pool::new(1), Pool::new(2));
+    each_case(0xBA7C4, |r, c, d, k, activations, name| {
+        let mut scratch = Scratch::default();
+        scratch.set_activations(activations);
+        for isa in Isa::available().into_iter().filter(|i| *i != Isa::Scalar) {
+            for m in [1, 2, 5, 12, 13, 24, 31] {
+                let x = Tensor::from_vec(m, k, (0..m * k).map(|_| r.unit()).collect());
+                let (mut y, mut z, mut other) = Default::default();
+                linear_on(isa, &one, &x, &mut [(&c.linear, &mut y)], &mut scratch);
+                let jobs = &mut [(&d.linear, &mut other), (&c.linear, &mut z)];
+                linear_on(isa, &two, &x, jobs, &mut scratch);
+                assert_eq!(y.as_slice(), z.as_slice(), "threads or siblings, {isa:?} {name}");
+                let last = Tensor::from_vec(1, k, x.row(m - 1).to_vec());
+                linear_on(isa, &one, &last, &mut [(&c.linear, &mut z)], &mut scratch);
+                assert_eq!(y.row(m - 1), z.row(0), "batch of {m}, {isa:?} {name}");
+            }
+        }
+    });
+}
+
+/// More tokens than a task takes.
+#[test]
+fn many_tokens_are_cut_into_pieces() {
+    let (mut r, pool) = (Random(0xF00D), Pool::new(2));
+    let (k, n) = (544, 70);
+    for bits in [3, 4] {
+        let c = case(&mut r, bits, k, n, 128, false, false);
+        let m = 280;
+        let x = Tensor::from_vec(m, k, (0..m * k).map(|_| r.unit()).collect());
+        let mut scratch = Scratch::default();
+        scratch.set_activations(Activations::Int8);
+        for isa in Isa::available().into_iter().filter(|i| *i != Isa::Scalar) {
+            let (mut y, mut z) = Default::default();
+            linear_on(isa, &pool, &x, &mut [(&c.linear, &mut y)], &mut scratch);
+            for i in [0, 100, m - 1] {
+                let one = Tensor::from_vec(1, k, x.row(i).to_vec());
+                linear_on(isa, &pool, &one, &mut [(&c.linear, &mut z)], &mut scratch);
+                assert_eq!(y.row(i), z.row(0), "{isa:?} {bits} bits, row {i}");
+            }
+        }
+    }
+}
+
+#[test]
+fn extreme_inputs_in_int8() {
+    let mut r = Random(0xE17);
+    let (k, n) = (128, 64);
+    let c = case(&mut r, 4, k, n, 64, false, true);
+    let mut scratch = Scratch::default();
+    scratch.set_activations(Activations::Int8);
+    for isa in Isa::available() {
+        let mut run = |x: Vec<f32>| {
+            let mut y = Tensor::default();
+            let x = Tensor::from_vec(1, k, x);
+            linear_on(isa, &Pool::new(1), &x, &mut [(&c.linear, &mut y)], &mut scratch);
+            y.as_slice().to_vec()
+        };
+        let bias = c.linear.bias.clone().unwrap();
+        assert_eq!(run(vec![0.0; k]), bias, "{isa:?}");
+        assert_eq!(run(vec![1e-40; k]), bias, "{isa:?}");
+        // What is not a number stays visible.
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = vec![0.5; k];
+            x[70] = bad;
+            assert!(run(x).iter().all(|y| !y.is_finite()), "{isa:?} {bad}");
         }
     }
 }

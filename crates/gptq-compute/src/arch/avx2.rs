@@ -5,9 +5,9 @@ use std::arch::x86_64::*;
 
 use super::{Kernel, Simd};
 
-/// AVX2, FMA and F16C.
+/// AVX2, FMA and F16C, with AVX-VNNI or without.
 #[derive(Debug, Clone, Copy)]
-pub struct Avx2;
+pub struct Avx2<const VNNI: bool = false>;
 
 type F = [__m256; 2];
 type I = [__m256i; 2];
@@ -21,6 +21,15 @@ pub(super) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx2>()
 }
 
+/// Compiles and runs a kernel with AVX2 and AVX-VNNI.
+///
+/// # Safety
+/// The processor must have the features.
+#[target_feature(enable = "avx2,avxvnni,fma,f16c")]
+pub(super) unsafe fn enter_vnni<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<Avx2<true>>()
+}
+
 /// The sum of 8 lanes, halving the vector each time.
 #[inline(always)]
 pub(super) unsafe fn sum8(v: __m256) -> f32 {
@@ -29,7 +38,7 @@ pub(super) unsafe fn sum8(v: __m256) -> f32 {
     _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)))
 }
 
-impl Simd for Avx2 {
+impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type F = F;
     type I = I;
     type M = F;
@@ -160,6 +169,10 @@ impl Simd for Avx2 {
         [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])]
     }
     #[inline(always)]
+    unsafe fn xor(a: I, b: I) -> I {
+        [_mm256_xor_si256(a[0], b[0]), _mm256_xor_si256(a[1], b[1])]
+    }
+    #[inline(always)]
     unsafe fn shr(a: I, n: u32) -> I {
         let n = _mm256_set1_epi32(n as i32);
         [_mm256_srlv_epi32(a[0], n), _mm256_srlv_epi32(a[1], n)]
@@ -193,7 +206,45 @@ impl Simd for Avx2 {
         [one(w[0]), one(w[1])]
     }
     #[inline(always)]
+    unsafe fn dot(bits: u32, acc: I, w: I, x: I) -> I {
+        [dot::<VNNI>(bits, acc[0], w[0], x[0]), dot::<VNNI>(bits, acc[1], w[1], x[1])]
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(p: *mut i8, v: I) {
+        // Saturation does nothing: callers store values of one signed byte.
+        let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(v[0], v[1]));
+        let bytes =
+            _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+        _mm_storeu_si128(p.cast(), bytes);
+    }
+    #[inline(always)]
+    unsafe fn store_i32(p: *mut u32, v: I) {
+        _mm256_storeu_si256(p.cast(), v[0]);
+        _mm256_storeu_si256(p.add(8).cast(), v[1]);
+    }
+    #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
+}
+
+#[inline(always)]
+unsafe fn dot<const VNNI: bool>(bits: u32, acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    if VNNI {
+        return _mm256_dpbusd_avx_epi32(acc, w, x);
+    }
+    // Sums of two products of 8-bit codes may exceed 16 bits; those of nibbles do not.
+    if bits <= 4 {
+        return nibbles(acc, w, x, 1);
+    }
+    let mask = _mm256_set1_epi8(15);
+    let high = _mm256_and_si256(_mm256_srli_epi32::<4>(w), mask);
+    nibbles(nibbles(acc, _mm256_and_si256(w, mask), x, 1), high, x, 16)
+}
+
+/// acc + weight · Σ w x over the four bytes of each lane, for w below 16.
+#[inline(always)]
+unsafe fn nibbles(acc: __m256i, w: __m256i, x: __m256i, weight: i16) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(w, x);
+    _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(weight)))
 }

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use super::{Kernel, Simd};
 
-/// AVX-512 F, BW, DQ, VL with FMA and F16C.
+/// AVX-512 F, BW, DQ, VL with FMA and F16C; VNNI in kernels that multiply bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Avx512;
 
@@ -18,15 +18,23 @@ pub(super) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx512>()
 }
 
-/// Value of each two's complement code, by the low four bits of the index: `vpermps` looks at
+/// Compiles and runs a kernel with AVX-512 and VNNI.
+///
+/// # Safety
+/// The processor must have the features.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2")]
+pub(super) unsafe fn enter_vnni<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<Avx512>()
+}
+
+/// Value of each code less 2^(bits-1), by the low four bits of the index: `vpermps` looks at
 /// these alone, so neither a mask nor a sign extension is needed. Narrower codes repeat.
 const fn table(bits: u32) -> [f32; 16] {
     let mut t = [0.0; 16];
     let mut i = 0;
     while i < 16 {
         let code = i & ((1 << bits) - 1);
-        t[i] =
-            (if code >= 1 << (bits - 1) { code as i32 - (1 << bits) } else { code as i32 }) as f32;
+        t[i] = (code as i32 - (1 << (bits - 1))) as f32;
         i += 1;
     }
     t
@@ -152,6 +160,10 @@ impl Simd for Avx512 {
         _mm512_or_si512(a, b)
     }
     #[inline(always)]
+    unsafe fn xor(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_xor_si512(a, b)
+    }
+    #[inline(always)]
     unsafe fn shr(a: __m512i, n: u32) -> __m512i {
         _mm512_srlv_epi32(a, _mm512_set1_epi32(n as i32))
     }
@@ -177,12 +189,29 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn code(bits: u32, w: __m512i, shift: u32) -> __m512 {
-        if bits == 8 {
-            let up = _mm512_sllv_epi32(w, _mm512_set1_epi32(24 - shift as i32));
-            return _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(up));
-        }
         let index = if shift == 0 { w } else { Self::shr(w, shift) };
+        if bits == 8 {
+            let code = _mm512_and_si512(index, _mm512_set1_epi32(255));
+            return _mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(128)));
+        }
         _mm512_permutexvar_ps(index, _mm512_loadu_ps(TABLES[bits as usize - 2].as_ptr()))
+    }
+    /// Nothing to do: the table takes unsigned codes.
+    #[inline(always)]
+    unsafe fn centre(w: __m512i, _: __m512i) -> __m512i {
+        w
+    }
+    #[inline(always)]
+    unsafe fn dot(_: u32, acc: __m512i, w: __m512i, x: __m512i) -> __m512i {
+        _mm512_dpbusd_epi32(acc, w, x)
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(p: *mut i8, v: __m512i) {
+        _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(v));
+    }
+    #[inline(always)]
+    unsafe fn store_i32(p: *mut u32, v: __m512i) {
+        _mm512_storeu_si512(p.cast(), v);
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {

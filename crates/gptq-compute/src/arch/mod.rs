@@ -11,10 +11,14 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "aarch64")]
+pub use neon::Neon;
 pub use scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 pub use {avx2::Avx2, avx512::Avx512};
@@ -30,11 +34,43 @@ pub enum Isa {
     Scalar,
     /// AVX2, FMA and F16C.
     Avx2,
+    /// AVX2 with the byte products of AVX-VNNI.
+    AvxVnni,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// AVX-512 with the byte products of VNNI.
+    Avx512Vnni,
+    /// NEON, as every 64-bit ARM has it.
+    Neon,
+    /// NEON with the byte products of the dotprod extension.
+    NeonDot,
 }
 
 impl Isa {
+    /// All, slower ones first.
+    const ALL: [Self; 7] = [
+        Self::Scalar,
+        Self::Avx2,
+        Self::AvxVnni,
+        Self::Avx512,
+        Self::Avx512Vnni,
+        Self::Neon,
+        Self::NeonDot,
+    ];
+
+    /// Its name in `GPTQ_ISA`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
+            Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512vnni",
+            Self::Neon => "neon",
+            Self::NeonDot => "neondot",
+        }
+    }
+
     /// Whether this processor has it.
     pub fn is_available(self) -> bool {
         match self {
@@ -46,6 +82,8 @@ impl Isa {
                     && is_x86_feature_detected!("f16c")
             }
             #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => Self::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 Self::Avx2.is_available()
                     && is_x86_feature_detected!("avx512f")
@@ -53,30 +91,34 @@ impl Isa {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
             }
-            #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => false,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => {
+                Self::Avx512.is_available() && is_x86_feature_detected!("avx512vnni")
+            }
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => true,
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot => std::arch::is_aarch64_feature_detected!("dotprod"),
+            #[allow(unreachable_patterns)] // Those of other architectures.
+            _ => false,
         }
     }
 
     /// All that this processor has, the fastest last.
     pub fn available() -> Vec<Self> {
-        [Self::Scalar, Self::Avx2, Self::Avx512].into_iter().filter(|i| i.is_available()).collect()
+        Self::ALL.into_iter().filter(|i| i.is_available()).collect()
     }
 }
 
 /// The instruction set of this process: the fastest available, or what `GPTQ_ISA` names
-/// (`scalar`, `avx2`, `avx512`) if this processor has it.
+/// ([`Isa::name`]) if this processor has it.
 pub fn isa() -> Isa {
     static CHOSEN: OnceLock<Isa> = OnceLock::new();
     *CHOSEN.get_or_init(|| {
-        let best = Isa::available().pop().unwrap_or(Isa::Scalar);
-        let wanted = match std::env::var("GPTQ_ISA").as_deref() {
-            Ok("scalar") => Some(Isa::Scalar),
-            Ok("avx2") => Some(Isa::Avx2),
-            Ok("avx512") => Some(Isa::Avx512),
-            _ => None,
-        };
-        let isa = wanted.filter(|i| i.is_available()).unwrap_or(best);
+        let available = Isa::available();
+        let wanted = std::env::var("GPTQ_ISA").unwrap_or_default();
+        let named = available.iter().find(|i| i.name() == wanted);
+        let isa = named.or(available.last()).copied().unwrap_or(Isa::Scalar);
         tracing::debug!(?isa, "kernels chosen");
         isa
     })
@@ -102,28 +144,49 @@ pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
 
 /// Runs `kernel` with a given instruction set (tests compare all of them).
 ///
+/// Kernels are compiled without the extensions for byte products, which only [`dispatch_dot`]
+/// needs.
+///
 /// # Panics
 /// If the processor does not have it.
 #[inline]
 pub fn dispatch_on<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    debug_assert!(isa.is_available());
     match isa {
-        // SAFETY: scalar code runs everywhere.
-        Isa::Scalar => unsafe { kernel.run::<Scalar>() },
+        // SAFETY: `isa()` and the tests hand out available instruction sets only.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => {
-            debug_assert!(isa.is_available());
-            // SAFETY: `isa()` and the tests hand out available instruction sets only.
-            unsafe { avx2::enter(kernel) }
-        }
+        Isa::Avx2 | Isa::AvxVnni => unsafe { avx2::enter(kernel) },
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => {
-            debug_assert!(isa.is_available());
-            // SAFETY: as above.
-            unsafe { avx512::enter(kernel) }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
+        Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx512::enter(kernel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon | Isa::NeonDot => unsafe { neon::enter(kernel) },
         // SAFETY: scalar code runs everywhere.
-        Isa::Avx2 | Isa::Avx512 => unsafe { kernel.run::<Scalar>() },
+        _ => unsafe { kernel.run::<Scalar>() },
+    }
+}
+
+/// Runs a kernel that multiplies bytes ([`Simd::dot`]), with the extension for that where `isa`
+/// has it. AVX-512 without its extension runs the kernels of AVX2: such processors are not
+/// worth a third set of kernels.
+#[inline]
+pub(crate) fn dispatch_dot<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    debug_assert!(isa.is_available());
+    match isa {
+        // SAFETY: `isa()` and the tests hand out available instruction sets only.
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => unsafe { avx2::enter_vnni(kernel) },
+        // SAFETY: as above; AVX-512 includes AVX2.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx2::enter(kernel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni => unsafe { avx512::enter_vnni(kernel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDot => unsafe { neon::enter_dot(kernel) },
+        _ => dispatch_on(isa, kernel),
     }
 }
 
@@ -140,6 +203,9 @@ pub trait Simd: Copy {
 
     /// Whether 32 vector registers of 16 lanes exist; decides the size of register tiles.
     const WIDE: bool;
+    /// Tokens of the tallest tile of quantized products. Scalar code has one size only: it is
+    /// there to be right.
+    const TALLEST: usize = if Self::WIDE { 12 } else { 4 };
 
     unsafe fn splat(x: f32) -> Self::F;
     unsafe fn load(p: *const f32) -> Self::F;
@@ -153,6 +219,11 @@ pub trait Simd: Copy {
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
     /// a * b + c
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// a * b + c with a single rounding, also where [`Simd::fma`] has none (scalar code).
+    #[inline(always)]
+    unsafe fn fused(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        Self::fma(a, b, c)
+    }
     /// c - a * b
     unsafe fn fnma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
@@ -174,6 +245,7 @@ pub trait Simd: Copy {
     unsafe fn sub_i32(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn and(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn xor(a: Self::I, b: Self::I) -> Self::I;
     /// Logical shift right by `n` in 0..32.
     unsafe fn shr(a: Self::I, n: u32) -> Self::I;
     unsafe fn shl(a: Self::I, n: u32) -> Self::I;
@@ -183,8 +255,21 @@ pub trait Simd: Copy {
     unsafe fn bits(a: Self::F) -> Self::I;
     unsafe fn from_bits(a: Self::I) -> Self::F;
 
-    /// The two's complement integers of `bits` (2, 3, 4 or 8) bits that start at bit `shift` of
-    /// each word, as floats.
+    /// The codes of `bits` (2, 3, 4 or 8) bits that start at bit `shift` of each word, less
+    /// 2^(bits-1), as floats. The words must have gone through [`Simd::centre`].
     unsafe fn code(bits: u32, w: Self::I, shift: u32) -> Self::F;
+    /// Prepares words of unsigned codes for [`Simd::code`]. `top` has the top bit of each code
+    /// set: inverting it makes a code two's complement.
+    #[inline(always)]
+    unsafe fn centre(w: Self::I, top: Self::I) -> Self::I {
+        Self::xor(w, top)
+    }
+    /// Adds to each lane of `acc` the products of its four bytes of `w`, unsigned and below
+    /// 2^bits, with its four bytes of `x`, signed and at least -127. Exact. Kernels that use it are
+    /// run by [`dispatch_dot`] only.
+    unsafe fn dot(bits: u32, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// Stores the low byte of each lane.
+    unsafe fn store_low_bytes(p: *mut i8, v: Self::I);
+    unsafe fn store_i32(p: *mut u32, v: Self::I);
     unsafe fn prefetch(p: *const u8);
 }

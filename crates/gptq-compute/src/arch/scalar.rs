@@ -40,6 +40,7 @@ impl Simd for Scalar {
     type M = [bool; LANES];
 
     const WIDE: bool = false;
+    const TALLEST: usize = 1;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> F {
@@ -91,6 +92,10 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn fma(a: F, b: F, c: F) -> F {
         std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    unsafe fn fused(a: F, b: F, c: F) -> F {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }
     #[inline(always)]
     unsafe fn fnma(a: F, b: F, c: F) -> F {
@@ -158,6 +163,10 @@ impl Simd for Scalar {
         zip_i(a, b, |x, y| x | y)
     }
     #[inline(always)]
+    unsafe fn xor(a: I, b: I) -> I {
+        zip_i(a, b, |x, y| x ^ y)
+    }
+    #[inline(always)]
     unsafe fn shr(a: I, n: u32) -> I {
         a.map(|x| x >> n)
     }
@@ -184,6 +193,22 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn code(bits: u32, w: I, shift: u32) -> F {
         w.map(|x| (((x << (32 - bits - shift)) as i32) >> (32 - bits)) as f32)
+    }
+    #[inline(always)]
+    unsafe fn dot(_: u32, acc: I, w: I, x: I) -> I {
+        std::array::from_fn(|i| {
+            let products = w[i].to_le_bytes().into_iter().zip(x[i].to_le_bytes());
+            let sum: i32 = products.map(|(w, x)| i32::from(w) * i32::from(x as i8)).sum();
+            acc[i].wrapping_add(sum as u32)
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(p: *mut i8, v: I) {
+        p.cast::<[i8; LANES]>().write_unaligned(v.map(|x| x as i8));
+    }
+    #[inline(always)]
+    unsafe fn store_i32(p: *mut u32, v: I) {
+        p.cast::<I>().write_unaligned(v);
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}

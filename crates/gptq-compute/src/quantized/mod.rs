@@ -1,28 +1,54 @@
 //! Quantized weight matrices in the layout that the kernels stream.
 //!
-//! A checkpoint packs codes along the input dimension: word `[k / 8, n]` of a 4-bit matrix holds
-//! eight consecutive inputs of output n, so 16 consecutive words are 16 outputs: one vector. The
-//! runtime layout keeps those words and only brings the words of one *panel* of 16 outputs
-//! together, `[panel][word][16]`, so that a kernel reads one sequential stream per panel. Codes
-//! are stored as two's complement (code - 2^(bits-1)), which makes a symmetric zero point free.
+//! Outputs are cut into *strips* of 64, which is four vectors of 16 lanes. A strip is one sequential
+//! run of bytes, group after group: `[scales, 64 x f16] [zero offsets, 64 x i8] [units of codes]`,
+//! the zero offsets (zero point - 2^(bits-1)) only where the matrix is not symmetric. A *unit* is
+//! `[word][4 vectors][16 lanes]` of u32 and holds these inputs of each of the 64 outputs:
 //!
-//! Groups of inputs are padded to whole *units* of packing (the inputs of one word; 32 inputs in
-//! three words for 3 bits). Columns are sorted by group where act-order scattered them; `order`
-//! then tells where each position takes its input from, and the input is permuted once while it
-//! is packed for all outputs.
+//! | bits | inputs | words | position of input k of the unit |
+//! |---|---|---|---|
+//! | 8 | 4 | 1 | byte k |
+//! | 4 | 8 | 1 | byte k mod 4, bit 4 (k div 4) |
+//! | 2 | 16 | 1 | byte k mod 4, bit 2 (k div 4) |
+//! | 3 | 32 | 3 | k < 24: word k div 8, placed as 4-bit codes are; k >= 24: bit b of the code is the spare fourth bit of the place of k - 24 in word b |
+//!
+//! So one mask and one shift give four codes as the bytes of a lane, with the inputs in their
+//! natural order, which is what products of bytes need; and one shift gives a single code.
+//!
+//! Groups are padded to whole units. Columns are sorted by group where act-order scattered them;
+//! `order` then tells where each position takes its input from, and the input is permuted once
+//! while it is prepared for all outputs.
 
-mod kernel;
+mod arena;
+mod float;
+mod input;
+mod int8;
 mod repack;
+mod tile;
 
 use std::sync::Arc;
 
 use half::f16;
 
-pub(crate) use kernel::{Out, heights, pack_input, run_tile};
+pub(crate) use float::FloatTile;
+pub use input::Activations;
+pub(crate) use input::{Int8Input, pack_floats, token_floats};
+pub(crate) use int8::Int8Tile;
+pub(crate) use tile::{Heights, Out, float_heights, int8_heights};
 
 use crate::arch::LANES;
 use crate::error::{ComputeError, Result};
+use crate::pool::Pool;
+use arena::Arena;
 
+/// Vectors of outputs in a strip.
+pub(crate) const VECTORS: usize = 4;
+/// Outputs of a strip.
+pub(crate) const STRIP: usize = VECTORS * LANES;
+/// Bytes of one word of all outputs of a strip.
+const WORD_BYTES: usize = STRIP * 4;
+/// Bytes of the scales of a strip and group.
+const SCALE_BYTES: usize = STRIP * 2;
 /// A position of the padded input that no input column fills.
 pub(crate) const PAD: u32 = u32::MAX;
 
@@ -46,42 +72,81 @@ pub struct GptqParts<'a> {
     pub g_idx: &'a [u32],
 }
 
-/// A quantized matrix `[out, in]`: w = scale · (code - zero).
-#[derive(Debug, Clone)]
+/// One group of inputs, the same in every strip.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Group {
+    /// First position in the padded input.
+    pub(crate) first: usize,
+    /// Padded inputs.
+    pub(crate) columns: usize,
+    /// First of its blocks of int8 inputs.
+    block: usize,
+    /// Byte in the strip at which its scales begin.
+    offset: usize,
+}
+
+/// A quantized matrix `[out, in]`: w = scale · (code - zero). Clones share the codes.
+#[derive(Clone)]
 pub struct QuantizedMatrix {
     bits: u32,
     in_features: usize,
     out_features: usize,
-    /// `[panels, words, 16]`.
-    codes: Vec<u32>,
-    /// f16 bits `[panels, groups, 16]`.
-    scales: Vec<u16>,
-    /// Zero point - 2^(bits-1), `[panels, groups, 16]`; absent when all are zero.
-    zero_offsets: Option<Vec<i8>>,
-    /// Units of each group.
-    group_units: Arc<[u32]>,
+    strips: Arc<Arena>,
+    strip_bytes: usize,
+    groups: Arc<[Group]>,
+    /// Whether zero offsets are stored.
+    asymmetric: bool,
     /// Input column of each padded position, or [`PAD`]; absent when it is the identity.
     order: Option<Arc<[u32]>>,
     padded_in: usize,
 }
 
+impl std::fmt::Debug for QuantizedMatrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { out_features, in_features, bits, .. } = self;
+        write!(f, "QuantizedMatrix[{out_features}, {in_features}] {bits} bits")
+    }
+}
+
 /// Input columns of one unit of packing.
-pub(crate) fn unit_columns(bits: u32) -> usize {
+pub(crate) const fn unit_columns(bits: u32) -> usize {
     if bits == 3 { 32 } else { 32 / bits as usize }
 }
 
 /// Words of one unit of packing.
-fn unit_words(bits: u32) -> usize {
+const fn unit_words(bits: u32) -> usize {
     if bits == 3 { 3 } else { 1 }
 }
 
+/// How inputs must be laid out for a matrix; equal layouts share one prepared input.
+#[derive(Clone, Copy)]
+pub(crate) struct Layout<'a>(&'a QuantizedMatrix);
+
+impl PartialEq for Layout<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        let (a, b) = (self.0, other.0);
+        a.bits == b.bits
+            && a.order == b.order
+            && a.groups.len() == b.groups.len()
+            && a.groups.iter().zip(b.groups.iter()).all(|(a, b)| a.columns == b.columns)
+    }
+}
+
 impl QuantizedMatrix {
-    /// Brings a GPTQ layer into the runtime layout.
+    /// Brings a GPTQ layer into the runtime layout, on this thread.
     ///
     /// # Errors
     /// [`ComputeError`] when the width is unknown, a buffer has the wrong length, or `g_idx`
     /// points past the groups.
     pub fn from_gptq(parts: GptqParts<'_>) -> Result<Self> {
+        Self::from_gptq_on(&Pool::new(1), parts)
+    }
+
+    /// Brings a GPTQ layer into the runtime layout with all threads of `pool`.
+    ///
+    /// # Errors
+    /// As [`QuantizedMatrix::from_gptq`].
+    pub fn from_gptq_on(pool: &Pool, parts: GptqParts<'_>) -> Result<Self> {
         let GptqParts { bits, in_features, out_features, .. } = parts;
         if !matches!(bits, 2 | 3 | 4 | 8) {
             return Err(ComputeError::Bits { bits });
@@ -107,7 +172,7 @@ impl QuantizedMatrix {
         {
             return Err(ComputeError::GroupIndex { index, group, groups });
         }
-        Ok(repack::repack(&parts, groups))
+        Ok(repack::repack(pool, &parts, groups))
     }
 
     /// Output width.
@@ -127,9 +192,7 @@ impl QuantizedMatrix {
 
     /// Bytes that one pass over the weights reads.
     pub fn bytes(&self) -> usize {
-        self.codes.len() * 4
-            + self.scales.len() * 2
-            + self.zero_offsets.as_ref().map_or(0, Vec::len)
+        self.strip_bytes * self.strips()
     }
 
     /// Whether the kernels need the inputs in another order (act-order or padding).
@@ -137,15 +200,35 @@ impl QuantizedMatrix {
         self.order.is_some()
     }
 
-    pub(crate) fn panels(&self) -> usize {
-        self.out_features.div_ceil(LANES)
+    pub(crate) fn layout(&self) -> Layout<'_> {
+        Layout(self)
     }
 
-    fn groups(&self) -> usize {
-        self.group_units.len()
+    pub(crate) fn strips(&self) -> usize {
+        self.out_features.div_ceil(STRIP)
     }
 
-    fn words_per_panel(&self) -> usize {
-        self.padded_in / unit_columns(self.bits) * unit_words(self.bits)
+    /// Blocks of int8 inputs.
+    fn blocks(&self) -> usize {
+        self.groups.last().map_or(0, |g| g.block + g.columns.div_ceil(input::BLOCK))
+    }
+
+    /// Whether a single row can be used as it is: no permutation, and no sums for zero points.
+    pub(crate) fn reads_plain_input(&self) -> bool {
+        self.order.is_none() && !self.asymmetric
+    }
+
+    pub(crate) fn is_asymmetric(&self) -> bool {
+        self.asymmetric
+    }
+
+    /// Bytes of one strip, with everything that [`Group::offset`]s point at.
+    fn strip(&self, index: usize) -> &[u8] {
+        &self.strips.as_slice()[index * self.strip_bytes..][..self.strip_bytes]
+    }
+
+    /// Bytes of scales and zero offsets before the codes of a group.
+    fn header_bytes(&self) -> usize {
+        SCALE_BYTES + if self.asymmetric { STRIP } else { 0 }
     }
 }

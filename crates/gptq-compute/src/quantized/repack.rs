@@ -1,108 +1,126 @@
 //! From the checkpoint layout to the runtime layout.
 
-use super::{GptqParts, PAD, QuantizedMatrix, unit_columns, unit_words};
-use crate::arch::LANES;
+use std::sync::Arc;
 
-/// What turns unsigned codes of a word into two's complement: the top bit of every code.
-const fn sign_mask(bits: u32, word: usize) -> u32 {
-    match bits {
-        2 => 0xAAAA_AAAA,
-        4 => 0x8888_8888,
-        8 => 0x8080_8080,
-        _ => {
-            // Bit 3i + 2 of the 96-bit stream.
-            let mut mask = 0;
-            let mut i = 0;
-            while i < 32 {
-                let at = 3 * i + 2;
-                if at / 32 == word {
-                    mask |= 1 << (at % 32);
-                }
-                i += 1;
-            }
-            mask
-        }
-    }
-}
+use super::arena::Arena;
+use super::input::BLOCK;
+use super::{
+    GptqParts, Group, PAD, QuantizedMatrix, SCALE_BYTES, STRIP, WORD_BYTES, unit_columns,
+    unit_words,
+};
+use crate::pool::Pool;
+use crate::tensor::RawSlice;
 
-/// Code of input `k`, output `n`, unsigned.
-fn code(parts: &GptqParts<'_>, k: usize, n: usize) -> u32 {
-    let bits = parts.bits as usize;
-    let (word, shift) = (k * bits / 32, k * bits % 32);
-    let at = |w: usize| u64::from(parts.qweight[w * parts.out_features + n]);
-    let mut value = at(word) >> shift;
-    if shift + bits > 32 {
-        value |= at(word + 1) << (32 - shift);
-    }
-    value as u32 & ((1 << bits) - 1)
-}
+/// Words of a unit, at most.
+const UNIT_WORDS: usize = 3;
 
-pub(super) fn repack(parts: &GptqParts<'_>, groups: usize) -> QuantizedMatrix {
+pub(super) fn repack(pool: &Pool, parts: &GptqParts<'_>, groups: usize) -> QuantizedMatrix {
     let &GptqParts { bits, in_features, out_features, .. } = parts;
     let (columns, words) = (unit_columns(bits), unit_words(bits));
+    let centre = 1u8 << (bits - 1);
+    let asymmetric = parts.zeros.iter().any(|&z| z != centre);
+    let header = SCALE_BYTES + if asymmetric { STRIP } else { 0 };
 
     // Columns sorted by group, each group padded to whole units.
     let mut by_group: Vec<Vec<u32>> = vec![Vec::new(); groups];
     for (k, &g) in parts.g_idx.iter().enumerate() {
         by_group[g as usize].push(k as u32);
     }
-    let group_units: Vec<u32> = by_group.iter().map(|g| g.len().div_ceil(columns) as u32).collect();
     let mut order = Vec::with_capacity(in_features);
-    for (group, units) in by_group.iter().zip(&group_units) {
+    let (mut block, mut offset) = (0, 0);
+    let mut table = Vec::with_capacity(groups);
+    for group in &by_group {
+        let units = group.len().div_ceil(columns);
+        table.push(Group { first: order.len(), columns: units * columns, block, offset });
+        block += (units * columns).div_ceil(BLOCK);
         order.extend_from_slice(group);
-        order.resize(order.len() + *units as usize * columns - group.len(), PAD);
+        order.resize(order.len() + units * columns - group.len(), PAD);
+        offset += header + units * words * WORD_BYTES;
     }
-    let padded_in = order.len();
+    let (strip_bytes, padded_in) = (offset, order.len());
     let identity = order.iter().enumerate().all(|(i, &k)| i as u32 == k);
 
-    let panels = out_features.div_ceil(LANES);
-    let panel_words = padded_in / columns * words;
-    let mut codes = vec![0u32; panels * panel_words * LANES];
-    let place = |word: usize, n: usize| ((n / LANES) * panel_words + word) * LANES + n % LANES;
-    if identity {
-        for (word, row) in parts.qweight.chunks_exact(out_features.max(1)).enumerate() {
-            let sign = sign_mask(bits, word % words);
-            for (panel, lanes) in row.chunks(LANES).enumerate() {
-                let at = place(word, panel * LANES);
-                for (c, w) in codes[at..].iter_mut().zip(lanes) {
-                    *c = w ^ sign;
+    let strips = out_features.div_ceil(STRIP);
+    let mut arena = Arena::zeroed(strips * strip_bytes);
+    let raw = RawSlice::new(arena.as_mut_slice());
+    pool.run(strips, &|index| {
+        // SAFETY: strips are disjoint.
+        let strip = unsafe { raw.range(index * strip_bytes, strip_bytes) };
+        let first = index * STRIP;
+        let lanes = STRIP.min(out_features - first);
+        for (g, group) in table.iter().enumerate() {
+            let at = g * out_features + first;
+            let bytes = &mut strip[group.offset..];
+            for (to, scale) in bytes.chunks_exact_mut(2).zip(&parts.scales[at..at + lanes]) {
+                to.copy_from_slice(&scale.to_bits().to_ne_bytes());
+            }
+            if asymmetric {
+                let zeros = &parts.zeros[at..at + lanes];
+                for (to, zero) in bytes[SCALE_BYTES..].iter_mut().zip(zeros) {
+                    *to = zero.wrapping_sub(centre);
+                }
+            }
+            let units = bytes[header..].chunks_exact_mut(words * WORD_BYTES);
+            let inputs = order[group.first..group.first + group.columns].chunks_exact(columns);
+            for (unit, inputs) in units.zip(inputs) {
+                let packed = pack_unit(parts, inputs, first, lanes);
+                let values = packed.as_flattened();
+                for (to, word) in unit.chunks_exact_mut(4).zip(values) {
+                    to.copy_from_slice(&word.to_ne_bytes());
                 }
             }
         }
-    } else {
-        let sign = 1 << (bits - 1);
-        for (position, &k) in order.iter().enumerate().filter(|&(_, &k)| k != PAD) {
-            let bit = position % columns * bits as usize;
-            let word = position / columns * words + bit / 32;
-            for n in 0..out_features {
-                let c = u64::from(code(parts, k as usize, n) ^ sign) << (bit % 32);
-                codes[place(word, n)] |= c as u32;
-                if c >> 32 != 0 {
-                    codes[place(word + 1, n)] |= (c >> 32) as u32;
-                }
-            }
-        }
-    }
-
-    let centre = 1i32 << (bits - 1);
-    let mut scales = vec![0u16; panels * groups * LANES];
-    let mut zero_offsets = vec![0i8; panels * groups * LANES];
-    for g in 0..groups {
-        for n in 0..out_features {
-            let at = ((n / LANES) * groups + g) * LANES + n % LANES;
-            scales[at] = parts.scales[g * out_features + n].to_bits();
-            zero_offsets[at] = (i32::from(parts.zeros[g * out_features + n]) - centre) as i8;
-        }
-    }
+    });
     QuantizedMatrix {
         bits,
         in_features,
         out_features,
-        codes,
-        scales,
-        zero_offsets: zero_offsets.iter().any(|&z| z != 0).then_some(zero_offsets),
-        group_units: group_units.into(),
+        strips: Arc::new(arena),
+        strip_bytes,
+        groups: table.into(),
+        asymmetric,
         order: (!identity).then(|| order.into()),
         padded_in,
     }
+}
+
+/// The words of one unit: codes of the inputs `inputs` of outputs `first..first + lanes`.
+fn pack_unit(
+    parts: &GptqParts<'_>,
+    inputs: &[u32],
+    first: usize,
+    lanes: usize,
+) -> [[u32; STRIP]; UNIT_WORDS] {
+    let bits = parts.bits as usize;
+    let mask = (1 << bits) - 1;
+    let mut unit = [[0; STRIP]; UNIT_WORDS];
+    let row = |word: usize| &parts.qweight[word * parts.out_features + first..][..lanes];
+    for (i, &k) in inputs.iter().enumerate().filter(|&(_, &k)| k != PAD) {
+        // The codes of input k: bits `shift..shift + bits` of a row of words, or of two.
+        let (word, shift) = (k as usize * bits / 32, k as usize * bits % 32);
+        let mut codes = [0; STRIP];
+        for (c, w) in codes.iter_mut().zip(row(word)) {
+            *c = (w >> shift) & mask;
+        }
+        if shift + bits > 32 {
+            for (c, w) in codes.iter_mut().zip(row(word + 1)) {
+                *c |= (w << (32 - shift)) & mask;
+            }
+        }
+        let slot = if bits == 3 { 4 } else { bits };
+        let place = |i: usize| 8 * (i % 4) + slot * (i / 4);
+        if bits == 3 && i >= 24 {
+            for (b, words) in unit.iter_mut().enumerate() {
+                for (to, c) in words.iter_mut().zip(&codes) {
+                    *to |= (c >> b & 1) << (place(i - 24) + 3);
+                }
+            }
+        } else {
+            let (word, at) = if bits == 3 { (i / 8, place(i % 8)) } else { (0, place(i)) };
+            for (to, c) in unit[word].iter_mut().zip(&codes) {
+                *to |= c << at;
+            }
+        }
+    }
+    unit
 }

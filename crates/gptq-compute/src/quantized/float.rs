@@ -1,0 +1,201 @@
+//! y = x Wᵀ with activations in f32: codes become floats in registers.
+//!
+//! Within a group, codes less their centre times activations accumulate in f32; at its end the zero
+//! point and the scale are applied once:  y += s · (Σ x q - z Σ x).  The order of all additions is
+//! the same for every tile height, so a token's result does not depend on what it is batched with.
+
+use super::tile::{Out, Sums};
+use super::{QuantizedMatrix, SCALE_BYTES, STRIP, VECTORS, WORD_BYTES, unit_columns, unit_words};
+use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_on};
+
+/// How far ahead of the codes to prefetch, in bytes: covers the latency of memory at the bandwidth
+/// of one core.
+pub(super) const PREFETCH: usize = 4096;
+/// Bytes of one word of the 16 outputs of a vector.
+const VECTOR_BYTES: usize = LANES * 4;
+
+/// Some tokens times one strip of outputs.
+#[derive(Clone, Copy)]
+pub(crate) struct FloatTile<'a> {
+    pub(crate) matrix: &'a QuantizedMatrix,
+    pub(crate) strip: usize,
+    /// `[padded inputs][height]`, then sums `[groups][height]` as [`FloatInput`] makes them.
+    ///
+    /// [`FloatInput`]: super::FloatInput
+    pub(crate) x: &'a [f32],
+    pub(crate) height: usize,
+    pub(crate) out: Out<'a>,
+}
+
+impl FloatTile<'_> {
+    /// Computes the tile.
+    ///
+    /// # Safety
+    /// `out` must be valid for its rows and columns, which nobody else may touch.
+    pub(crate) unsafe fn run(self, isa: Isa) {
+        let m = self.matrix;
+        assert!(self.strip < m.strips() && self.out.rows <= self.height);
+        let sums = if m.asymmetric { m.groups.len() } else { 0 };
+        assert!(self.x.len() >= (m.padded_in + sums) * self.height);
+        macro_rules! heights {
+            ($bits:literal: $($mt:literal)*) => {
+                match self.height {
+                    $($mt => dispatch_on(isa, Strip::<$bits, $mt>(self)),)*
+                    _ => unreachable!("heights() lists every tile"),
+                }
+            };
+        }
+        match m.bits {
+            2 => heights!(2: 1 2 4 8 12),
+            3 => heights!(3: 1 2 4 8 12),
+            4 => heights!(4: 1 2 4 8 12),
+            _ => heights!(8: 1 2 4 8 12),
+        }
+    }
+}
+
+struct Strip<'a, const BITS: u32, const MT: usize>(FloatTile<'a>);
+
+impl<const BITS: u32, const MT: usize> Kernel for Strip<'_, BITS, MT> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // Vectors of outputs at a time: as many as leave registers for codes. Decided in constants,
+        // so that the others are not even compiled.
+        if const { MT > S::TALLEST } {
+            unreachable!("heights() offers no taller ones");
+        } else if const { MT == 1 || S::WIDE && MT <= 4 } {
+            strip::<S, BITS, MT, 4>(self.0);
+        } else if const { S::WIDE || MT == 2 } {
+            strip::<S, BITS, MT, 2>(self.0);
+        } else {
+            strip::<S, BITS, MT, 1>(self.0);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn strip<S: Simd, const BITS: u32, const MT: usize, const P: usize>(tile: FloatTile<'_>) {
+    let m = tile.matrix;
+    let base = m.strip(tile.strip).as_ptr();
+    let sums = tile.x.as_ptr().wrapping_add(m.padded_in * MT);
+    let mut y = Sums([[0.0; STRIP]; MT]);
+    for (g, group) in m.groups.iter().enumerate() {
+        let header = base.add(group.offset);
+        let x = tile.x.as_ptr().add(group.first * MT);
+        let units = group.columns / unit_columns(BITS);
+        let mut v = 0;
+        while v < VECTORS {
+            let codes = header.add(m.header_bytes() + v * VECTOR_BYTES);
+            let mut part = products::<S, BITS, MT, P>(codes, units, x);
+            for p in 0..P {
+                if m.asymmetric {
+                    let z = S::load_i8(header.add(SCALE_BYTES + (v + p) * LANES).cast());
+                    for i in 0..MT {
+                        part[p][i] = S::fnma(z, S::splat(*sums.add(g * MT + i)), part[p][i]);
+                    }
+                }
+                let s = S::load_f16(header.cast::<u16>().add((v + p) * LANES));
+                for i in 0..MT {
+                    let to = y.0[i].as_mut_ptr().add((v + p) * LANES);
+                    S::store(to, S::fma(s, part[p][i], S::load(to)));
+                }
+            }
+            v += P;
+        }
+    }
+    tile.out.write(&mut y);
+}
+
+#[inline(always)]
+unsafe fn multiply<S: Simd, const MT: usize, const P: usize>(
+    part: &mut [[S::F; MT]; P],
+    code: [S::F; P],
+    x: *const f32,
+) {
+    for i in 0..MT {
+        let v = S::splat(*x.add(i));
+        for p in 0..P {
+            part[p][i] = S::fma(code[p], v, part[p][i]);
+        }
+    }
+}
+
+/// Repeats an expression for each literal, so that shifts are constants of the instruction.
+macro_rules! unroll {
+    ($j:ident in [$($n:literal)*] $body:block) => {{ $({ const $j: u32 = $n; $body })* }};
+}
+
+/// Σ x q over the units of one group, for `P` vectors of outputs.
+#[inline(always)]
+unsafe fn products<S: Simd, const BITS: u32, const MT: usize, const P: usize>(
+    codes: *const u8,
+    units: usize,
+    x: *const f32,
+) -> [[S::F; MT]; P] {
+    let mut part = [[S::splat(0.0); MT]; P];
+    let (mut w, mut x) = (codes, x);
+    let top = S::splat_i32(match BITS {
+        2 => 0xAAAA_AAAA_u32,
+        3 => 0x4444_4444,
+        4 => 0x8888_8888,
+        _ => 0x8080_8080,
+    } as i32);
+    for _ in 0..units {
+        // Input k of a word sits in byte k mod 4 at bit k div 4 times the width of its place.
+        macro_rules! step {
+            ($a:expr, $place:literal, $j:expr, $at:expr) => {{
+                let mut code = [S::splat(0.0); P];
+                for p in 0..P {
+                    code[p] = S::code(BITS, $a[p], 8 * ($j % 4) + $place * ($j / 4));
+                }
+                multiply::<S, MT, P>(&mut part, code, x.add(($at + $j as usize) * MT));
+            }};
+        }
+        let mut a = [S::splat_i32(0); P];
+        for p in 0..P {
+            a[p] = S::centre(S::load_i32(w.add(p * VECTOR_BYTES).cast()), top);
+            if MT <= 4 {
+                for word in 0..unit_words(BITS) {
+                    let line = w.wrapping_add(word * WORD_BYTES + p * VECTOR_BYTES + PREFETCH);
+                    S::prefetch(line);
+                }
+            }
+        }
+        match BITS {
+            2 => unroll!(J in [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15] { step!(a, 2, J, 0); }),
+            4 => unroll!(J in [0 1 2 3 4 5 6 7] { step!(a, 4, J, 0); }),
+            8 => unroll!(J in [0 1 2 3] { step!(a, 8, J, 0); }),
+            _ => {
+                let (mut b, mut c, mut d) = (a, a, a);
+                for p in 0..P {
+                    let raw = w.add(p * VECTOR_BYTES);
+                    a[p] = S::load_i32(raw.cast());
+                    b[p] = S::load_i32(raw.add(WORD_BYTES).cast());
+                    c[p] = S::load_i32(raw.add(2 * WORD_BYTES).cast());
+                    d[p] = S::centre(spare_codes::<S>(a[p], b[p], c[p]), top);
+                    a[p] = S::centre(a[p], top);
+                    b[p] = S::centre(b[p], top);
+                    c[p] = S::centre(c[p], top);
+                }
+                unroll!(J in [0 1 2 3 4 5 6 7] { step!(a, 4, J, 0); });
+                unroll!(J in [0 1 2 3 4 5 6 7] { step!(b, 4, J, 8); });
+                unroll!(J in [0 1 2 3 4 5 6 7] { step!(c, 4, J, 16); });
+                unroll!(J in [0 1 2 3 4 5 6 7] { step!(d, 4, J, 24); });
+            }
+        }
+        x = x.add(unit_columns(BITS) * MT);
+        w = w.add(unit_words(BITS) * WORD_BYTES);
+    }
+    part
+}
+
+/// The last eight codes of a 3-bit unit, collected from the spare bits of its words.
+#[inline(always)]
+pub(super) unsafe fn spare_codes<S: Simd>(a: S::I, b: S::I, c: S::I) -> S::I {
+    let one = S::and(S::shr(a, 3), S::splat_i32(0x1111_1111));
+    let two = S::and(S::shr(b, 2), S::splat_i32(0x2222_2222));
+    let four = S::and(S::shr(c, 1), S::splat_i32(0x4444_4444));
+    S::or(S::or(one, two), four)
+}
