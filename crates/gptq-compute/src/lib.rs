@@ -28,6 +28,7 @@ mod elementwise;
 mod error;
 mod gemm;
 mod gram;
+mod int8_rate;
 mod linear;
 #[cfg(test)]
 mod linear_tests;
@@ -48,6 +49,7 @@ pub use elementwise::{add_scaled, clamp, embed, gather_cols, scale, soft_cap};
 pub use error::{ComputeError, Result};
 pub use gemm::{gemm_nt, gemm_peak_rate};
 pub use gram::Gram;
+pub use int8_rate::int8_peak_rate;
 pub use linear::{Scratch, linear};
 pub use loss::{Divergence, argmax, cross_entropy, kl_divergence};
 pub use matrix::{DenseMatrix, DenseType, Linear, Matrix, SharedBytes};
