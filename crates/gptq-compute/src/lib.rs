@@ -43,7 +43,7 @@ pub mod sweep;
 mod tensor;
 
 pub use activation::{Activation, activate, activate_gated};
-pub use attention::{AttnParams, AttnSpan, LayerKv, attention};
+pub use attention::{AttnParams, AttnSpan, KvType, LayerKv, Span, attention};
 pub use bandwidth::read_bandwidth;
 pub use elementwise::{add_scaled, clamp, embed, gather_cols, scale, soft_cap};
 pub use error::{ComputeError, Result};

@@ -2,27 +2,89 @@
 
 use std::ops::Range;
 
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use super::storage::{Element, F16, F32, Int8};
 use crate::arch::LANES;
 use crate::tensor::Tensor;
 
 /// Positions of one block.
 pub(super) const BLOCK: usize = 64;
 
+/// How keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvType {
+    /// 32-bit floats: what evaluation and calibration use.
+    #[default]
+    F32,
+    /// Half precision, rounded to nearest; magnitudes beyond 65504 become 65504.
+    F16,
+    /// 8-bit integers with one f32 scale per head and token.
+    Int8,
+}
+
+impl KvType {
+    /// Bytes of one stored element, scales left out.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => F32::SIZE,
+            Self::F16 => F16::SIZE,
+            Self::Int8 => Int8::SIZE,
+        }
+    }
+
+    /// Bytes of the scales of one token and head: one for the key and one for the value.
+    fn scale_bytes(self) -> usize {
+        if self == Self::Int8 { 2 * size_of::<f32>() } else { 0 }
+    }
+
+    /// Bytes that the keys and values of one token take in one layer.
+    pub fn bytes_per_token(self, kv_heads: usize, head_dim: usize) -> usize {
+        kv_heads
+            * ((head_dim + head_dim.next_multiple_of(LANES)) * self.size() + self.scale_bytes())
+    }
+}
+
 /// The cache grows by blocks of 64 positions. A block holds, for each kv head, the keys transposed
-/// `[head_dim, 64]` (so that scores of 64 positions are one product without horizontal sums) and
-/// the values `[64, head_dim rounded up to 16]`.
+/// `[head_dim, 64]` (so that scores of 64 positions are one product without horizontal sums), the
+/// values `[64, head_dim rounded up to 16]` and, for [`KvType::Int8`], the scales of the keys
+/// `[64]` and of the values `[64]`.
 #[derive(Debug, Clone)]
 pub struct LayerKv {
-    blocks: Vec<Box<[f32]>>,
+    /// Words, so that every kind of element is aligned.
+    blocks: Vec<Box<[u32]>>,
+    kind: KvType,
     kv_heads: usize,
     head_dim: usize,
     len: usize,
 }
 
+/// One head's part of a block.
+#[derive(Clone, Copy)]
+pub(super) struct Part<'a, E: Element> {
+    /// `[head_dim, 64]`
+    pub(super) keys: &'a [E::Item],
+    /// `[64, padded_dim]`
+    pub(super) values: &'a [E::Item],
+    /// Of the keys `[64]` and of the values `[64]`; empty where elements have none.
+    pub(super) scales: (&'a [f32], &'a [f32]),
+}
+
 impl LayerKv {
-    /// An empty cache.
+    /// An empty cache of 32-bit floats.
     pub fn new(kv_heads: usize, head_dim: usize) -> Self {
-        Self { blocks: Vec::new(), kv_heads, head_dim, len: 0 }
+        Self::with_type(kv_heads, head_dim, KvType::F32)
+    }
+
+    /// An empty cache.
+    pub fn with_type(kv_heads: usize, head_dim: usize, kind: KvType) -> Self {
+        Self { blocks: Vec::new(), kind, kv_heads, head_dim, len: 0 }
+    }
+
+    /// How elements are kept.
+    pub fn kind(&self) -> KvType {
+        self.kind
     }
 
     /// Positions stored.
@@ -57,14 +119,15 @@ impl LayerKv {
 
     /// Allocates blocks for `positions` in all, so that appending up to there does not.
     pub fn reserve(&mut self, positions: usize) {
+        self.blocks.reserve(positions.div_ceil(BLOCK).saturating_sub(self.blocks.len()));
         while self.blocks.len() * BLOCK < positions {
-            self.blocks.push(vec![0.0; self.kv_heads * self.head_size()].into());
+            self.blocks.push(vec![0; self.kv_heads * self.head_words()].into());
         }
     }
 
     /// Bytes allocated.
     pub fn bytes(&self) -> usize {
-        self.blocks.len() * self.kv_heads * self.head_size() * size_of::<f32>()
+        self.blocks.len() * self.kv_heads * self.head_words() * size_of::<u32>()
     }
 
     /// Appends rows `rows` of `k` and `v`, both `[_, kv_heads * head_dim]`.
@@ -73,23 +136,80 @@ impl LayerKv {
     /// If the widths do not fit.
     #[track_caller]
     pub fn append(&mut self, k: &Tensor, v: &Tensor, rows: Range<usize>) {
-        let (d, width) = (self.head_dim, self.kv_heads * self.head_dim);
+        let width = self.kv_heads * self.head_dim;
         assert_eq!((k.cols(), v.cols()), (width, width), "key and value width");
         self.reserve(self.len + rows.len());
-        let (size, padded) = (self.head_size(), self.padded_dim());
         for row in rows {
-            let (block, at) = (self.len / BLOCK, self.len % BLOCK);
-            let heads = self.blocks[block].chunks_exact_mut(size);
-            let keys = k.row(row).chunks_exact(d).zip(v.row(row).chunks_exact(d));
-            for (head, (key, value)) in heads.zip(keys) {
-                let (kt, vs) = head.split_at_mut(d * BLOCK);
-                for (cell, x) in kt[at..].iter_mut().step_by(BLOCK).zip(key) {
-                    *cell = *x;
+            for head in 0..self.kv_heads {
+                let part = head * self.head_dim..(head + 1) * self.head_dim;
+                let (key, value) = (&k.row(row)[part.clone()], &v.row(row)[part]);
+                match self.kind {
+                    KvType::F32 => self.put_f32(head, key, value),
+                    KvType::F16 => self.put_f16(head, key, value),
+                    KvType::Int8 => self.put_int8(head, key, value),
                 }
-                vs[at * padded..at * padded + d].copy_from_slice(value);
             }
             self.len += 1;
         }
+    }
+
+    fn put_f32(&mut self, head: usize, key: &[f32], value: &[f32]) {
+        let (mut keys, values) = self.cells::<F32>(head);
+        keys.by_ref().zip(key).for_each(|(cell, x)| *cell = *x);
+        values.copy_from_slice(value);
+    }
+
+    fn put_f16(&mut self, head: usize, key: &[f32], value: &[f32]) {
+        // The conversion of a whole slice uses the processor's instruction.
+        const PIECE: usize = 64;
+        let (mut floats, mut halves) = ([0.0; PIECE], [f16::ZERO; PIECE]);
+        let mut round = |from: &[f32], to: &mut dyn FnMut(&[f16])| {
+            for piece in from.chunks(PIECE) {
+                let n = piece.len();
+                let limit = f16::MAX.to_f32();
+                floats.iter_mut().zip(piece).for_each(|(f, x)| *f = x.clamp(-limit, limit));
+                halves[..n].convert_from_f32_slice(&floats[..n]);
+                to(&halves[..n]);
+            }
+        };
+        let (mut keys, values) = self.cells::<F16>(head);
+        round(key, &mut |piece| {
+            // The shorter side comes first: zip takes an element of the first before it looks at the second.
+            piece.iter().zip(keys.by_ref()).for_each(|(x, cell)| *cell = x.to_bits());
+        });
+        let mut at = 0;
+        round(value, &mut |piece| {
+            values[at..at + piece.len()].iter_mut().zip(piece).for_each(|(v, x)| *v = x.to_bits());
+            at += piece.len();
+        });
+    }
+
+    fn put_int8(&mut self, head: usize, key: &[f32], value: &[f32]) {
+        let (k, v) = (scale_of(key), scale_of(value));
+        let (at, scales) = (self.len % BLOCK, self.head_words() - 2 * BLOCK);
+        let first = head * self.head_words() + scales + at;
+        let block = &mut self.blocks[self.len / BLOCK];
+        block[first] = k.to_bits();
+        block[first + BLOCK] = v.to_bits();
+        // A row of zeros has scale 0 and codes 0.
+        let inverse = |scale: f32| if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let code = |x: &f32, inverse: f32| (x * inverse).round_ties_even() as i8;
+        let (k, v) = (inverse(k), inverse(v));
+        let (mut keys, values) = self.cells::<Int8>(head);
+        keys.by_ref().zip(key).for_each(|(cell, x)| *cell = code(x, k));
+        values.iter_mut().zip(value).for_each(|(cell, x)| *cell = code(x, v));
+    }
+
+    /// Where the key and the value of the next position of one head go.
+    fn cells<E: Element>(
+        &mut self,
+        head: usize,
+    ) -> (impl Iterator<Item = &mut E::Item>, &mut [E::Item]) {
+        let (d, at, padded) = (self.head_dim, self.len % BLOCK, self.padded_dim());
+        let size = self.head_words();
+        let words = &mut self.blocks[self.len / BLOCK][head * size..(head + 1) * size];
+        let (keys, values) = bytemuck::cast_slice_mut(words).split_at_mut(d * BLOCK);
+        (keys[at..].iter_mut().step_by(BLOCK), &mut values[at * padded..at * padded + d])
     }
 
     /// head_dim rounded up to whole vectors.
@@ -97,13 +217,24 @@ impl LayerKv {
         self.head_dim.next_multiple_of(LANES)
     }
 
-    fn head_size(&self) -> usize {
-        BLOCK * (self.head_dim + self.padded_dim())
+    /// Words of one head in one block.
+    fn head_words(&self) -> usize {
+        BLOCK * self.kind.bytes_per_token(1, self.head_dim) / size_of::<u32>()
     }
 
-    /// Keys `[head_dim, 64]` and values `[64, padded_dim]` of one block and head.
-    pub(super) fn block(&self, block: usize, head: usize) -> (&[f32], &[f32]) {
-        let size = self.head_size();
-        self.blocks[block][head * size..(head + 1) * size].split_at(self.head_dim * BLOCK)
+    /// One head's part of a block.
+    pub(super) fn part<E: Element>(&self, block: usize, head: usize) -> Part<'_, E> {
+        assert_eq!(E::KIND, self.kind, "elements of the cache");
+        let size = self.head_words();
+        let words = &self.blocks[block][head * size..(head + 1) * size];
+        let (words, scales) = words.split_at(size - BLOCK * self.kind.scale_bytes() / 4);
+        let (keys, values) = bytemuck::cast_slice(words).split_at(self.head_dim * BLOCK);
+        let scales: &[f32] = bytemuck::cast_slice(scales);
+        Part { keys, values, scales: scales.split_at(scales.len() / 2) }
     }
+}
+
+/// The scale that takes the largest magnitude to 127.
+fn scale_of(x: &[f32]) -> f32 {
+    x.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0
 }

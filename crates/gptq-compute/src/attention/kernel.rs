@@ -1,199 +1,200 @@
-//! One task of attention: some query tokens of one kv head.
+//! Some query rows of one kv head over one chunk of positions, and how chunks are put together.
 //!
-//! Three passes over a strip of scores that stays in the cache: scores = Q Kᵀ block by block of 64
-//! keys, softmax of every row over what it sees, output = P V. Both products run on one register
-//! tile that multiplies broadcast elements with unpacked rows of 16 lanes.
+//! Three passes over a strip of scores that stays in the nearest cache: scores = Q Kᵀ block by block
+//! of 64 keys, exponentials relative to the largest score of the chunk, output = P V. The chunks of
+//! a row are merged in order (online softmax, Milakov & Gimelshein 2018), by one task or, when a
+//! single token is decoded, after the chunks were computed by many: the arithmetic is the same.
 
-use super::{AttnParams, AttnSpan, BLOCK, visible};
+use std::ops::Range;
+
+use super::cache::{BLOCK, LayerKv};
+use super::product::product;
+use super::storage::{Element, F16, F32, Int8};
+use super::{AttnParams, CHUNK, KvType, visible};
 use crate::arch::{Kernel, LANES, Simd};
 use crate::math;
-use crate::tensor::{RawSlice, Tensor};
+use crate::tensor::Tensor;
 
-pub(super) struct Task<'a> {
+/// The query rows of a task: row r is token `first + r / group` of the span, head `r % group` of
+/// the kv head.
+#[derive(Clone, Copy)]
+pub(super) struct Queries<'a> {
     pub(super) p: &'a AttnParams,
     pub(super) q: &'a Tensor,
-    pub(super) span: &'a AttnSpan<'a>,
+    pub(super) kv: &'a LayerKv,
     pub(super) kv_head: usize,
-    /// First token of this task within the span.
-    pub(super) first: usize,
+    /// Row of `q` of the first token.
+    pub(super) first_row: usize,
+    /// Position of the first token.
+    pub(super) position: usize,
     pub(super) tokens: usize,
+}
+
+impl Queries<'_> {
     /// Query heads per kv head.
-    pub(super) group: usize,
-    pub(super) out: RawSlice,
-    pub(super) scratch: &'a mut Vec<f32>,
-}
+    pub(super) fn group(&self) -> usize {
+        self.p.heads / self.p.kv_heads
+    }
 
-/// C[r][..] (+)= Σ_k A[r][k] B[k][..] for `R` rows and `V` vectors.
-///
-/// # Safety
-/// `a[r]` is valid for `k` elements, `b` for `k` rows of V·16 at stride `ldb`, `c[r]` for V·16.
-#[inline(always)]
-unsafe fn tile<S: Simd, const R: usize, const V: usize>(
-    k: usize,
-    a: [*const f32; R],
-    b: *const f32,
-    ldb: usize,
-    c: [*mut f32; R],
-    accumulate: bool,
-) {
-    let mut acc = [[S::splat(0.0); V]; R];
-    if accumulate {
-        for r in 0..R {
-            for v in 0..V {
-                acc[r][v] = S::load(c[r].add(v * LANES));
-            }
-        }
+    pub(super) fn rows(&self) -> usize {
+        self.tokens * self.group()
     }
-    for i in 0..k {
-        let row = b.add(i * ldb);
-        let mut lanes = [S::splat(0.0); V];
-        for v in 0..V {
-            lanes[v] = S::load(row.add(v * LANES));
-        }
-        for r in 0..R {
-            let x = S::splat(*a[r].add(i));
-            for v in 0..V {
-                acc[r][v] = S::fma(x, lanes[v], acc[r][v]);
-            }
-        }
+
+    fn head(&self, r: usize) -> usize {
+        self.kv_head * self.group() + r % self.group()
     }
-    for r in 0..R {
-        for v in 0..V {
-            S::store(c[r].add(v * LANES), acc[r][v]);
-        }
+
+    fn position(&self, r: usize) -> usize {
+        self.position + r / self.group()
+    }
+
+    /// Where row r begins in `q`, and in an output of the same shape.
+    pub(super) fn offset(&self, r: usize) -> usize {
+        (self.first_row + r / self.group()) * self.q.cols() + self.head(r) * self.p.head_dim
+    }
+
+    fn visible(&self, r: usize) -> Range<usize> {
+        visible(self.p, self.position(r), self.kv.len())
+    }
+
+    /// Positions that any row sees.
+    pub(super) fn seen(&self) -> Range<usize> {
+        self.visible(0).start..self.visible(self.rows() - 1).end
     }
 }
 
-/// [`tile`] for any number of rows and vectors.
-///
-/// # Safety
-/// As for [`tile`], with row pointers `a(r)` and `c(r)` for r below `rows`.
-#[inline(always)]
-unsafe fn product<S: Simd>(
-    rows: usize,
-    vectors: usize,
-    k: usize,
-    a: impl Fn(usize) -> *const f32,
-    (b, ldb): (*const f32, usize),
-    c: impl Fn(usize) -> *mut f32,
-    accumulate: bool,
-) {
-    macro_rules! rows_of {
-        ($r:literal, $v:literal, $row:ident, $vector:ident) => {
-            while rows - $row >= $r {
-                let a: [*const f32; $r] = std::array::from_fn(|i| a($row + i));
-                let c: [*mut f32; $r] = std::array::from_fn(|i| c($row + i).add($vector * LANES));
-                tile::<S, $r, $v>(k, a, b.add($vector * LANES), ldb, c, accumulate);
-                $row += $r;
-            }
-        };
+/// What one chunk, or several merged ones, give for some rows.
+pub(super) struct Partial<'a> {
+    /// Σ exp(score - max) · value, `[rows, padded_dim]`.
+    pub(super) outputs: &'a mut [f32],
+    /// Largest score; minus infinity where a row sees nothing.
+    pub(super) max: &'a mut [f32],
+    /// Σ exp(score - max)
+    pub(super) sum: &'a mut [f32],
+}
+
+impl<'a> Partial<'a> {
+    /// Floats that `rows` rows need.
+    pub(super) fn len(rows: usize, padded: usize) -> usize {
+        rows * (padded + 2)
     }
-    let mut vector = 0;
-    while vectors - vector >= 4 {
-        let mut row = 0;
-        if S::WIDE {
-            rows_of!(6, 4, row, vector);
-            rows_of!(3, 4, row, vector);
-        }
-        rows_of!(1, 4, row, vector);
-        vector += 4;
-    }
-    while vector < vectors {
-        let mut row = 0;
-        rows_of!(6, 1, row, vector);
-        rows_of!(1, 1, row, vector);
-        vector += 1;
+
+    pub(super) fn new(buffer: &'a mut [f32], rows: usize, padded: usize) -> Self {
+        let (outputs, rest) = buffer.split_at_mut(rows * padded);
+        let (max, rest) = rest.split_at_mut(rows);
+        Self { outputs, max, sum: &mut rest[..rows] }
     }
 }
 
-impl Kernel for Task<'_> {
+/// Computes one chunk for the rows of `queries`.
+pub(super) struct Chunk<'a> {
+    pub(super) queries: Queries<'a>,
+    /// Positions `chunk * CHUNK..(chunk + 1) * CHUNK`.
+    pub(super) chunk: usize,
+    /// `[rows, CHUNK]`, any content.
+    pub(super) strip: &'a mut [f32],
+    pub(super) out: Partial<'a>,
+}
+
+impl Kernel for Chunk<'_> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { p, q, span, kv_head, first, tokens, group, out, scratch } = self;
-        let (kv, d) = (span.kv, p.head_dim);
-        let padded = kv.padded_dim();
-        let (rows, len) = (tokens * group, kv.len());
-        let past = len - span.rows.len();
-        // Row r is token r / group, head r % group of this kv head.
-        let head = |r: usize| kv_head * group + r % group;
-        let position = |r: usize| past + first + r / group;
-        let offset = |r: usize| (span.rows.start + first + r / group) * q.cols() + head(r) * d;
-
-        // Blocks that any row sees.
-        let begin = visible(p, position(0), len).start / BLOCK;
-        let end = visible(p, position(rows - 1), len).end.div_ceil(BLOCK);
-        let width = (end - begin) * BLOCK;
-        let needed = rows * (width + padded);
-        if scratch.len() < needed {
-            scratch.resize(needed, 0.0);
-        }
-        let (scores, outputs) = scratch.split_at_mut(rows * width);
-        let (scores, outputs) = (scores.as_mut_ptr(), outputs.as_mut_ptr());
-        for block in begin..end {
-            let (keys, _) = kv.block(block, kv_head);
-            let at = (block - begin) * BLOCK;
-            product::<S>(
-                rows,
-                BLOCK / LANES,
-                d,
-                |r| q.as_slice().as_ptr().add(offset(r)),
-                (keys.as_ptr(), BLOCK),
-                |r| scores.add(r * width + at),
-                false,
-            );
-        }
-        let mut inverse = [0.0f32; super::ROWS];
-        let mut many = Vec::new();
-        let inverse = if rows <= super::ROWS {
-            &mut inverse[..]
-        } else {
-            many.resize(rows, 0.0);
-            &mut many[..]
-        };
-        for (r, inverse) in inverse.iter_mut().enumerate().take(rows) {
-            let seen = visible(p, position(r), len);
-            let row = std::slice::from_raw_parts_mut(scores.add(r * width), width);
-            let range = seen.start - begin * BLOCK..seen.end - begin * BLOCK;
-            let slope = p.alibi.as_ref().map_or(0.0, |a| a[head(r)]);
-            let bias = (begin * BLOCK) as f32 - position(r) as f32;
-            *inverse = softmax::<S>(row, range, p, slope, bias);
-        }
-        for block in begin..end {
-            let (_, values) = kv.block(block, kv_head);
-            let at = (block - begin) * BLOCK;
-            product::<S>(
-                rows,
-                padded / LANES,
-                BLOCK.min(len - block * BLOCK),
-                |r| scores.add(r * width + at).cast_const(),
-                (values.as_ptr(), padded),
-                |r| outputs.add(r * padded),
-                block > begin,
-            );
-        }
-        for (r, &inverse) in inverse.iter().enumerate().take(rows) {
-            // The columns of one head in one row belong to this task.
-            let to = out.range(offset(r), d);
-            let from = std::slice::from_raw_parts(outputs.add(r * padded), d);
-            to.iter_mut().zip(from).for_each(|(t, f)| *t = f * inverse);
+        match self.queries.kv.kind() {
+            KvType::F32 => chunk::<S, F32>(self),
+            KvType::F16 => chunk::<S, F16>(self),
+            KvType::Int8 => chunk::<S, Int8>(self),
         }
     }
 }
 
-/// Replaces scores in `range` by their exponentials relative to the maximum and all others by
-/// zero; returns the inverse of the sum. `slope · (index + bias)` is added to scaled scores.
 #[inline(always)]
-unsafe fn softmax<S: Simd>(
+unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
+    let Chunk { queries, chunk, strip, out } = task;
+    let Queries { p, q, kv, kv_head, .. } = queries;
+    let (rows, padded, len) = (queries.rows(), kv.padded_dim(), kv.len());
+    assert!(strip.len() >= rows * CHUNK && out.outputs.len() >= rows * padded);
+    let strip = strip.as_mut_ptr();
+    let outputs = out.outputs.as_mut_ptr();
+    let base = chunk * CHUNK;
+    let seen = queries.seen();
+    // Blocks that any row sees, those of this chunk alone.
+    let begin = (seen.start / BLOCK).max(base / BLOCK);
+    let end = seen.end.div_ceil(BLOCK).min((base + CHUNK) / BLOCK);
+    for block in begin..end {
+        let part = kv.part::<E>(block, kv_head);
+        let at = block * BLOCK - base;
+        product::<S, E>(
+            rows,
+            BLOCK / LANES,
+            p.head_dim,
+            |r| q.as_slice().as_ptr().add(queries.offset(r)),
+            (part.keys.as_ptr(), BLOCK),
+            |r| strip.add(r * CHUNK + at),
+            false,
+        );
+        multiply::<S>(strip.add(at), rows, part.scales.0);
+    }
+    for r in 0..rows {
+        let visible = queries.visible(r);
+        let range = visible.start.clamp(base, base + CHUNK) - base
+            ..visible.end.clamp(base, base + CHUNK) - base;
+        let row = std::slice::from_raw_parts_mut(strip.add(r * CHUNK), CHUNK);
+        let slope = p.alibi.as_ref().map_or(0.0, |a| a[queries.head(r)]);
+        let bias = base as f32 - queries.position(r) as f32;
+        (out.max[r], out.sum[r]) = exponentials::<S>(row, range, p, slope, bias);
+    }
+    if begin >= end {
+        out.outputs[..rows * padded].fill(0.0);
+    }
+    for block in begin..end {
+        let part = kv.part::<E>(block, kv_head);
+        let at = block * BLOCK - base;
+        multiply::<S>(strip.add(at), rows, part.scales.1);
+        product::<S, E>(
+            rows,
+            padded / LANES,
+            BLOCK.min(len - block * BLOCK),
+            |r| strip.add(r * CHUNK + at).cast_const(),
+            (part.values.as_ptr(), padded),
+            |r| outputs.add(r * padded),
+            block > begin,
+        );
+    }
+}
+
+/// Multiplies the 64 scores of one block in each row by the scales of their positions, if there are
+/// any.
+#[inline(always)]
+unsafe fn multiply<S: Simd>(strip: *mut f32, rows: usize, scales: &[f32]) {
+    if scales.is_empty() {
+        return;
+    }
+    for v in (0..BLOCK).step_by(LANES) {
+        let scale = S::load(scales.as_ptr().add(v));
+        for r in 0..rows {
+            let cell = strip.add(r * CHUNK + v);
+            S::store(cell, S::mul(S::load(cell), scale));
+        }
+    }
+}
+
+/// Replaces scores in `range` by their exponentials relative to the largest and all others by zero;
+/// returns the largest and the sum. `slope · (index + bias)` is added to scaled scores.
+#[inline(always)]
+unsafe fn exponentials<S: Simd>(
     row: &mut [f32],
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
     p: &AttnParams,
     slope: f32,
     bias: f32,
-) -> f32 {
+) -> (f32, f32) {
     row[..range.start].fill(0.0);
     row[range.end..].fill(0.0);
+    if range.is_empty() {
+        return (f32::NEG_INFINITY, 0.0);
+    }
     let (start, n) = (range.start, range.len());
     let part = row[range].as_mut_ptr();
     let whole = n - n % LANES;
@@ -229,5 +230,35 @@ unsafe fn softmax<S: Simd>(
         std::ptr::copy_nonoverlapping(tail.as_ptr(), part.add(whole), n - whole);
         total += tail[..n - whole].iter().sum::<f32>();
     }
-    1.0 / total
+    (max, total)
+}
+
+/// Adds the next chunk to what the chunks before it gave.
+pub(super) struct Merge<'a> {
+    pub(super) into: &'a mut Partial<'a>,
+    pub(super) next: &'a Partial<'a>,
+    pub(super) padded: usize,
+}
+
+impl Kernel for Merge<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { into, next, padded } = self;
+        for r in 0..into.max.len() {
+            let max = into.max[r].max(next.max[r]);
+            // Rows that see nothing so far: no weight, and no difference of infinities.
+            let factor = |m: f32| if m == f32::NEG_INFINITY { 0.0 } else { (m - max).exp() };
+            let (a, b) = (factor(into.max[r]), factor(next.max[r]));
+            into.max[r] = max;
+            into.sum[r] = into.sum[r] * a + next.sum[r] * b;
+            let (va, vb) = (S::splat(a), S::splat(b));
+            for i in (r * padded..(r + 1) * padded).step_by(LANES) {
+                let to = into.outputs[i..i + LANES].as_mut_ptr();
+                let sum = S::mul(S::load(to), va);
+                S::store(to, S::fma(S::load(next.outputs[i..i + LANES].as_ptr()), vb, sum));
+            }
+        }
+    }
 }

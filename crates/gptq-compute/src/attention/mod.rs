@@ -2,12 +2,17 @@
 
 mod cache;
 mod kernel;
+mod product;
+mod storage;
+#[cfg(test)]
+mod tests;
 
 use std::cell::RefCell;
 use std::ops::Range;
 
 use cache::BLOCK;
-pub use cache::LayerKv;
+pub use cache::{KvType, LayerKv};
+use kernel::{Chunk, Merge, Partial, Queries};
 
 use crate::arch::dispatch;
 use crate::pool::Pool;
@@ -15,14 +20,36 @@ use crate::tensor::{RawSlice, Tensor};
 
 /// Query rows (token × head of the group) that one task takes together.
 const ROWS: usize = 24;
+/// Positions whose scores exist at a time. Where chunks begin depends on nothing but this, so that a
+/// token's result is the same in a prefill, alone, or in a batch.
+const CHUNK: usize = 4 * BLOCK;
+/// Multiplications up to which one thread is faster than waking the others.
+const SERIAL: usize = 1 << 17;
 
 /// One sequence's part of a batch.
+pub trait Span: Sync {
+    /// Its rows of the query tensor; the last one is the query at position `kv().len() - 1`.
+    fn rows(&self) -> Range<usize>;
+    /// Keys and values of all its positions so far, those of its rows included.
+    fn kv(&self) -> &LayerKv;
+}
+
+/// The plainest [`Span`].
 #[derive(Debug, Clone)]
 pub struct AttnSpan<'a> {
-    /// Its rows of the query tensor; the last one is the query at position `kv.len() - 1`.
+    /// See [`Span::rows`].
     pub rows: Range<usize>,
-    /// Keys and values of all its positions so far, those of these rows included.
+    /// See [`Span::kv`].
     pub kv: &'a LayerKv,
+}
+
+impl Span for AttnSpan<'_> {
+    fn rows(&self) -> Range<usize> {
+        self.rows.clone()
+    }
+    fn kv(&self) -> &LayerKv {
+        self.kv
+    }
 }
 
 /// The shape and variant of an attention layer.
@@ -47,55 +74,203 @@ pub struct AttnParams {
 }
 
 thread_local! {
-    /// Scores `[ROWS, keys]` and gathered queries of the current task.
-    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// Scores and partial results of the current task.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// Partial results of all tasks of a call, on the thread that made it.
+    static PARTIALS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// How the work of one span is cut.
+struct Cut {
+    tiles: usize,
+    tokens_per_tile: usize,
+    /// Chunks that are tasks of their own: all of them when there is one tile, else 1 (a task takes
+    /// all chunks of its tile).
+    splits: usize,
+    /// First chunk that is seen.
+    first: usize,
+}
+
+impl Cut {
+    fn new(span: &impl Span, p: &AttnParams) -> Self {
+        let tokens = span.rows().len();
+        let len = span.kv().len();
+        let tokens_per_tile = (ROWS * p.kv_heads / p.heads).max(1);
+        let tiles = tokens.div_ceil(tokens_per_tile);
+        let first = visible(p, len - tokens, len).start / CHUNK;
+        let splits = if tiles == 1 { len.div_ceil(CHUNK) - first } else { 1 };
+        Self { tiles, tokens_per_tile, splits, first }
+    }
 }
 
 /// Softmax attention of `q` `[rows, heads * head_dim]` over the caches of its spans into `out` of
-/// the same shape. Scores of at most 24 query rows exist at a time.
+/// the same shape. Each task holds the scores of at most 24 query rows (or one token's group of
+/// heads) and 256 positions.
 ///
 /// # Panics
-/// If shapes do not fit, or a span has more rows than its cache has positions.
+/// If shapes do not fit, or a span has no row or more rows than its cache has positions.
 #[track_caller]
-pub fn attention(
-    pool: &Pool,
-    q: &Tensor,
-    spans: &[AttnSpan<'_>],
-    p: &AttnParams,
-    out: &mut Tensor,
-) {
-    let group = p.heads / p.kv_heads;
-    let width = p.heads * p.head_dim;
-    assert_eq!(q.cols(), width, "query width");
+pub fn attention<S: Span>(pool: &Pool, q: &Tensor, spans: &[S], p: &AttnParams, out: &mut Tensor) {
     assert!(p.heads.is_multiple_of(p.kv_heads), "heads and kv_heads");
+    assert_eq!(q.cols(), p.heads * p.head_dim, "query width");
     assert!(p.alibi.as_ref().is_none_or(|a| a.len() == p.heads), "one slope per head");
-    out.resize(q.rows(), width);
-    let tokens_per_task = (ROWS / group).max(1);
-    let tasks_of = |s: &AttnSpan<'_>| s.rows.len().div_ceil(tokens_per_task) * p.kv_heads;
+    out.resize(q.rows(), q.cols());
+    let (mut tasks, mut parts, mut work) = (0, 0, 0);
     for s in spans {
-        assert!(s.rows.end <= q.rows() && s.rows.len() <= s.kv.len(), "span outside its cache");
-        assert_eq!((s.kv.kv_heads(), s.kv.head_dim()), (p.kv_heads, p.head_dim), "cache shape");
+        let (rows, kv) = (s.rows(), s.kv());
+        assert!(
+            !rows.is_empty() && rows.end <= q.rows() && rows.len() <= kv.len(),
+            "span outside its cache"
+        );
+        assert_eq!((kv.kv_heads(), kv.head_dim()), (p.kv_heads, p.head_dim), "cache shape");
+        let cut = Cut::new(s, p);
+        tasks += cut.tiles * cut.splits * p.kv_heads;
+        parts += partials_of(s, &cut, p);
+        work += rows.len() * kv.len() * q.cols();
     }
     let raw = RawSlice::new(out.as_mut_slice());
-    pool.run(spans.iter().map(tasks_of).sum(), &|task| {
-        let mut local = task;
-        let Some(span) = spans.iter().find(|s| {
-            let n = tasks_of(s);
-            let here = local < n;
-            if !here {
-                local -= n;
+    PARTIALS.with_borrow_mut(|partials| {
+        if partials.len() < parts {
+            partials.resize(parts, 0.0);
+        }
+        let partials = RawSlice::new(partials);
+        let run = |mut task: usize| {
+            let mut at = 0;
+            for s in spans {
+                let cut = Cut::new(s, p);
+                let count = cut.tiles * cut.splits * p.kv_heads;
+                if task < count {
+                    return run_task(q, s, &cut, task, p, partials, at, raw);
+                }
+                task -= count;
+                at += partials_of(s, &cut, p);
             }
-            here
-        }) else {
-            return;
         };
-        let (tile, kv_head) = (local / p.kv_heads, local % p.kv_heads);
-        let first = tile * tokens_per_task;
-        let tokens = tokens_per_task.min(span.rows.len() - first);
-        SCORES.with_borrow_mut(|scratch| {
-            dispatch(kernel::Task { p, q, span, kv_head, first, tokens, group, out: raw, scratch });
-        });
+        if work <= SERIAL {
+            (0..tasks).for_each(run)
+        } else {
+            pool.run(tasks, &run)
+        }
+        // What was cut into chunks is put together, in the order in which one task would have done it.
+        let mut at = 0;
+        for s in spans {
+            let cut = Cut::new(s, p);
+            let size = partials_of(s, &cut, p);
+            if size > 0 {
+                merge_heads(q, s, &cut, p, partials, at, raw);
+            }
+            at += size;
+        }
     });
+}
+
+/// Floats of the partial results of a span; 0 where tasks write their results themselves.
+fn partials_of(span: &impl Span, cut: &Cut, p: &AttnParams) -> usize {
+    if cut.splits == 1 {
+        return 0;
+    }
+    let rows = span.rows().len() * p.heads;
+    cut.splits * Partial::len(rows, span.kv().padded_dim())
+}
+
+fn queries<'a>(
+    q: &'a Tensor,
+    span: &'a impl Span,
+    p: &'a AttnParams,
+    kv_head: usize,
+    first: usize,
+    tokens: usize,
+) -> Queries<'a> {
+    let (rows, kv) = (span.rows(), span.kv());
+    let position = kv.len() - rows.len() + first;
+    Queries { p, q, kv, kv_head, first_row: rows.start + first, position, tokens }
+}
+
+/// Task number `task` of a span: tiles, then chunks, then heads.
+fn run_task(
+    q: &Tensor,
+    span: &impl Span,
+    cut: &Cut,
+    task: usize,
+    p: &AttnParams,
+    partials: RawSlice,
+    at: usize,
+    out: RawSlice,
+) {
+    let (kv_head, rest) = (task % p.kv_heads, task / p.kv_heads);
+    let (split, tile) = (rest % cut.splits, rest / cut.splits);
+    let first = tile * cut.tokens_per_tile;
+    let tokens = cut.tokens_per_tile.min(span.rows().len() - first);
+    let queries = queries(q, span, p, kv_head, first, tokens);
+    let (rows, padded) = (queries.rows(), span.kv().padded_dim());
+    let size = Partial::len(rows, padded);
+    SCRATCH.with_borrow_mut(|scratch| {
+        let needed = rows * CHUNK + 2 * size;
+        if scratch.len() < needed {
+            scratch.resize(needed, 0.0);
+        }
+        let (strip, buffers) = scratch.split_at_mut(rows * CHUNK);
+        if cut.splits > 1 {
+            // SAFETY: each head and chunk has a place of its own.
+            let buffer =
+                unsafe { partials.range(at + (split * p.kv_heads + kv_head) * size, size) };
+            let out = Partial::new(buffer, rows, padded);
+            return dispatch(Chunk { queries, chunk: cut.first + split, strip, out });
+        }
+        let (a, b) = buffers.split_at_mut(size);
+        let seen = queries.seen();
+        let chunks = seen.start / CHUNK..seen.end.div_ceil(CHUNK);
+        for chunk in chunks.clone() {
+            if chunk == chunks.start {
+                let out = Partial::new(a, rows, padded);
+                dispatch(Chunk { queries, chunk, strip, out });
+                continue;
+            }
+            let out = Partial::new(b, rows, padded);
+            dispatch(Chunk { queries, chunk, strip, out });
+            let (mut into, next) = (Partial::new(a, rows, padded), Partial::new(b, rows, padded));
+            dispatch(Merge { into: &mut into, next: &next, padded });
+        }
+        write(&queries, &Partial::new(a, rows, padded), padded, out);
+    });
+}
+
+/// Merges the chunks of all heads of a span that has one tile.
+fn merge_heads(
+    q: &Tensor,
+    span: &impl Span,
+    cut: &Cut,
+    p: &AttnParams,
+    partials: RawSlice,
+    at: usize,
+    out: RawSlice,
+) {
+    let padded = span.kv().padded_dim();
+    for kv_head in 0..p.kv_heads {
+        let queries = queries(q, span, p, kv_head, 0, span.rows().len());
+        let rows = queries.rows();
+        let size = Partial::len(rows, padded);
+        // SAFETY: all tasks are done, and the places do not overlap.
+        let part = |split: usize| unsafe {
+            let at = at + (split * p.kv_heads + kv_head) * size;
+            Partial::new(partials.range(at, size), rows, padded)
+        };
+        for split in 1..cut.splits {
+            dispatch(Merge { into: &mut part(0), next: &part(split), padded });
+        }
+        write(&queries, &part(0), padded, out);
+    }
+}
+
+/// Divides by the sums and writes the rows.
+fn write(queries: &Queries<'_>, done: &Partial<'_>, padded: usize, out: RawSlice) {
+    let d = queries.p.head_dim;
+    for r in 0..queries.rows() {
+        // SAFETY: the columns of one head in one row belong to one task.
+        let to = unsafe { out.range(queries.offset(r), d) };
+        let inverse = 1.0 / done.sum[r];
+        to.iter_mut().zip(&done.outputs[r * padded..]).for_each(|(t, f)| *t = f * inverse);
+    }
 }
 
 /// Positions that the query at `position` sees, of `len` cached ones.
@@ -103,147 +278,4 @@ fn visible(p: &AttnParams, position: usize, len: usize) -> Range<usize> {
     let end = if p.causal { position + 1 } else { p.window.map_or(len, |w| position + w) }.min(len);
     let start = p.window.map_or(0, |w| (position + 1).saturating_sub(w));
     start.min(end)..end
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn value(i: usize) -> f32 {
-        ((i * 7919 % 2003) as f32 - 1000.0) / 700.0
-    }
-
-    fn oracle(
-        q: &Tensor,
-        row: usize,
-        k: &Tensor,
-        v: &Tensor,
-        pos: usize,
-        p: &AttnParams,
-    ) -> Vec<f64> {
-        let (d, group) = (p.head_dim, p.heads / p.kv_heads);
-        let mut out = Vec::new();
-        for h in 0..p.heads {
-            let kv = h / group;
-            let range = visible(p, pos, k.rows());
-            let mut scores: Vec<f64> = range
-                .clone()
-                .map(|t| {
-                    let dot: f64 = (0..d)
-                        .map(|i| f64::from(q.row(row)[h * d + i]) * f64::from(k.row(t)[kv * d + i]))
-                        .sum();
-                    let mut s = dot * f64::from(p.scale);
-                    if let Some(c) = p.soft_cap {
-                        s = f64::from(c) * (s / f64::from(c)).tanh();
-                    }
-                    if let Some(a) = &p.alibi {
-                        s += f64::from(a[h]) * (t as f64 - pos as f64);
-                    }
-                    s
-                })
-                .collect();
-            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            for s in &mut scores {
-                *s = (*s - max).exp();
-            }
-            let sum: f64 = scores.iter().sum();
-            for i in 0..d {
-                let dot: f64 = range
-                    .clone()
-                    .zip(&scores)
-                    .map(|(t, s)| s * f64::from(v.row(t)[kv * d + i]))
-                    .sum();
-                out.push(dot / sum);
-            }
-        }
-        out
-    }
-
-    #[test]
-    fn matches_f64_for_prefill_and_decode() {
-        let pool = Pool::new(2);
-        for (heads, kv_heads, head_dim) in
-            [(9, 3, 64), (4, 4, 24), (2, 1, 128), (3, 1, 80), (32, 1, 16)]
-        {
-            for (len, past, window, soft_cap, alibi, causal) in [
-                (150, 0, None, None, false, true),
-                (70, 69, None, None, true, true),
-                (133, 100, Some(8), Some(3.0), false, true),
-                (65, 1, Some(70), None, true, true),
-                (40, 0, None, None, false, false),
-                (150, 0, Some(30), None, false, false),
-            ] {
-                let p = AttnParams {
-                    heads,
-                    kv_heads,
-                    head_dim,
-                    scale: 1.0 / (head_dim as f32).sqrt(),
-                    causal,
-                    window,
-                    soft_cap,
-                    alibi: alibi.then(|| (0..heads).map(|h| 0.1 / (h + 1) as f32).collect()),
-                };
-                let tensor = |rows: usize, cols: usize, seed: usize| {
-                    Tensor::from_vec(
-                        rows,
-                        cols,
-                        (0..rows * cols).map(|i| value(i + seed)).collect(),
-                    )
-                };
-                let (k, v) =
-                    (tensor(len, kv_heads * head_dim, 1), tensor(len, kv_heads * head_dim, 2));
-                let q = tensor(len - past + 3, heads * head_dim, 3);
-                let mut kv = LayerKv::new(kv_heads, head_dim);
-                kv.append(&k, &v, 0..past);
-                kv.append(&k, &v, past..len);
-                let spans = [AttnSpan { rows: 3..q.rows(), kv: &kv }];
-                let mut out = Tensor::default();
-                attention(&pool, &q, &spans, &p, &mut out);
-                for row in (3..q.rows()).step_by(11) {
-                    let want = oracle(&q, row, &k, &v, past + row - 3, &p);
-                    for (y, t) in out.row(row).iter().zip(want) {
-                        assert!((f64::from(*y) - t).abs() < 1e-5, "{heads} {head_dim} {len} {row}");
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn spans_do_not_see_each_other() {
-        let pool = Pool::new(2);
-        let p = AttnParams {
-            heads: 2,
-            kv_heads: 2,
-            head_dim: 16,
-            scale: 0.25,
-            causal: true,
-            window: None,
-            soft_cap: None,
-            alibi: None,
-        };
-        let x = Tensor::from_vec(70, 32, (0..70 * 32).map(value).collect());
-        let run = |splits: &[Range<usize>]| {
-            let caches: Vec<LayerKv> = splits
-                .iter()
-                .map(|r| {
-                    let mut kv = LayerKv::new(2, 16);
-                    kv.append(&x, &x, r.clone());
-                    kv
-                })
-                .collect();
-            let spans: Vec<_> = splits
-                .iter()
-                .zip(&caches)
-                .map(|(r, kv)| AttnSpan { rows: r.clone(), kv })
-                .collect();
-            let mut out = Tensor::default();
-            attention(&pool, &x, &spans, &p, &mut out);
-            out
-        };
-        let (both, first) = (run(&[0..30, 30..70]), run(std::slice::from_ref(&(0..30))));
-        assert_eq!(both.as_slice()[..30 * 32], first.as_slice()[..30 * 32]);
-        // The first token of a sequence sees only itself.
-        assert_eq!(both.row(30), x.row(30));
-    }
 }

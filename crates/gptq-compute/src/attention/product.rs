@@ -1,0 +1,91 @@
+//! The register tile of both products of attention: broadcast elements of the left side times rows
+//! of 16 lanes of the cache, which are widened as they are loaded.
+
+use super::storage::Element;
+use crate::arch::{LANES, Simd};
+
+/// C[r][..] (+)= Σ_k A[r][k] B[k][..] for `R` rows and `V` vectors.
+///
+/// # Safety
+/// `a[r]` is valid for `k` elements, `b` for `k` rows of V·16 at stride `ldb`, `c[r]` for V·16.
+#[inline(always)]
+unsafe fn tile<S: Simd, E: Element, const R: usize, const V: usize>(
+    k: usize,
+    a: [*const f32; R],
+    b: *const E::Item,
+    ldb: usize,
+    c: [*mut f32; R],
+    accumulate: bool,
+) {
+    let mut acc = [[S::splat(0.0); V]; R];
+    if accumulate {
+        for r in 0..R {
+            for v in 0..V {
+                acc[r][v] = S::load(c[r].add(v * LANES));
+            }
+        }
+    }
+    for i in 0..k {
+        let row = b.add(i * ldb);
+        let mut lanes = [S::splat(0.0); V];
+        for v in 0..V {
+            lanes[v] = E::load::<S>(row.add(v * LANES));
+        }
+        for r in 0..R {
+            let x = S::splat(*a[r].add(i));
+            for v in 0..V {
+                acc[r][v] = S::fma(x, lanes[v], acc[r][v]);
+            }
+        }
+    }
+    for r in 0..R {
+        for v in 0..V {
+            S::store(c[r].add(v * LANES), acc[r][v]);
+        }
+    }
+}
+
+/// The tile for any number of rows and vectors: C (+)= A B with row pointers `a(r)` and `c(r)` for
+/// r below `rows`, and B `[k, vectors * 16]` at stride `ldb`.
+///
+/// # Safety
+/// Row pointers of A are valid for `k` elements, those of C for `vectors * 16`, and B for `k` rows.
+#[inline(always)]
+pub(super) unsafe fn product<S: Simd, E: Element>(
+    rows: usize,
+    vectors: usize,
+    k: usize,
+    a: impl Fn(usize) -> *const f32,
+    (b, ldb): (*const E::Item, usize),
+    c: impl Fn(usize) -> *mut f32,
+    accumulate: bool,
+) {
+    macro_rules! rows_of {
+        ($r:literal, $v:literal, $row:ident, $vector:ident) => {
+            while rows - $row >= $r {
+                let a: [*const f32; $r] = std::array::from_fn(|i| a($row + i));
+                let c: [*mut f32; $r] = std::array::from_fn(|i| c($row + i).add($vector * LANES));
+                tile::<S, E, $r, $v>(k, a, b.add($vector * LANES), ldb, c, accumulate);
+                $row += $r;
+            }
+        };
+    }
+    let mut vector = 0;
+    while vectors - vector >= 4 {
+        let mut row = 0;
+        if S::WIDE {
+            rows_of!(6, 4, row, vector);
+            rows_of!(4, 4, row, vector);
+            rows_of!(3, 4, row, vector);
+            rows_of!(2, 4, row, vector);
+        }
+        rows_of!(1, 4, row, vector);
+        vector += 4;
+    }
+    while vector < vectors {
+        let mut row = 0;
+        rows_of!(6, 1, row, vector);
+        rows_of!(1, 1, row, vector);
+        vector += 1;
+    }
+}
