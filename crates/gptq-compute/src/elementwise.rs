@@ -111,6 +111,11 @@ pub fn add_scaled(pool: &Pool, x: &mut Tensor, y: &Tensor, scale: f32) {
     map(pool, AddScaled(scale), x, Some(y));
 }
 
+/// [`add_scaled`] of one row, by the calling thread.
+pub(crate) fn add_row(x: &mut [f32], y: &[f32], scale: f32) {
+    dispatch(Map { op: AddScaled(scale), x, y: Some(y) });
+}
+
 /// x <- s · x.
 pub fn scale(pool: &Pool, x: &mut Tensor, s: f32) {
     map(pool, Scale(s), x, None);

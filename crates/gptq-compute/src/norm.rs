@@ -1,6 +1,7 @@
 //! Root-mean-square and layer normalisation.
 
 use crate::arch::{Kernel, LANES, Simd, dispatch};
+use crate::elementwise::add_row;
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
 
@@ -115,6 +116,29 @@ pub fn norm(pool: &Pool, x: &Tensor, n: &Norm, out: &mut Tensor) {
     });
 }
 
+/// x <- x + scale · y, and the normalised rows of that into `out`: the end of one sublayer and the
+/// beginning of the next, while a row is in the nearest cache. All are `[rows, width]`.
+///
+/// # Panics
+/// If shapes differ or the parameters are not `[width]`.
+#[track_caller]
+pub fn add_norm(pool: &Pool, x: &mut Tensor, y: &Tensor, scale: f32, n: &Norm, out: &mut Tensor) {
+    let (rows, cols) = (x.rows(), x.cols());
+    check(n, cols);
+    assert_eq!((rows, cols), (y.rows(), y.cols()), "shapes differ");
+    out.resize(rows, cols);
+    let (stream, raw) = (RawSlice::new(x.as_mut_slice()), RawSlice::new(out.as_mut_slice()));
+    let step = rows_per_task(cols);
+    pool.run(rows.div_ceil(step), &|task| {
+        for row in task * step..((task + 1) * step).min(rows) {
+            // SAFETY: each row belongs to one task.
+            let (x, out) = unsafe { (stream.range(row * cols, cols), raw.range(row * cols, cols)) };
+            add_row(x, y.row(row), scale);
+            dispatch(Row { norm: n, x: x.as_ptr(), out: out.as_mut_ptr(), n: cols });
+        }
+    });
+}
+
 /// Normalises each piece of `head_dim` columns of each row by itself, in place (q/k norm). With
 /// `head_dim` equal to the width it is [`norm`] in place.
 ///
@@ -140,6 +164,7 @@ pub fn norm_heads(pool: &Pool, x: &mut Tensor, head_dim: usize, n: &Norm) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::elementwise::add_scaled;
 
     fn oracle(x: &[f32], n: &Norm) -> Vec<f64> {
         let len = x.len() as f64;
@@ -175,6 +200,12 @@ mod tests {
                 let mut heads = Tensor::from_vec(1, 3 * width, x.as_slice().to_vec());
                 norm_heads(&pool, &mut heads, width, &n);
                 assert_eq!(heads.as_slice(), out.as_slice());
+                // In one pass or two: the same to the bit.
+                let (mut one, mut two, mut fused) = (x.clone(), x.clone(), Tensor::default());
+                add_scaled(&pool, &mut one, &out, 0.3);
+                norm(&pool, &one, &n, &mut heads);
+                add_norm(&pool, &mut two, &out, 0.3, &n, &mut fused);
+                assert_eq!((one.as_slice(), heads.as_slice()), (two.as_slice(), fused.as_slice()));
                 for row in 0..3 {
                     for (y, t) in out.row(row).iter().zip(oracle(x.row(row), &n)) {
                         assert!(

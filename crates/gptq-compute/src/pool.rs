@@ -1,48 +1,47 @@
 //! A persistent pool of threads that spin briefly and then park.
 //!
 //! One call of [`Pool::run`] costs about a microsecond when the workers are still spinning from
-//! the last one, which is what a decode step of a small model (a few hundred calls) needs. Tasks
-//! are handed out by a shared counter, so a thread that the operating system takes away delays one
-//! task and not a fixed share of the work; results cannot depend on it because a task computes the
-//! same thing on any thread.
+//! the last one, which is what a decode step of a small model (a few hundred calls) needs; it takes
+//! no lock, allocates nothing and, while the workers spin, makes no system call. Tasks are handed
+//! out one by one, so a thread that the operating system takes away delays the one task it holds and
+//! not a share of the work; and a thread that has not come yet is not waited for. Results cannot
+//! depend on who computes what because a task computes the same thing on any thread.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
-/// Rounds of `spin_loop` before a worker goes to sleep: some tens of microseconds, longer than
-/// the gaps between the operations of one token and far shorter than a scheduler's time slice.
+/// Rounds of `spin_loop` before a waiting thread gives up its processor: some tens of microseconds,
+/// longer than the gaps between the operations of one token and far shorter than a scheduler's time
+/// slice.
 const SPINS: usize = 8_000;
 
-type Task<'a> = dyn Fn(usize) + Sync + 'a;
-
-/// The work of one `run`, as workers see it.
-#[derive(Clone, Copy)]
-struct Job {
-    task: *const Task<'static>,
-    tasks: usize,
+/// The work of one `run`, on the stack of its caller.
+struct Job<'a> {
+    task: &'a (dyn Fn(usize) + Sync),
 }
 
+/// Low half of [`Shared::state`]: the next task. All ones: no task can be taken.
+const CLOSED: u64 = u32::MAX as u64;
+
 struct Shared {
-    job: Mutex<Option<Job>>,
-    /// Raised once per `run`; workers wait for it to change.
-    epoch: AtomicUsize,
-    /// Next task to hand out.
-    next: AtomicUsize,
-    /// Workers that have not finished the current job.
-    busy: AtomicUsize,
-    /// The panic of a task, to be raised again by the caller.
+    /// Number of the job in the high half, next task to hand out in the low half: a task is taken by
+    /// one compare-and-swap, which fails if another job has begun.
+    state: AtomicU64,
+    /// Valid for a thread that holds a task of the current job, and no longer.
+    job: AtomicPtr<Job<'static>>,
+    tasks: AtomicUsize,
+    /// Tasks that are finished. `run` returns when all are, which is what keeps `job` alive for
+    /// those who hold one.
+    done: AtomicUsize,
+    /// A task has panicked: the others are handed out but not run.
+    panicked: AtomicBool,
+    /// The panic, to be raised again by the caller.
     panic: Mutex<Option<Box<dyn std::any::Any + Send>>>,
     stop: AtomicBool,
 }
-
-// SAFETY: the raw pointer in `Job` is dereferenced only by workers between the start and the end
-// of the `run` call that owns the closure.
-unsafe impl Send for Shared {}
-// SAFETY: as above; all other fields are synchronised.
-unsafe impl Sync for Shared {}
 
 struct Worker {
     thread: Thread,
@@ -54,8 +53,8 @@ struct Worker {
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<Worker>,
-    /// Held while a job runs: concurrent callers take turns.
-    turn: Mutex<()>,
+    /// Set while a job runs: concurrent callers take turns.
+    turn: AtomicBool,
 }
 
 thread_local! {
@@ -70,10 +69,11 @@ impl Pool {
     /// If the operating system refuses to start a thread.
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
-            job: Mutex::new(None),
-            epoch: AtomicUsize::new(0),
-            next: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
+            state: AtomicU64::new(CLOSED),
+            job: AtomicPtr::new(std::ptr::null_mut()),
+            tasks: AtomicUsize::new(0),
+            done: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
             panic: Mutex::new(None),
             stop: AtomicBool::new(false),
         });
@@ -89,12 +89,12 @@ impl Pool {
                 Worker { thread: handle.thread().clone(), parked, handle: Some(handle) }
             })
             .collect();
-        Self { shared, workers, turn: Mutex::new(()) }
+        Self { shared, workers, turn: AtomicBool::new(false) }
     }
 
-    /// A pool with one thread per processor that this process may use.
+    /// A pool with one thread per core that this process may use.
     pub fn with_all_cores() -> Self {
-        Self::new(std::thread::available_parallelism().map_or(1, usize::from))
+        Self::new(physical_cores())
     }
 
     /// Number of threads, the calling one included.
@@ -108,35 +108,41 @@ impl Pool {
     /// # Panics
     /// Raises the first panic of a task again, after all threads have stopped.
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-        if tasks <= 1 || self.workers.is_empty() || INSIDE.get() {
+        if tasks <= 1 || self.workers.is_empty() || INSIDE.get() || tasks as u64 >= CLOSED {
             (0..tasks).for_each(task);
             return;
         }
-        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut spins = 0;
+        while self.turn.swap(true, Ordering::Acquire) {
+            wait(&mut spins);
+        }
         let shared = &*self.shared;
-        // SAFETY: only the lifetime changes; `run` does not return before every worker is done
-        // with the pointer.
-        let task: *const Task<'static> =
-            unsafe { std::mem::transmute::<&Task<'_>, &Task<'static>>(task) };
-        let job = Job { task, tasks };
-        *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
-        shared.next.store(0, Ordering::Relaxed);
-        shared.busy.store(self.workers.len(), Ordering::Relaxed);
-        shared.epoch.fetch_add(1, Ordering::SeqCst);
+        let job = Job { task };
+        // Nobody takes a task of the old number any more, so that a late thread cannot combine it
+        // with the new job.
+        let number = (shared.state.load(Ordering::Relaxed) >> 32).wrapping_add(1) << 32;
+        shared.state.store(number | CLOSED, Ordering::SeqCst);
+        shared.job.store(std::ptr::from_ref(&job).cast_mut().cast(), Ordering::Relaxed);
+        // Who sees the new number of tasks also sees that the old job is closed.
+        shared.tasks.store(tasks, Ordering::Release);
+        shared.done.store(0, Ordering::Relaxed);
+        shared.state.store(number, Ordering::SeqCst);
         for w in &self.workers {
             if w.parked.load(Ordering::SeqCst) {
                 w.thread.unpark();
             }
         }
-        execute(shared, job);
+        execute(shared, number);
         let mut spins = 0;
-        while shared.busy.load(Ordering::Acquire) != 0 {
-            spins += 1;
-            if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
+        while shared.done.load(Ordering::Acquire) != tasks {
+            wait(&mut spins);
         }
-        drop(turn);
-        let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(payload) = panic {
+        let panic = shared
+            .panicked
+            .swap(false, Ordering::Relaxed)
+            .then(|| shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.turn.store(false, Ordering::Release);
+        if let Some(Some(payload)) = panic {
             resume_unwind(payload);
         }
     }
@@ -145,7 +151,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        self.shared.state.fetch_add(1 << 32, Ordering::SeqCst);
         for w in &mut self.workers {
             w.thread.unpark();
             if let Some(handle) = w.handle.take() {
@@ -156,52 +162,91 @@ impl Drop for Pool {
     }
 }
 
-fn execute(shared: &Shared, job: Job) {
-    INSIDE.set(true);
-    // SAFETY: the closure outlives the job, see `Pool::run`.
-    let task = unsafe { &*job.task };
-    let result = catch_unwind(AssertUnwindSafe(|| {
-        loop {
-            let i = shared.next.fetch_add(1, Ordering::Relaxed);
-            if i >= job.tasks {
-                break;
-            }
-            task(i);
+/// Cores that this process may use, hyper-threads counted once: two of them share the units that
+/// the kernels keep busy.
+pub fn physical_cores() -> usize {
+    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+    let siblings = |cpu: usize| {
+        let path = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
+        std::fs::read_to_string(path).ok()
+    };
+    let mut cores: Vec<String> = (0..).map_while(siblings).collect();
+    let processors = cores.len();
+    cores.sort_unstable();
+    cores.dedup();
+    // With a part of the processors, it is not known which ones: as many threads per core as anywhere.
+    match processors {
+        0 => allowed,
+        _ => (allowed * cores.len()).div_ceil(processors).clamp(1, allowed),
+    }
+}
+
+/// One round of waiting: on the processor at first, then giving it to others.
+fn wait(spins: &mut usize) {
+    *spins += 1;
+    if *spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
+}
+
+/// Takes and runs tasks of job `number` (in the high half) until there are none.
+fn execute(shared: &Shared, number: u64) {
+    loop {
+        let state = shared.state.load(Ordering::Acquire);
+        let next = state & CLOSED;
+        if state & !CLOSED != number || next as usize >= shared.tasks.load(Ordering::Acquire) {
+            return;
         }
-    }));
-    INSIDE.set(false);
-    if let Err(payload) = result {
-        // Stop handing out tasks; the first panic wins.
-        shared.next.store(job.tasks, Ordering::Relaxed);
-        shared.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
+        let taken =
+            shared.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed);
+        if taken.is_err() {
+            continue;
+        }
+        if !shared.panicked.load(Ordering::Relaxed) {
+            // SAFETY: this thread holds a task of the current job (the exchange would have failed
+            // otherwise), and `run` does not return before it is counted as done.
+            let job = unsafe { &*shared.job.load(Ordering::Relaxed) };
+            INSIDE.set(true);
+            let result = catch_unwind(AssertUnwindSafe(|| (job.task)(next as usize)));
+            INSIDE.set(false);
+            if let Err(payload) = result {
+                // The first panic wins.
+                let mut first = shared.panic.lock().unwrap_or_else(PoisonError::into_inner);
+                first.get_or_insert(payload);
+                shared.panicked.store(true, Ordering::Relaxed);
+            }
+        }
+        shared.done.fetch_add(1, Ordering::Release);
     }
 }
 
 fn work(shared: &Shared, parked: &AtomicBool) {
     let mut seen = 0;
-    loop {
+    let stopped = || shared.stop.load(Ordering::SeqCst);
+    // The number of a job that this thread has not seen, once its tasks are open.
+    let fresh = |seen: u64| {
+        let state = shared.state.load(Ordering::SeqCst);
+        let number = state & !CLOSED;
+        (number != seen && state != number | CLOSED).then_some(number)
+    };
+    while !stopped() {
         let mut spins = 0;
-        while shared.epoch.load(Ordering::Acquire) == seen {
+        let mut number = None;
+        while number.is_none() && !stopped() {
+            number = fresh(seen);
             spins += 1;
             if spins < SPINS {
                 std::hint::spin_loop();
-            } else {
+            } else if number.is_none() {
                 parked.store(true, Ordering::SeqCst);
-                while shared.epoch.load(Ordering::SeqCst) == seen {
+                while fresh(seen).is_none() && !stopped() {
                     std::thread::park();
                 }
                 parked.store(false, Ordering::SeqCst);
             }
         }
-        seen = shared.epoch.load(Ordering::Acquire);
-        if shared.stop.load(Ordering::SeqCst) {
-            return;
+        if let Some(number) = number {
+            seen = number;
+            execute(shared, number);
         }
-        let job = *shared.job.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(job) = job {
-            execute(shared, job);
-        }
-        shared.busy.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -250,5 +295,31 @@ mod tests {
             total.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(total.load(Ordering::Relaxed), 8);
+    }
+
+    #[test]
+    fn callers_take_turns_and_jobs_do_not_mix() {
+        let pool = Pool::new(3);
+        std::thread::scope(|scope| {
+            for caller in 0..4usize {
+                let pool = &pool;
+                scope.spawn(move || {
+                    for round in 0..500 {
+                        let tasks = 2 + (caller + round) % 7;
+                        let sum = AtomicUsize::new(0);
+                        pool.run(tasks, &|i| {
+                            sum.fetch_add(i + 1, Ordering::Relaxed);
+                        });
+                        assert_eq!(sum.load(Ordering::Relaxed), tasks * (tasks + 1) / 2);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn cores_are_at_most_the_processors() {
+        let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+        assert!((1..=allowed).contains(&physical_cores()));
     }
 }

@@ -24,6 +24,7 @@ mod float;
 mod input;
 mod int8;
 mod repack;
+mod round;
 mod tile;
 
 use std::sync::Arc;
