@@ -28,7 +28,7 @@ struct Cli {
 /// Options of every command.
 #[derive(Debug, clap::Args)]
 struct Global {
-    /// Threads to use; all cores by default. Results do not depend on it.
+    /// Threads to use; one per physical core by default. Results do not depend on it.
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// No progress, only errors.

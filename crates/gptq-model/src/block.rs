@@ -4,7 +4,7 @@ use std::mem::swap;
 use std::sync::Arc;
 
 use gptq_compute::{
-    AttnParams, AttnSpan, Linear, Norm, Pool, Tensor, activate, activate_gated, add_scaled,
+    AttnParams, Linear, Norm, Pool, Tensor, activate, activate_gated, add_norm, add_scaled,
     attention, clamp, gather_cols, linear, norm, norm_heads, rope,
 };
 use gptq_format::Checkpoint;
@@ -12,6 +12,7 @@ use gptq_format::Checkpoint;
 use crate::fused::FusedColumns;
 use crate::load::{LinearSource, Loader};
 use crate::moe::Router;
+use crate::profile::Op;
 use crate::rope::Rope;
 use crate::spec::{GateUp, Mlp, Moe, Positions, Qkv, Spec, SublayerNorms};
 use crate::stages::{LinearSpec, Part, Stage};
@@ -186,9 +187,24 @@ impl Block {
         of(false).map(|(_, slots)| bytes(slots)).sum::<usize>() + active
     }
 
+    /// Multiplications with weights that one token takes; of the experts those of as many as it goes to.
+    pub fn products_per_token(&self) -> usize {
+        let products = |slots: &[Slot]| -> usize {
+            slots.iter().map(|slot| slot.spec.out_features * slot.spec.in_features).sum()
+        };
+        let experts = |expert: bool| -> usize {
+            let stages = self.order.iter().zip(&self.linears);
+            let chosen = stages.filter(|(stage, _)| stage.expert().is_some() == expert);
+            chosen.map(|(_, slots)| products(slots)).sum()
+        };
+        let active = self.moe().map_or(0, |moe| experts(true) * moe.top_k / moe.count);
+        experts(false) + active
+    }
+
     /// Computes the input of the first stage from the stream.
     pub fn begin(&self, ctx: &mut Ctx, state: &mut BlockState) {
         self.enter(ctx, state, &self.attention_norms);
+        ctx.lap(Op::Norm, || 0);
     }
 
     /// Takes `state.input` through the linears of `stage` and what follows them: afterwards `state.input` is the input of
@@ -214,6 +230,7 @@ impl Block {
             Stage::MlpUp(part) => {
                 self.widen(ctx, part, &state.input)?;
                 swap(&mut state.input, &mut ctx.gate);
+                ctx.lap(Op::Activation, || 0);
                 Ok(())
             }
             Stage::MlpDown(part) => self.leave_mlp(ctx, state, part),
@@ -287,6 +304,8 @@ impl Block {
             let mut jobs = [(get(0)?, &mut *q), (get(1)?, &mut *k), (get(2)?, &mut *v)];
             linear(pool, &state.input, &mut jobs, scratch);
         }
+        ctx.lap(Op::Qkv, || self.stage_bytes(Stage::Qkv));
+        let Ctx { pool, q, k, v, .. } = ctx;
         let shape = &self.spec.attention;
         if let Some(limit) = shape.clip_qkv {
             for x in [&mut *q, &mut *k, &mut *v] {
@@ -310,21 +329,19 @@ impl Block {
         if self.spec.residual.parallel && self.mlp_norms.before.is_none() {
             swap(&mut state.input, &mut state.shared);
         }
-        let Ctx { pool, q, .. } = ctx;
-        // One sequence, the case of decoding, allocates nothing.
-        if let [seq] = &*seqs {
-            let span = AttnSpan { rows: seq.rows.clone(), kv: seq.kv };
-            attention(pool, q, &[span], &self.params, &mut state.input);
-        } else {
-            let spans: Vec<AttnSpan<'_>> =
-                seqs.iter().map(|seq| AttnSpan { rows: seq.rows.clone(), kv: seq.kv }).collect();
-            attention(pool, q, &spans, &self.params, &mut state.input);
-        }
+        ctx.lap(Op::Rotate, || 0);
+        attention(&ctx.pool, &ctx.q, seqs, &self.params, &mut state.input);
+        let cached = |seq: &SeqSpan<'_>| {
+            let kv = &*seq.kv;
+            kv.len() * kv.kind().bytes_per_token(kv.kv_heads(), kv.head_dim())
+        };
+        ctx.lap(Op::Attention, || seqs.iter().map(cached).sum());
         Ok(())
     }
 
     fn leave_attention(&self, ctx: &mut Ctx, state: &mut BlockState) -> Result<()> {
         self.project(ctx, &state.input, Stage::AttnOut)?;
+        ctx.lap(Op::AttentionOut, || self.stage_bytes(Stage::AttnOut));
         Self::normalize_output(ctx, &self.attention_norms);
         if self.spec.residual.parallel {
             swap(&mut ctx.out, &mut state.carry);
@@ -332,6 +349,12 @@ impl Block {
                 Some(before) => norm(&ctx.pool, &state.hidden, before, &mut state.input),
                 None => swap(&mut state.input, &mut state.shared),
             }
+        } else if let (Some(before), None, false) =
+            (&self.mlp_norms.before, &self.attention_norms.stream, self.spec.residual.from_norm)
+        {
+            let BlockState { hidden, input, .. } = state;
+            let scale = self.spec.residual.multiplier;
+            add_norm(&ctx.pool, hidden, &ctx.out, scale, before, input);
         } else {
             self.add(ctx, state, &self.attention_norms);
             self.enter(ctx, state, &self.mlp_norms);
@@ -341,14 +364,22 @@ impl Block {
             router.route(ctx, moe, input, routed);
             routed.enter(Part::Expert(0), input);
         }
+        ctx.lap(Op::AddNorm, || 0);
         Ok(())
     }
 
     /// What lies between the projections of one part of the MLP for the rows of `input`, into `ctx.gate`.
     fn widen(&self, ctx: &mut Ctx, part: Part, input: &Tensor) -> Result<()> {
-        let Ctx { pool, scratch, wide, gate, out, .. } = ctx;
-        let get = |index| self.get(Stage::MlpUp(part), index);
+        let stage = Stage::MlpUp(part);
+        let get = |index| self.get(stage, index);
+        let bytes = || self.stage_bytes(stage);
         let mlp = self.form(part);
+        let Ctx { pool, scratch, wide, gate, out, profile, .. } = ctx;
+        let mut lap = || {
+            if let Some(profile) = profile {
+                profile.lap(Op::GateUp, bytes());
+            }
+        };
         if input.rows() == 0 {
             gate.resize(0, mlp.width());
             return Ok(());
@@ -357,16 +388,19 @@ impl Block {
             Mlp::Gated { gate_up: GateUp::Separate { .. }, activation, .. } => {
                 let mut jobs = [(get(0)?, &mut *gate), (get(1)?, &mut *wide)];
                 linear(pool, input, &mut jobs, scratch);
+                lap();
                 activate_gated(pool, activation, gate, wide);
             }
             Mlp::Gated { gate_up: GateUp::Fused(_), width, activation, .. } => {
                 linear(pool, input, &mut [(get(0)?, &mut *wide)], scratch);
+                lap();
                 gather_cols(pool, wide, &[(0, width)], gate);
                 gather_cols(pool, wide, &[(width, width)], out);
                 activate_gated(pool, activation, gate, out);
             }
             Mlp::Plain { activation, .. } => {
                 linear(pool, input, &mut [(get(0)?, &mut *gate)], scratch);
+                lap();
                 activate(pool, activation, gate);
             }
         }
@@ -375,6 +409,7 @@ impl Block {
 
     fn leave_mlp(&self, ctx: &mut Ctx, state: &mut BlockState, part: Part) -> Result<()> {
         self.project(ctx, &state.input, Stage::MlpDown(part))?;
+        ctx.lap(Op::Down, || self.stage_bytes(Stage::MlpDown(part)));
         if let Some(moe) = self.moe() {
             state.moe.leave(part, &ctx.out);
             if let Some(next) = moe.after(part) {
@@ -388,6 +423,7 @@ impl Block {
             add_scaled(&ctx.pool, &mut state.hidden, &state.carry, self.spec.residual.multiplier);
         }
         self.add(ctx, state, &self.mlp_norms);
+        ctx.lap(Op::Add, || 0);
         Ok(())
     }
 
@@ -436,6 +472,13 @@ impl Block {
 
     fn place(&self, stage: Stage) -> usize {
         stage.place(self.moe())
+    }
+
+    /// Bytes of the weights of one stage.
+    fn stage_bytes(&self, stage: Stage) -> usize {
+        let linears =
+            self.linears[self.place(stage)].iter().filter_map(|slot| slot.linear.as_ref());
+        linears.map(|linear| linear.weight.bytes()).sum()
     }
 
     fn get(&self, stage: Stage, index: usize) -> Result<&Linear> {

@@ -1,6 +1,6 @@
 //! The state of one sequence: keys and values of every block.
 
-use gptq_compute::LayerKv;
+use gptq_compute::{KvType, LayerKv};
 
 use crate::spec::Spec;
 
@@ -10,9 +10,14 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// An empty sequence for models of this architecture.
+    /// An empty sequence for models of this architecture, with keys and values in 32-bit floats.
     pub fn new(spec: &Spec) -> Self {
-        let layer = || LayerKv::new(spec.attention.kv_heads, spec.attention.head_dim);
+        Self::with_cache(spec, KvType::F32)
+    }
+
+    /// An empty sequence that keeps keys and values as `kind`.
+    pub fn with_cache(spec: &Spec, kind: KvType) -> Self {
+        let layer = || LayerKv::with_type(spec.attention.kv_heads, spec.attention.head_dim, kind);
         Self { layers: (0..spec.layer_count()).map(|_| layer()).collect() }
     }
 

@@ -3,6 +3,8 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
+use gptq_compute::KvType;
+
 use crate::cache::Sequence;
 use crate::model::{Model, Rows, Session};
 use crate::sampler::{Sampler, Sampling};
@@ -19,6 +21,8 @@ pub struct GenerateOptions {
     pub eos_ids: Vec<u32>,
     /// Token sequences that end the text when it ends with one of them; they are part of it.
     pub stop: Vec<Vec<u32>>,
+    /// How keys and values are kept.
+    pub kv_cache: KvType,
 }
 
 /// Why a generation ended.
@@ -63,7 +67,7 @@ pub fn generate(
 ) -> Result<Generated> {
     let mut sampler = Sampler::new(options.sampling, 0)?;
     sampler.observe(prompt);
-    let mut sequence = [Sequence::new(model.spec())];
+    let mut sequence = [Sequence::with_cache(model.spec(), options.kv_cache)];
     let mut done = Generated {
         tokens: Vec::with_capacity(options.max_new_tokens.min(MAX_RESERVE)),
         finish: FinishReason::Length,
@@ -117,6 +121,8 @@ pub struct BatchOptions {
     pub sampling: Sampling,
     /// Tokens that end a text; they are not part of it.
     pub eos_ids: Vec<u32>,
+    /// How keys and values are kept.
+    pub kv_cache: KvType,
     /// Go on after an end-of-text token, which then is part of the text.
     pub ignore_eos: bool,
     /// Sequences that are decoded at once; memory for keys and values grows with it ([`crate::Spec::kv_bytes_per_token`]).
@@ -148,7 +154,7 @@ pub fn generate_batch(
             running.push(Running { index, sampler, last: [0] });
         }
         let mut sequences: Vec<Sequence> =
-            running.iter().map(|_| Sequence::new(model.spec())).collect();
+            running.iter().map(|_| Sequence::with_cache(model.spec(), options.kv_cache)).collect();
         for step in 0..options.max_new_tokens {
             let new: Vec<&[u32]> = running
                 .iter()

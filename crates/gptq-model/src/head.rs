@@ -4,12 +4,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use gptq_compute::{
-    Activation, DenseMatrix, Linear, Matrix, Norm, Tensor, activate, linear, norm, scale, soft_cap,
+    Activation, DenseMatrix, Linear, Matrix, Norm, Pool, QuantizedMatrix, Tensor, activate, linear,
+    norm, scale, soft_cap,
 };
 use gptq_format::Checkpoint;
 
 use crate::embedder::Embedder;
 use crate::load::{LinearSource, Loader};
+use crate::model::HeadBits;
 use crate::spec::Spec;
 use crate::stages::LinearSpec;
 use crate::state::Ctx;
@@ -32,8 +34,27 @@ impl HeadLayer {
     /// # Errors
     /// A tensor that is missing, unreadable or of another shape than the spec asks for.
     pub fn load(checkpoint: &Checkpoint, spec: &Arc<Spec>, embedder: &Embedder) -> Result<Self> {
+        Self::load_as(checkpoint, spec, embedder, HeadBits::Stored, &Pool::new(1))
+    }
+
+    /// As [`HeadLayer::load`], with the projection to logits held as `bits` says.
+    pub(crate) fn load_as(
+        checkpoint: &Checkpoint,
+        spec: &Arc<Spec>,
+        embedder: &Embedder,
+        bits: HeadBits,
+        pool: &Pool,
+    ) -> Result<Self> {
         let loader = Loader { checkpoint, spec };
-        let projection = spec.head.name.map(|name| projection(&loader, name, embedder));
+        let projection = spec.head.name.map(|name| {
+            let mut projection = projection(&loader, name, embedder)?;
+            if bits == HeadBits::Eight
+                && let Some(rounded) = rounded(&loader, name, &projection.weight, pool)?
+            {
+                projection.weight = Matrix::Quantized(rounded);
+            }
+            Ok::<_, ModelError>(projection)
+        });
         let head = Self::load_without_projection(checkpoint, spec)?;
         Ok(Self { projection: projection.transpose()?, ..head })
     }
@@ -182,6 +203,31 @@ fn projection(loader: &Loader<'_>, name: &str, embedder: &Embedder) -> Result<Li
         projection.bias = loader.bias(owner, *vocab, head.bias)?;
     }
     Ok(projection)
+}
+
+/// The projection in 8 bits; `None` where it is not a stored float matrix of a width that packs. Rows are copied from the
+/// file and not read through the map, where they would stay resident beside what becomes of them.
+fn rounded(
+    loader: &Loader<'_>,
+    name: &str,
+    weight: &Matrix,
+    pool: &Pool,
+) -> Result<Option<QuantizedMatrix>> {
+    let (rows, width) = (weight.out_features(), weight.in_features());
+    let Spec { base, embedding, head, .. } = loader.spec;
+    if matches!(weight, Matrix::Quantized(_)) || head.unit_rows || !width.is_multiple_of(4) {
+        return Ok(None);
+    }
+    let tensor = if head.tied {
+        format!("{base}{}.weight", embedding.name)
+    } else {
+        format!("{name}.weight")
+    };
+    let store = &loader.checkpoint.tensors;
+    let read = |rows: Range<usize>, out: &mut [f32]| {
+        store.read_rows_f32(&tensor, rows, out).map_err(ModelError::from)
+    };
+    QuantizedMatrix::round_rows(pool, rows, width, &read).map(Some)
 }
 
 /// The module that the bias of the head `name` is stored under: transformers ties the bias of `X.decoder` to a parameter

@@ -31,6 +31,7 @@ mod load;
 pub mod model;
 mod moe;
 pub mod pooling;
+pub mod profile;
 mod random;
 pub mod rope;
 pub mod sampler;
@@ -50,8 +51,9 @@ pub use generate::{
 pub use head::HeadLayer;
 pub use linear_rows::LinearRows;
 pub use load::{LinearSource, load_linear};
-pub use model::{Model, Rows, Session};
+pub use model::{HeadBits, LoadOptions, Model, Rows, Session};
 pub use pooling::{Pooling, SentencePooling};
+pub use profile::{Op, OpCost, Profile};
 pub use sampler::{Sampler, Sampling};
 pub use spec::Spec;
 pub use stages::{LinearSpec, Part, Stage, StageSpec};

@@ -1,7 +1,8 @@
 //! Embedding, blocks and head together.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use gptq_compute::{LayerKv, Pool, Tensor};
 use gptq_format::Checkpoint;
@@ -11,8 +12,9 @@ use crate::cache::Sequence;
 use crate::embedder::Embedder;
 use crate::head::HeadLayer;
 use crate::load::LinearSource;
+use crate::profile::Op;
 use crate::spec::Spec;
-use crate::state::{BlockState, Ctx, SeqSpan};
+use crate::state::{BlockState, Ctx, SeqSpan, recycle};
 use crate::{ModelError, Result};
 
 /// A model in memory: weights in their stored type, quantized linears as packed codes.
@@ -34,6 +36,8 @@ pub struct Session {
     pub(crate) rows: Vec<Range<usize>>,
     /// Keys and values of one block, one per sequence, while a batch is encoded.
     pub(crate) caches: Vec<LayerKv>,
+    /// Memory for the spans of a batch.
+    spans: Vec<SeqSpan<'static>>,
     picked: Tensor,
     pub(crate) normalized: Tensor,
     pub(crate) pooled: Tensor,
@@ -51,6 +55,7 @@ impl Session {
             positions: Vec::new(),
             rows: Vec::new(),
             caches: Vec::new(),
+            spans: Vec::new(),
             picked: Tensor::default(),
             normalized: Tensor::default(),
             pooled: Tensor::default(),
@@ -74,19 +79,64 @@ pub enum Rows {
     All,
 }
 
+/// How the projection to logits is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HeadBits {
+    /// As the checkpoint has it.
+    #[default]
+    Stored,
+    /// Floats are rounded to 8 bits with one scale per token of the vocabulary: half the bytes of f16, which are a fifth of
+    /// what a model of a billion weights in 4 bits reads for a token. Packed codes stay as they are.
+    Eight,
+}
+
+/// How [`Model::load_with`] loads.
+#[derive(Default)]
+pub struct LoadOptions<'a> {
+    /// Threads that unpack and repack weights; without it the calling one.
+    pub pool: Option<&'a Pool>,
+    /// How the projection to logits is held.
+    pub head: HeadBits,
+    /// Is told the blocks that are loaded and their number, from any thread.
+    pub progress: Option<&'a (dyn Fn(usize, usize) + Sync)>,
+}
+
 impl Model {
     /// Loads every weight of a checkpoint; floats stay in the mapped file where their type allows.
     ///
     /// # Errors
     /// A config that is not supported, or a tensor that is missing, unreadable or of another shape.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
+        Self::load_with(checkpoint, &LoadOptions::default())
+    }
+
+    /// As [`Model::load`], block by block in parallel. Memory holds what the kernels read, the parts of the mapped file that
+    /// are used in place, and one unpacked linear per thread.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_with(checkpoint: &Checkpoint, options: &LoadOptions<'_>) -> Result<Self> {
         let spec = Arc::new(Spec::for_checkpoint(checkpoint)?);
         let embedder = Embedder::load(checkpoint, &spec, LinearSource::Mapped)?;
-        let blocks = (0..spec.layer_count())
-            .map(|layer| Block::load(checkpoint, &spec, layer, LinearSource::Mapped));
+        let (layers, one) = (spec.layer_count(), Pool::new(1));
+        let pool = options.pool.unwrap_or(&one);
+        let slots: Vec<Mutex<Option<Result<Block>>>> =
+            (0..layers).map(|_| Mutex::default()).collect();
+        let done = AtomicUsize::new(0);
+        pool.run(layers, &|layer| {
+            let block = Block::load(checkpoint, &spec, layer, LinearSource::Mapped);
+            *slots[layer].lock().unwrap_or_else(PoisonError::into_inner) = Some(block);
+            if let Some(progress) = options.progress {
+                progress(done.fetch_add(1, Ordering::Relaxed) + 1, layers);
+            }
+        });
+        let blocks = slots.into_iter().filter_map(|slot| {
+            // `run` has filled every slot.
+            slot.into_inner().unwrap_or_else(PoisonError::into_inner)
+        });
         Ok(Self {
             blocks: blocks.collect::<Result<_>>()?,
-            head: HeadLayer::load(checkpoint, &spec, &embedder)?,
+            head: HeadLayer::load_as(checkpoint, &spec, &embedder, options.head, pool)?,
             embedder,
             spec,
         })
@@ -118,6 +168,11 @@ impl Model {
         blocks + self.head.projection().map_or(0, |head| head.weight.bytes())
     }
 
+    /// Multiplications with weights of the blocks that one token takes; the head comes on top where logits are wanted.
+    pub fn products_per_token(&self) -> usize {
+        self.blocks.iter().map(Block::products_per_token).sum()
+    }
+
     /// Runs new tokens of several sequences through all blocks: `ids[i]` continues `batch[i]`. The result is
     /// [`Session::hidden`]; [`Model::logits`] goes on from there.
     ///
@@ -147,7 +202,10 @@ impl Model {
         batch: &mut [Sequence],
         ids: &[&[u32]],
     ) -> Result<()> {
-        let Session { ctx, state, ids: flat, positions, rows, .. } = session;
+        let Session { ctx, state, ids: flat, positions, rows, spans, .. } = session;
+        if let Some(profile) = &mut ctx.profile {
+            profile.start();
+        }
         flat.clear();
         positions.clear();
         rows.clear();
@@ -172,17 +230,15 @@ impl Model {
             rows.push(first..flat.len());
         }
         self.embedder.forward(ctx, flat, positions, &mut state.hidden)?;
+        ctx.lap(Op::Embed, || 0);
         for (layer, block) in self.blocks.iter().enumerate() {
-            // One sequence, the case of decoding, allocates nothing.
-            if let [sequence] = batch {
-                let span = SeqSpan { rows: rows[0].clone(), kv: &mut sequence.layers[layer] };
-                block.forward(ctx, state, &mut [span])?;
-            } else {
-                let caches = batch.iter_mut().map(|sequence| &mut sequence.layers[layer]);
-                let spans =
-                    rows.iter().zip(caches).map(|(rows, kv)| SeqSpan { rows: rows.clone(), kv });
-                block.forward(ctx, state, &mut spans.collect::<Vec<_>>())?;
-            }
+            let mut of_block = recycle(std::mem::take(spans));
+            let caches = batch.iter_mut().map(|sequence| &mut sequence.layers[layer]);
+            let rows = rows.iter().cloned();
+            of_block.extend(rows.zip(caches).map(|(rows, kv)| SeqSpan { rows, kv }));
+            let result = block.forward(ctx, state, &mut of_block);
+            *spans = recycle(of_block);
+            result?;
         }
         Ok(())
     }
@@ -191,6 +247,9 @@ impl Model {
     /// `[rows, 0]` for a model that gives hidden states only.
     pub fn logits<'s>(&self, session: &'s mut Session, which: Rows) -> &'s Tensor {
         let Session { ctx, state, rows, picked, normalized, logits, .. } = session;
+        if let Some(profile) = &mut ctx.profile {
+            profile.start();
+        }
         let all = !rows.is_empty() && (which == Rows::All || rows.len() == state.hidden.rows());
         if !all {
             picked.resize(rows.len(), state.hidden.cols());
@@ -200,7 +259,9 @@ impl Model {
             }
         }
         self.head.normalize(ctx, if all { &state.hidden } else { picked }, normalized);
+        ctx.lap(Op::FinalNorm, || 0);
         self.head.logits(ctx, normalized, logits);
+        ctx.lap(Op::Head, || self.head.projection().map_or(0, |head| head.weight.bytes()));
         logits
     }
 }

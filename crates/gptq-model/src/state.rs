@@ -4,9 +4,10 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use gptq_compute::{LayerKv, Pool, Scratch, Tensor};
+use gptq_compute::{LayerKv, Pool, Scratch, Span, Tensor};
 
 use crate::moe::MoeState;
+use crate::profile::{Op, Profile};
 use crate::rope::RopeTables;
 use crate::spec::Spec;
 use crate::{ModelError, Result};
@@ -17,6 +18,8 @@ pub struct Ctx {
     pub pool: Arc<Pool>,
     /// Buffers of the kernels.
     pub scratch: Scratch,
+    /// Where time is noted down, if it is.
+    pub profile: Option<Box<Profile>>,
     pub(crate) spare: Tensor,
     pub(crate) rows: Vec<u32>,
     pub(crate) ropes: RopeTables,
@@ -36,6 +39,7 @@ impl Ctx {
         Self {
             pool,
             scratch: Scratch::default(),
+            profile: None,
             spare: Tensor::default(),
             rows: Vec::new(),
             ropes: RopeTables::default(),
@@ -47,6 +51,13 @@ impl Ctx {
             out: Tensor::default(),
             scores: Tensor::default(),
             positions: Vec::new(),
+        }
+    }
+
+    /// Notes that `op` has ended, if somebody wants to know.
+    pub(crate) fn lap(&mut self, op: Op, bytes: impl FnOnce() -> usize) {
+        if let Some(profile) = &mut self.profile {
+            profile.lap(op, bytes());
         }
     }
 }
@@ -138,6 +149,16 @@ pub struct SeqSpan<'a> {
     pub kv: &'a mut LayerKv,
 }
 
+impl Span for SeqSpan<'_> {
+    fn rows(&self) -> Range<usize> {
+        self.rows.clone()
+    }
+
+    fn kv(&self) -> &LayerKv {
+        self.kv
+    }
+}
+
 impl SeqSpan<'_> {
     /// Positions of the rows; valid until they are appended to the cache.
     pub(crate) fn positions(&self) -> Range<usize> {
@@ -162,6 +183,13 @@ pub(crate) fn check_spans(seqs: &[SeqSpan<'_>], rows: usize) -> Result<()> {
     Err(ModelError::Batch(format!(
         "the sequences' rows {spans:?} do not cover the {rows} rows of the state in order"
     )))
+}
+
+/// An empty list of spans in the memory of `spans`, for other caches: a batch takes one list per block of the model, and
+/// decoding must not allocate. Collecting what comes out of a vector of the same element layout reuses its buffer.
+pub(crate) fn recycle<'a>(mut spans: Vec<SeqSpan<'_>>) -> Vec<SeqSpan<'a>> {
+    spans.clear();
+    spans.into_iter().filter_map(|_| None).collect()
 }
 
 #[cfg(test)]

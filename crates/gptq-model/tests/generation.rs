@@ -5,6 +5,7 @@ mod common;
 use std::ops::ControlFlow;
 
 use common::{greedy, load, open, session};
+use gptq_compute::KvType;
 use gptq_model::{
     BatchOptions, FinishReason, GenerateOptions, Model, ModelError, Rows, Sampling, Sequence,
     generate, generate_batch,
@@ -84,6 +85,7 @@ fn many_at_once_equal_one_after_the_other() {
         max_new_tokens: 24,
         sampling: Sampling { temperature: 1.0, top_k: 40, seed: 11, ..Sampling::default() },
         eos_ids: vec![],
+        kv_cache: KvType::F32,
         ignore_eos: false,
         batch: 1,
     };

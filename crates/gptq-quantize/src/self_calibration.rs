@@ -93,6 +93,7 @@ pub fn self_calibrate(
         },
         eos_ids: Vec::new(),
         ignore_eos: true,
+        kv_cache: gptq_compute::KvType::F32,
         batch: options.batch(model.spec().kv_bytes_per_token()),
     };
     let prompts = vec![&prompt[..]; nsamples];

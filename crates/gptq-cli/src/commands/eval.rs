@@ -7,10 +7,11 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use gptq_eval::{EvalError, EvalOptions, Protocol, evaluate};
-use gptq_model::Session;
+use gptq_model::{HeadBits, Session};
 use gptq_quantize::{Progress, rss};
 use serde_json::{Value, json};
 
+use super::runtime::HeadBitsArg;
 use super::{explain, load, pool, progress, read_text};
 use crate::Global;
 use crate::output::json as json_output;
@@ -37,6 +38,9 @@ pub(crate) struct Args {
     /// Model to compare with, as a rule the original: adds KL divergence and top-1 agreement.
     #[arg(long, value_name = "MODEL")]
     reference: Option<String>,
+    /// Bits of the projection to logits where the checkpoint has floats; the reference keeps its own.
+    #[arg(long, value_enum, default_value_t = HeadBitsArg::Stored, value_name = "BITS")]
+    lm_head_bits: HeadBitsArg,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
@@ -53,9 +57,11 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let start = Instant::now();
     let view = progress(global);
     let text = read_text(&args.perplexity)?;
-    let (checkpoint, model) = load(&args.model, &view)?;
+    let pool = pool(global);
+    let (checkpoint, model) = load(&args.model, args.lm_head_bits.into(), &pool, &view)?;
     let tokenizer = checkpoint.tokenizer().context("the text cannot be tokenized")?;
-    let reference = args.reference.as_deref().map(|r| load(r, &view)).transpose()?;
+    let reference =
+        args.reference.as_deref().map(|r| load(r, HeadBits::Stored, &pool, &view)).transpose()?;
     let protocol = match args.protocol {
         ProtocolArg::Gptq => Protocol::Gptq,
         ProtocolArg::LlamaCpp => Protocol::LlamaCpp,
@@ -76,7 +82,6 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     if options.max_windows == Some(0) {
         bail!("--max-windows 0 leaves nothing to score");
     }
-    let pool = pool(global);
     let mut session = Session::new(Arc::clone(&pool));
     let mut reference_session = Session::new(pool);
     view.phase("evaluate");
@@ -98,6 +103,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     if let Value::Object(map) = &mut value {
         map.insert("model".into(), json!(args.model));
         map.insert("text".into(), json!(args.perplexity));
+        map.insert("lm_head_bits".into(), json!(args.lm_head_bits.bits()));
         map.insert("reference".into(), json!(args.reference));
         map.insert("seconds".into(), json!(start.elapsed().as_secs_f64()));
         map.insert("peak_rss_bytes".into(), json!(rss::peak_bytes()));

@@ -1,7 +1,6 @@
 //! `gptq generate`.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use anyhow::Context;
 use gptq_format::Checkpoint;
@@ -9,6 +8,7 @@ use gptq_format::chat::Message;
 use gptq_model::{FinishReason, GenerateOptions, Sampling, Session, generate};
 use serde_json::json;
 
+use super::runtime::RuntimeArgs;
 use super::{eos_ids, explain, load, pool, progress};
 use crate::Global;
 use crate::output::json as json_output;
@@ -50,6 +50,8 @@ pub(crate) struct Args {
     /// Seed of the sampling.
     #[arg(long, default_value_t = 0, value_name = "N")]
     seed: u64,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
     /// Print the result as JSON instead of streaming the text.
     #[arg(long)]
     json: bool,
@@ -81,7 +83,9 @@ impl Args {
 
 pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let view = progress(global);
-    let (checkpoint, model) = load(&args.model, &view)?;
+    let pool = pool(global);
+    let head = args.runtime.lm_head_bits.into();
+    let (checkpoint, model) = load(&args.model, head, &pool, &view)?;
     let tokenizer = checkpoint.tokenizer().context("the prompt cannot be tokenized")?;
     view.finish();
     let prompt = match (&args.chat, &args.prompt) {
@@ -99,8 +103,9 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         sampling: args.sampling(&checkpoint),
         eos_ids: eos_ids(&checkpoint, Some(&tokenizer)),
         stop: Vec::new(),
+        kv_cache: args.runtime.kv_cache.into(),
     };
-    let mut session = Session::new(Arc::clone(&pool(global)));
+    let mut session = Session::new(pool);
     let mut stream = tokenizer.decode_stream();
     let (mut text, mut failed) = (String::new(), None);
     let done = generate(&model, &mut session, &prompt, &options, |token| {
@@ -133,6 +138,8 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     json_output::print(&json!({
         "model": args.model,
         "seed": args.seed,
+        "kv_cache": args.runtime.kv_cache.name(),
+        "lm_head_bits": args.runtime.lm_head_bits.bits(),
         "prompt_tokens": prompt.len(),
         "new_tokens": done.tokens.len(),
         "tokens": done.tokens,

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use gptq_format::TensorStore;
-use gptq_model::{EncodeInput, ModelError, Rows, Session};
+use gptq_model::{EncodeInput, HeadBits, ModelError, Rows, Session};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Map, json};
 
@@ -38,14 +38,15 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let start = Instant::now();
     let view = progress(global);
     let inputs = Inputs::read(&args.input)?;
-    let (checkpoint, model) = load(&args.model, &view)?;
+    let pool = pool(global);
+    let (checkpoint, model) = load(&args.model, HeadBits::Stored, &pool, &view)?;
     view.finish();
     let Inputs { batch, seq, ids, types, mask } = &inputs;
     let (batch, seq) = (*batch, *seq);
     let (hidden, vocab) = (model.spec().hidden, model.spec().vocab);
     let has_logits = model.head().projection().is_some();
     let (name, width) = if has_logits { ("logits", vocab) } else { ("last_hidden_state", hidden) };
-    let mut session = Session::new(pool(global));
+    let mut session = Session::new(pool);
     let mut rows = vec![0f32; batch * seq * width];
     let mut pooled = Vec::new();
     for (row, out) in rows.chunks_exact_mut(seq * width).enumerate() {

@@ -7,6 +7,7 @@ mod generate;
 mod inspect;
 mod logits;
 mod quantize;
+mod runtime;
 mod verify;
 
 use std::path::PathBuf;
@@ -14,10 +15,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
-use gptq_compute::Pool;
+use gptq_compute::{Pool, physical_cores};
 use gptq_eval::EvalError;
 use gptq_format::{Checkpoint, hub};
-use gptq_model::{Model, ModelError};
+use gptq_model::{HeadBits, LoadOptions, Model, ModelError};
 use gptq_quantize::{Progress, QuantizeError};
 
 use crate::Global;
@@ -54,8 +55,7 @@ impl Command {
 
 /// The threads of the command.
 fn pool(global: &Global) -> Arc<Pool> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    Arc::new(Pool::new(global.threads.map_or(cores, usize::from)))
+    Arc::new(Pool::new(global.threads.map_or_else(physical_cores, usize::from)))
 }
 
 fn progress(global: &Global) -> ProgressView {
@@ -75,10 +75,19 @@ fn open(model: &str, view: &ProgressView) -> anyhow::Result<Checkpoint> {
     Ok(Checkpoint::open(&resolve(model, view)?)?)
 }
 
-fn load(model: &str, view: &ProgressView) -> anyhow::Result<(Checkpoint, Model)> {
+fn load(
+    model: &str,
+    head: HeadBits,
+    pool: &Pool,
+    view: &ProgressView,
+) -> anyhow::Result<(Checkpoint, Model)> {
     let checkpoint = open(model, view)?;
     view.phase("load");
-    let model = Model::load(&checkpoint)?;
+    // A bar is worth its line; in a log it would be ten of them.
+    let bar = |done: usize, total: usize| view.phase_progress(done, total);
+    let progress: Option<&(dyn Fn(usize, usize) + Sync)> =
+        if view.has_bars() { Some(&bar) } else { None };
+    let model = Model::load_with(&checkpoint, &LoadOptions { pool: Some(pool), head, progress })?;
     Ok((checkpoint, model))
 }
 

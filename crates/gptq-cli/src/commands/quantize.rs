@@ -160,7 +160,7 @@ enum FormatArg {
     GptqV2,
 }
 
-fn parse_bits(text: &str) -> Result<Bits, String> {
+pub(super) fn parse_bits(text: &str) -> Result<Bits, String> {
     let bits: u8 = text.parse().map_err(|_| format!("`{text}` is not a number"))?;
     Bits::try_from(bits).map_err(|e| e.to_string())
 }

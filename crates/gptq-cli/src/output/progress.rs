@@ -59,6 +59,11 @@ impl ProgressView {
         Self { mode, state: Mutex::default() }
     }
 
+    /// Whether progress is shown in place.
+    pub(crate) fn has_bars(&self) -> bool {
+        matches!(self.mode, Mode::Bars { .. })
+    }
+
     /// Takes the bars away, so that what follows starts on a clean line.
     pub(crate) fn finish(&self) {
         if let Mode::Bars { blocks, phase } = &self.mode {
