@@ -1,10 +1,10 @@
 # Everything a contributor runs. `make` alone lists the targets.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench compat fuzz
+.PHONY: help demo test check bench bench-peers compat fuzz
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## Quantize the real SmolLM2-135M-Instruct to 4 bits, compare with round-to-nearest, generate
 	@scripts/demo.sh
@@ -20,6 +20,9 @@ check: ## The quick part of it: format, lints, documentation
 
 bench: ## Speed of loading, prefill and decoding, original and 4-bit (run `make demo` first)
 	@scripts/bench.sh
+
+bench-peers: ## The same shapes in gptq, llama.cpp and OpenVINO side by side: compiles llama.cpp, a quarter of an hour
+	@scripts/bench-peers.sh
 
 compat: ## Check against the real tools (transformers, GPTQModel, llama.cpp): installs 5 GiB, tens of minutes
 	@scripts/compat.sh

@@ -5,10 +5,14 @@
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::{load, open, session};
-use gptq_model::{Rows, Sampler, Sampling, Sequence};
+use common::{open, session};
+use gptq_compute::KvType;
+use gptq_model::{
+    GenerateOptions, HeadBits, LoadOptions, Model, Rows, Sampler, Sampling, Sequence, generate,
+};
 use gptq_testkit::fixtures;
 
 struct Counting;
@@ -32,26 +36,61 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// Allocations of each of 48 steps: up to 56 tokens, since the cache grows by 64 positions at a time.
+fn count(model: &Model, kv: KvType, sequences: usize) -> Vec<usize> {
+    let mut session = session();
+    let mut sampler =
+        Sampler::new(Sampling { temperature: 1.0, top_p: 0.9, ..Sampling::default() }, 0).unwrap();
+    let mut batch: Vec<Sequence> =
+        (0..sequences).map(|_| Sequence::with_cache(model.spec(), kv)).collect();
+    let prompts: Vec<&[u32]> = vec![&[1; 8]; sequences];
+    model.forward(&mut session, &mut batch, &prompts).unwrap();
+    let mut counts = Vec::new();
+    let mut next = vec![[0u32; 1]; sequences];
+    for _ in 0..48 {
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        let logits = model.logits(&mut session, Rows::Last);
+        for (row, next) in next.iter_mut().enumerate() {
+            *next = [sampler.sample(logits.row(row)).unwrap()];
+        }
+        let mut new: [&[u32]; 4] = [&[]; 4];
+        new.iter_mut().zip(&next).for_each(|(new, next)| *new = next);
+        model.forward(&mut session, &mut batch, &new[..sequences]).unwrap();
+        counts.push(ALLOCATIONS.load(Ordering::Relaxed) - before);
+    }
+    counts
+}
+
+// One test, so that no other thread allocates meanwhile.
 #[test]
 fn decoding_allocates_nothing() {
     for name in ["llama", "quant/b4_g32_sym_desc.gptq", "gpt_neox", "qwen2_moe"] {
         let Some(dir) = fixtures::dir(name) else { continue };
-        let model = load(&open(&dir));
-        let mut session = session();
-        let mut sampler =
-            Sampler::new(Sampling { temperature: 1.0, top_p: 0.9, ..Sampling::default() }, 0)
-                .unwrap();
-        let mut batch = [Sequence::new(model.spec())];
-        model.forward(&mut session, &mut batch, &[&[1; 8]]).unwrap();
-        let mut counts = Vec::new();
-        // Up to 56 tokens: the cache grows by 64 positions at a time.
-        for _ in 0..48 {
-            let before = ALLOCATIONS.load(Ordering::Relaxed);
-            let next = sampler.sample(model.logits(&mut session, Rows::Last).row(0)).unwrap();
-            model.forward(&mut session, &mut batch, &[&[next]]).unwrap();
-            counts.push(ALLOCATIONS.load(Ordering::Relaxed) - before);
+        let options = LoadOptions { head: HeadBits::Eight, ..LoadOptions::default() };
+        let model = Model::load_with(&open(&dir), &options).unwrap();
+        for (kv, sequences) in
+            [(KvType::F32, 1), (KvType::F16, 1), (KvType::Int8, 1), (KvType::F16, 4)]
+        {
+            let counts = count(&model, kv, sequences);
+            // The first tokens fill the buffers of each thread.
+            assert_eq!(
+                counts[24..].iter().sum::<usize>(),
+                0,
+                "{name}, {kv:?}, {sequences} sequences: {counts:?}"
+            );
         }
-        // The first tokens fill the buffers of each thread.
-        assert_eq!(counts[24..].iter().sum::<usize>(), 0, "{name}: {counts:?}");
+
+        let options = GenerateOptions {
+            max_new_tokens: 48,
+            kv_cache: KvType::F16,
+            ..GenerateOptions::default()
+        };
+        let mut marks = Vec::with_capacity(48);
+        let done = generate(&model, &mut session(), &[1; 8], &options, |_| {
+            marks.push(ALLOCATIONS.load(Ordering::Relaxed));
+            ControlFlow::Continue(())
+        });
+        assert_eq!(done.unwrap().tokens.len(), 48);
+        assert_eq!(marks[47] - marks[24], 0, "{name}: generate");
     }
 }

@@ -7,8 +7,8 @@ use std::ops::ControlFlow;
 use common::{greedy, load, open, session};
 use gptq_compute::KvType;
 use gptq_model::{
-    BatchOptions, FinishReason, GenerateOptions, Model, ModelError, Rows, Sampling, Sequence,
-    generate, generate_batch,
+    BatchOptions, FinishReason, GenerateOptions, HeadBits, LoadOptions, Model, ModelError, Rows,
+    Sampling, Sequence, generate, generate_batch,
 };
 use gptq_testkit::{assert_close, fixtures};
 
@@ -129,5 +129,37 @@ fn sequences_of_different_lengths_do_not_mix_their_frequencies() {
         model.forward(&mut session, &mut batch, &[ids]).unwrap();
         let alone = model.logits(&mut session, Rows::Last);
         assert_close("alone", alone.row(0), together.row(row), 2e-5);
+    }
+}
+
+#[test]
+fn small_caches_and_heads_stay_close_and_do_not_depend_on_threads() {
+    let Some(dir) = fixtures::dir("llama") else { return };
+    let checkpoint = open(&dir);
+    let ids: Vec<u32> = (0..80).map(|i| i * 37 % 251).collect();
+    let run = |model: &Model, kv: KvType, threads: usize| {
+        let mut session =
+            gptq_model::Session::new(std::sync::Arc::new(gptq_compute::Pool::new(threads)));
+        let mut batch = [Sequence::with_cache(model.spec(), kv)];
+        model.forward(&mut session, &mut batch, &[&ids[..70]]).unwrap();
+        for id in &ids[70..] {
+            model.forward(&mut session, &mut batch, &[&[*id]]).unwrap();
+        }
+        model.logits(&mut session, Rows::Last).row(0).to_vec()
+    };
+    let exact = run(&load(&checkpoint), KvType::F32, 2);
+    let size = exact.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let options = LoadOptions { head: HeadBits::Eight, ..LoadOptions::default() };
+    let rounded = Model::load_with(&checkpoint, &options).unwrap();
+    for (model, kv, share) in [
+        // Steps of 2^-11 of a key or value; of 1/127 of the largest of a head, or of a row of the head.
+        (&load(&checkpoint), KvType::F16, 1e-3),
+        (&load(&checkpoint), KvType::Int8, 2e-2),
+        (&rounded, KvType::F32, 2e-2),
+    ] {
+        let logits = run(model, kv, 1);
+        assert_eq!(logits, run(model, kv, 3), "{kv:?}");
+        let error = logits.iter().zip(&exact).fold(0.0f32, |m, (x, t)| m.max((x - t).abs()));
+        assert!(error > 0.0 && error < share * size, "{kv:?}: {error} of {size}");
     }
 }
