@@ -2,6 +2,14 @@
 
 use crate::arch::Simd;
 
+/// The nearest integer to x within ±2^22, ties to even. Adding 1.5 · 2^23 leaves the integer in the low
+/// bits; unlike `round_ties_even` this is no call where the processor's baseline has no rounding.
+#[inline(always)]
+pub(crate) fn nearest(x: f32) -> i32 {
+    const SHIFT: f32 = 12_582_912.0;
+    (x + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32
+}
+
 /// e^x, relative error below 2e-7; 0 below -87.3 and e^88.3 above 88.3.
 ///
 /// Range reduction x = n ln 2 + r with the two-part constant of Cody and Waite, then the Taylor
@@ -127,6 +135,13 @@ mod tests {
                 }
             }
             assert!(worst < tolerance, "{isa:?} function {which}: {worst:e}");
+        }
+    }
+
+    #[test]
+    fn nearest_is_round_ties_even() {
+        for x in (-4000..4000).map(|i| i as f32 / 16.0).chain([4_194_303.5, -4_194_303.5, -0.0]) {
+            assert_eq!(nearest(x), x.round_ties_even() as i32, "{x}");
         }
     }
 

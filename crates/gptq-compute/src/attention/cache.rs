@@ -7,6 +7,7 @@ use half::slice::HalfFloatSliceExt;
 
 use super::storage::{Element, F16, F32, Int8};
 use crate::arch::LANES;
+use crate::math;
 use crate::tensor::Tensor;
 
 /// Positions of one block.
@@ -193,7 +194,7 @@ impl LayerKv {
         block[first + BLOCK] = v.to_bits();
         // A row of zeros has scale 0 and codes 0.
         let inverse = |scale: f32| if scale > 0.0 { 1.0 / scale } else { 0.0 };
-        let code = |x: &f32, inverse: f32| (x * inverse).round_ties_even() as i8;
+        let code = |x: &f32, inverse: f32| math::nearest(x * inverse) as i8;
         let (k, v) = (inverse(k), inverse(v));
         let (mut keys, values) = self.cells::<Int8>(head);
         keys.by_ref().zip(key).for_each(|(cell, x)| *cell = code(x, k));

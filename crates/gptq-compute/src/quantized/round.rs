@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use half::f16;
 
 use super::{GptqParts, QuantizedMatrix};
+use crate::math;
 use crate::pool::Pool;
 use crate::tensor::RawSlice;
 
@@ -14,6 +15,8 @@ const ROWS: usize = 64;
 /// Codes are -127..=127 around this zero point.
 const ZERO: u8 = 128;
 const BITS: u32 = 8;
+/// Codes of one word.
+const CODES: usize = 4;
 
 impl QuantizedMatrix {
     /// Rounds a float matrix `[out_features, in_features]` to the nearest of 255 multiples of one
@@ -35,9 +38,8 @@ impl QuantizedMatrix {
         in_features: usize,
         read: &(dyn Fn(Range<usize>, &mut [f32]) -> Result<(), E> + Sync),
     ) -> Result<Self, E> {
-        let multiple = super::unit_columns(BITS);
-        assert!(in_features.is_multiple_of(multiple), "{in_features} inputs in 8 bits");
-        let mut qweight = vec![0u32; in_features / multiple * out_features];
+        assert!(in_features.is_multiple_of(CODES), "{in_features} inputs in 8 bits");
+        let mut qweight = vec![0u32; in_features / CODES * out_features];
         let mut scales = vec![f16::ZERO; out_features];
         let (words, scale_cells) = (RawSlice::new(&mut qweight), RawSlice::new(&mut scales));
         let failed = Mutex::new(None);
@@ -58,14 +60,14 @@ impl QuantizedMatrix {
                 *scale = scale_of(largest);
                 *inverse = if *scale > f16::ZERO { 1.0 / scale.to_f32() } else { 0.0 };
             }
-            for word in 0..in_features / multiple {
+            for word in 0..in_features / CODES {
                 // SAFETY: columns of rows that belong to one task.
                 let cells = unsafe { words.range(word * out_features + rows.start, rows.len()) };
                 for (row, (cell, inverse)) in cells.iter_mut().zip(&inverses).enumerate() {
-                    let part = &floats[row * in_features + word * multiple..][..multiple];
+                    let part = &floats[row * in_features + word * CODES..][..CODES];
                     let code = |x: &f32| {
-                        let code = (x * inverse).round_ties_even().clamp(-127.0, 127.0);
-                        (code as i32 + i32::from(ZERO)) as u8
+                        let code = math::nearest((x * inverse).clamp(-127.0, 127.0));
+                        (code + i32::from(ZERO)) as u8
                     };
                     *cell = u32::from_le_bytes([0, 1, 2, 3].map(|i| code(&part[i])));
                 }
