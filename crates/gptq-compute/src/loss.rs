@@ -70,17 +70,20 @@ impl Kernel for RowDivergence<'_> {
 /// The index of the largest element, the first among equals; `None` for an empty row or one that
 /// holds a NaN.
 pub fn argmax(row: &[f32]) -> Option<usize> {
-    let mut best = None;
-    let mut max = f32::NEG_INFINITY;
-    for (i, &v) in row.iter().enumerate() {
-        if v.is_nan() {
-            return None;
-        }
-        if v > max || best.is_none() {
-            (best, max) = (Some(i), v);
+    // The largest by lanes, which compilers turn into vectors, then the first place that holds it.
+    let (pieces, rest) = row.as_chunks::<16>();
+    let (mut max, mut nan) = ([f32::NEG_INFINITY; 16], [false; 16]);
+    for piece in pieces {
+        for i in 0..16 {
+            max[i] = if piece[i] > max[i] { piece[i] } else { max[i] };
+            nan[i] |= piece[i].is_nan();
         }
     }
-    best
+    if nan.contains(&true) || rest.iter().any(|v| v.is_nan()) {
+        return None;
+    }
+    let largest = max.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    row.iter().position(|&v| v == largest)
 }
 
 fn collect<T: Copy + Default + Send>(

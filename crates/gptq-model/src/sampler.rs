@@ -9,6 +9,8 @@
 
 use std::cmp::Ordering;
 
+use gptq_compute::argmax;
+
 use crate::random::Xoshiro;
 use crate::{ModelError, Result};
 
@@ -123,12 +125,15 @@ impl Sampler {
         let step = self.steps;
         self.steps += 1;
         let bad = |what| Err(ModelError::BadLogits { what, step });
-        if logits.iter().any(|logit| logit.is_nan()) {
-            return bad("NaN");
-        }
-        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        if !largest.is_finite() {
+        let Some(best) = argmax(logits) else {
+            return bad(if logits.is_empty() { "infinite" } else { "NaN" });
+        };
+        if !logits[best].is_finite() {
             return bad("infinite");
+        }
+        if self.options.temperature == 0.0 && self.seen.is_empty() {
+            // No penalty moves a logit: no list of candidates is needed.
+            return Ok(best as u32);
         }
         self.fill(logits);
         if self.options.temperature == 0.0 {
