@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use gptq_compute::{Pool, argmax, gemm_peak_rate, read_bandwidth};
+use gptq_compute::{argmax, gemm_peak_rate, int8_peak_rate, read_bandwidth};
 use gptq_format::Bits;
 use gptq_model::{Model, Op, OpCost, Profile, Rows, Sequence, Session};
 use gptq_quantize::{Progress, rss};
@@ -19,7 +19,8 @@ use crate::Global;
 /// Measure speed and memory: loading, prompt processing and decoding, and the share of this
 /// machine's memory bandwidth that decoding reaches.
 ///
-/// The limits of the machine (read bandwidth, rate of f32 products) are measured in the same run.
+/// The limits of the machine (read bandwidth, rates of f32 and int8 products) are measured in the
+/// same run.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Directory, .gguf file or hub id.
@@ -85,6 +86,7 @@ struct Report {
     profile_steps: usize,
     bandwidth: f64,
     f32_rate: f64,
+    int8_rate: f64,
 }
 
 /// Token ids that are spread over the vocabulary; what they say does not matter for speed.
@@ -129,6 +131,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let (_, model) = load(&path, args.runtime.lm_head_bits.into(), &pool, &view)?;
     let load_seconds = start.elapsed().as_secs_f64();
     let mut session = Session::new(Arc::clone(&pool));
+    session.ctx.scratch.set_activations(args.runtime.activations.into());
     let cache = args.runtime.kv_cache.into();
 
     // The first forward call grows buffers and touches the weights.
@@ -152,8 +155,6 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     }
     view.finish();
     let peak_rss_bytes = rss::peak_bytes();
-    // Measured after the runs: the buffers must not count as the model's memory.
-    let (bandwidth, f32_rate) = limits(&pool);
     let report = Report {
         model: name,
         load_seconds,
@@ -163,15 +164,12 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         runs,
         profile,
         profile_steps,
-        bandwidth,
-        f32_rate,
+        // Measured after the runs: the buffers must not count as the model's memory.
+        bandwidth: read_bandwidth(&pool),
+        f32_rate: gemm_peak_rate(&pool),
+        int8_rate: int8_peak_rate(&pool),
     };
     if args.json { report.print_json(args, &pool) } else { report.print_tables() }
-}
-
-/// Read bandwidth and rate of f32 products.
-fn limits(pool: &Pool) -> (f64, f64) {
-    (read_bandwidth(pool), gemm_peak_rate(pool))
 }
 
 /// Sequences that have read their prompts.

@@ -11,7 +11,7 @@ use gptq_model::{HeadBits, Session};
 use gptq_quantize::{Progress, rss};
 use serde_json::{Value, json};
 
-use super::runtime::HeadBitsArg;
+use super::runtime::{ActivationsArg, HeadBitsArg};
 use super::{explain, load, pool, progress, read_text};
 use crate::Global;
 use crate::output::json as json_output;
@@ -41,6 +41,9 @@ pub(crate) struct Args {
     /// Bits of the projection to logits where the checkpoint has floats; the reference keeps its own.
     #[arg(long, value_enum, default_value_t = HeadBitsArg::Stored, value_name = "BITS")]
     lm_head_bits: HeadBitsArg,
+    /// How quantized linears take their input; those of the reference take 32-bit floats.
+    #[arg(long, value_enum, default_value_t = ActivationsArg::F32, value_name = "TYPE")]
+    activations: ActivationsArg,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
@@ -83,6 +86,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         bail!("--max-windows 0 leaves nothing to score");
     }
     let mut session = Session::new(Arc::clone(&pool));
+    session.ctx.scratch.set_activations(args.activations.into());
     let mut reference_session = Session::new(pool);
     view.phase("evaluate");
     let result = evaluate(
@@ -104,6 +108,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         map.insert("model".into(), json!(args.model));
         map.insert("text".into(), json!(args.perplexity));
         map.insert("lm_head_bits".into(), json!(args.lm_head_bits.bits()));
+        map.insert("activations".into(), json!(args.activations.name()));
         map.insert("reference".into(), json!(args.reference));
         map.insert("seconds".into(), json!(start.elapsed().as_secs_f64()));
         map.insert("peak_rss_bytes".into(), json!(rss::peak_bytes()));

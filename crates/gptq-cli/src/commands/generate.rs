@@ -106,6 +106,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         kv_cache: args.runtime.kv_cache.into(),
     };
     let mut session = Session::new(pool);
+    session.ctx.scratch.set_activations(args.runtime.activations.into());
     let mut stream = tokenizer.decode_stream();
     let (mut text, mut failed) = (String::new(), None);
     let done = generate(&model, &mut session, &prompt, &options, |token| {
@@ -140,6 +141,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         "seed": args.seed,
         "kv_cache": args.runtime.kv_cache.name(),
         "lm_head_bits": args.runtime.lm_head_bits.bits(),
+        "activations": args.runtime.activations.name(),
         "prompt_tokens": prompt.len(),
         "new_tokens": done.tokens.len(),
         "tokens": done.tokens,

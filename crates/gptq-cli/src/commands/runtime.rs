@@ -1,6 +1,6 @@
 //! Options of the commands that run a model.
 
-use gptq_compute::KvType;
+use gptq_compute::{Activations, KvType};
 use gptq_model::HeadBits;
 
 /// How keys and values are kept.
@@ -60,6 +60,30 @@ impl From<HeadBitsArg> for HeadBits {
     }
 }
 
+/// How quantized linears take their input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ActivationsArg {
+    /// 32-bit floats
+    F32,
+    /// 8-bit integers with a scale per token and group
+    Int8,
+}
+
+impl ActivationsArg {
+    pub(crate) fn name(self) -> &'static str {
+        if self == Self::F32 { "f32" } else { "int8" }
+    }
+}
+
+impl From<ActivationsArg> for Activations {
+    fn from(arg: ActivationsArg) -> Self {
+        match arg {
+            ActivationsArg::F32 => Self::F32,
+            ActivationsArg::Int8 => Self::Int8,
+        }
+    }
+}
+
 /// What generation and benchmarks choose; the defaults are the fast ones.
 #[derive(Debug, clap::Args)]
 pub(crate) struct RuntimeArgs {
@@ -69,4 +93,7 @@ pub(crate) struct RuntimeArgs {
     /// Bits of the projection to logits where the checkpoint has floats.
     #[arg(long, value_enum, default_value_t = HeadBitsArg::Eight, value_name = "BITS")]
     pub(crate) lm_head_bits: HeadBitsArg,
+    /// How quantized linears take their input.
+    #[arg(long, value_enum, default_value_t = ActivationsArg::Int8, value_name = "TYPE")]
+    pub(crate) activations: ActivationsArg,
 }

@@ -74,6 +74,7 @@ impl Report {
             "isa": format!("{:?}", isa()).to_lowercase(),
             "kv_cache": args.runtime.kv_cache.name(),
             "lm_head_bits": args.runtime.lm_head_bits.bits(),
+            "activations": args.runtime.activations.name(),
             "prompt_tokens": args.prompt_tokens,
             "new_tokens": args.new_tokens,
             "load_seconds": self.load_seconds,
@@ -81,6 +82,7 @@ impl Report {
             "weight_bytes": self.weight_bytes,
             "read_bandwidth_bytes_per_second": self.bandwidth,
             "f32_operations_per_second": self.f32_rate,
+            "int8_operations_per_second": self.int8_rate,
             "batches": batches,
             "profile": if args.profile { json!(profile) } else { Value::Null },
         });
@@ -108,6 +110,7 @@ impl Report {
                 format!("{:.0} %", 100.0 * Self::reached(first) / self.bandwidth),
             ),
             ("f32 rate of this machine", format!("{:.0} Gop/s", self.f32_rate / 1e9)),
+            ("int8 rate of this machine", format!("{:.0} Gop/s", self.int8_rate / 1e9)),
             ("prefill, linears", format!("{:.0} Gop/s", self.prefill_operations(first) / 1e9)),
         ] {
             table.row([label.to_owned(), value]);
