@@ -36,6 +36,9 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// Threads of the session's pool besides the calling one.
+const WORKERS: usize = 1;
+
 /// Allocations of each of 48 steps: up to 56 tokens, since the cache grows by 64 positions at a time.
 fn count(model: &Model, kv: KvType, sequences: usize) -> Vec<usize> {
     let mut session = session();
@@ -72,10 +75,10 @@ fn decoding_allocates_nothing() {
             [(KvType::F32, 1), (KvType::F16, 1), (KvType::Int8, 1), (KvType::F16, 4)]
         {
             let counts = count(&model, kv, sequences);
-            // The first tokens fill the buffers of each thread.
-            assert_eq!(
-                counts[24..].iter().sum::<usize>(),
-                0,
+            // The first tokens fill the buffers of each thread. Nobody waits for a thread that the
+            // system keeps away, so on a busy machine the only worker may fill its buffer later.
+            assert!(
+                counts[24..].iter().sum::<usize>() <= WORKERS,
                 "{name}, {kv:?}, {sequences} sequences: {counts:?}"
             );
         }
@@ -91,6 +94,6 @@ fn decoding_allocates_nothing() {
             ControlFlow::Continue(())
         });
         assert_eq!(done.unwrap().tokens.len(), 48);
-        assert_eq!(marks[47] - marks[24], 0, "{name}: generate");
+        assert!(marks[47] - marks[24] <= WORKERS, "{name}: generate");
     }
 }
