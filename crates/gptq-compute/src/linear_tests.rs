@@ -76,8 +76,12 @@ fn case(
             }
         }
     }
-    let scales: Vec<f16> =
-        (0..groups * n).map(|_| f16::from_f32(0.01 + 0.1 * r.unit().abs())).collect();
+    // Of either sign: symmetric grids may have negative scales.
+    let mut scale = || {
+        let x = r.unit();
+        f16::from_f32((0.01 + 0.1 * x.abs()).copysign(x))
+    };
+    let scales: Vec<f16> = (0..groups * n).map(|_| scale()).collect();
     let zeros: Vec<u8> = (0..groups * n)
         .map(|_| if sym { 1 << (bits - 1) } else { (r.next() >> (32 - bits)) as u8 })
         .collect();

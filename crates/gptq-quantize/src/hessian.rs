@@ -30,6 +30,9 @@ pub struct Factor {
     pub columns: ColumnOrder,
     /// U `[in, in]` upper with H⁻¹ = Uᵀ U, in the order of the sweep.
     pub upper: Vec<f32>,
+    /// The damped diagonal of H in the order of the inputs, `[in]`; `None` where the factor is that of
+    /// a diagonal, because H could not be factorised.
+    pub diagonal: Option<Vec<f32>>,
     /// Inputs that were zero in all calibration tokens; their weights are set to zero.
     pub dead: Vec<bool>,
     /// The share that was added to the diagonal in the end.
@@ -96,6 +99,9 @@ impl Hessian {
         let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / n.max(1) as f64;
         let max = diagonal.iter().copied().fold(0.0, f32::max);
 
+        let damped = |k: u32, percent: f64, floor: f32| {
+            (diagonal[k as usize] + (percent * mean) as f32).max(floor)
+        };
         let permuted = |percent: f64, floor: f32| {
             let mut h = Vec::with_capacity(n * n);
             for &a in &columns.order {
@@ -103,7 +109,7 @@ impl Hessian {
                 h.extend(columns.order.iter().map(|&b| row[b as usize]));
             }
             for (i, &k) in columns.order.iter().enumerate() {
-                h[i * n + i] = (diagonal[k as usize] + (percent * mean) as f32).max(floor);
+                h[i * n + i] = damped(k, percent, floor);
             }
             h
         };
@@ -112,7 +118,7 @@ impl Hessian {
             tries += 1;
             inverse_factor(permuted(percent, floor), n).ok()
         };
-        let mut percent = damping.percent;
+        let (mut percent, mut floor) = (damping.percent, 0.0);
         let mut upper = attempt(percent, 0.0);
         while upper.is_none()
             && damping.auto_increment > 0.0
@@ -123,9 +129,12 @@ impl Hessian {
         }
         for power in -6..0 {
             if upper.is_none() {
-                upper = attempt(percent, max * 10f32.powi(power));
+                floor = max * 10f32.powi(power);
+                upper = attempt(percent, floor);
             }
         }
+        let damped = (0..n as u32).map(|k| damped(k, percent, floor));
+        let damped = upper.is_some().then(|| damped.collect());
         let upper = upper.unwrap_or_else(|| {
             let mut u = vec![0.0; n * n];
             for (i, &k) in columns.order.iter().enumerate() {
@@ -133,7 +142,7 @@ impl Hessian {
             }
             u
         });
-        Factor { columns, upper, dead, damp_percent: percent, tries }
+        Factor { columns, upper, diagonal: damped, dead, damp_percent: percent, tries }
     }
 
     /// Adds ‖ΔW X‖² and ‖W X‖² over the calibration inputs for some rows of weights and their
@@ -210,9 +219,12 @@ mod tests {
     fn indefinite_hessians_get_more_damping() {
         // Eigenvalues 1 +- 1.5: needs half the mean diagonal and more.
         let f = Hessian::from_matrix(vec![1.0, 1.5, 1.5, 1.0], 2, 1).factor(PLAIN, DAMPING);
+        let diagonal = f.diagonal.as_ref().unwrap();
+        assert!((f64::from(diagonal[0]) - 1.0 - f.damp_percent).abs() < 1e-6);
         assert!(f.tries > 40 && f.damp_percent > 0.5 && f.damp_percent < 0.53, "{f:?}");
         let f = Hessian::from_matrix(vec![1.0, 9.0, 9.0, 1.0], 2, 1).factor(PLAIN, DAMPING);
         assert_eq!(f.upper[1], 0.0, "falls back to the diagonal");
+        assert_eq!(f.diagonal, None);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use gptq_compute::Pool;
+use gptq_compute::sweep::ScaleSearch;
 use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic, Tokenizer};
 use gptq_model::{Model, Session, Spec};
 use gptq_quantize::calibration::SourceReport;
@@ -51,14 +52,24 @@ pub(crate) struct Args {
     /// Asymmetric grid: a zero point per group.
     #[arg(long)]
     no_sym: bool,
-    /// Quantize columns by descending activation; better, but engines must reorder inputs (g_idx).
+    /// Order in which columns are quantized: group-aware (GAR: by descending activation inside and
+    /// among groups), act-static (by activation over all groups, whose scales are found before),
+    /// natural (left to right), or desc-act (by activation with groups along that order: engines must
+    /// reorder inputs). [default: group-aware; natural with --group-size -1]
+    #[arg(
+        long,
+        value_enum,
+        hide_possible_values = true,
+        conflicts_with_all = ["desc_act", "act_group_aware", "no_act_group_aware"]
+    )]
+    order: Option<OrderArg>,
+    /// The same as --order desc-act.
     #[arg(long)]
     desc_act: bool,
-    /// Order columns by activation inside and among groups (GAR): most of the gain of --desc-act at
-    /// no cost for engines. On by default unless --desc-act or --group-size -1 is given.
+    /// The same as --order group-aware.
     #[arg(long, overrides_with = "no_act_group_aware")]
     act_group_aware: bool,
-    /// Quantize columns from left to right.
+    /// The same as --order natural.
     #[arg(long)]
     no_act_group_aware: bool,
     /// Find all scales before the first column is quantized.
@@ -70,9 +81,25 @@ pub(crate) struct Args {
     /// Added to the damping while the factorization fails.
     #[arg(long, default_value_t = 0.01, value_name = "P")]
     damp_auto_increment: f64,
-    /// Search scales that minimise the rounding error to this power (2.4 is usual).
+    /// What scales are chosen for: minmax (the range of the group), mse (the least rounding error to
+    /// the power of --mse) or hessian (the least squared error as the solver weighs columns).
+    /// [default: hessian; minmax for --method rtn and obq]
+    #[arg(long, value_enum, hide_possible_values = true)]
+    scale_search: Option<ScaleSearchArg>,
+    /// Exponent of --scale-search mse, which it implies (2.4 is usual).
     #[arg(long, value_name = "NORM")]
     mse: Option<f32>,
+    /// Symmetric grids: let scales be negative, so that the larger weights of a group get the step
+    /// that the grid has more below zero. On by default for --method gptq.
+    #[arg(long, overrides_with = "no_signed_scales")]
+    signed_scales: bool,
+    /// Symmetric grids: positive scales only.
+    #[arg(long)]
+    no_signed_scales: bool,
+    /// After the sweep, rounds of best scales for the codes and best codes for the scales: a lower
+    /// loss on the calibration text, if rarely a better model.
+    #[arg(long, default_value_t = QuantizeOptions::default().refine, value_name = "ROUNDS")]
+    refine: usize,
     /// Let all stages of a block see the float activations of that block, not only of the blocks before.
     #[arg(long)]
     no_true_sequential: bool,
@@ -141,6 +168,21 @@ enum MethodArg {
     Obq,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+enum OrderArg {
+    Natural,
+    GroupAware,
+    ActStatic,
+    DescAct,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+enum ScaleSearchArg {
+    Minmax,
+    Mse,
+    Hessian,
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum MoeFallbackArg {
     Rtn,
@@ -176,6 +218,8 @@ impl Args {
                 Dynamic::from_map(&rules).with_context(|| path.display().to_string())?
             }
         };
+        let defaults = QuantizeOptions::default();
+        let order = self.order();
         Ok(QuantizeOptions {
             method: match self.method {
                 MethodArg::Gptq => Method::Gptq,
@@ -185,13 +229,16 @@ impl Args {
             bits: self.bits,
             group_size: self.group_size,
             sym: !self.no_sym,
-            desc_act: self.desc_act,
-            act_group_aware: self.act_group_aware
-                || !(self.no_act_group_aware || self.desc_act || self.group_size < 0),
+            desc_act: order == OrderArg::DescAct,
+            act_group_aware: order == OrderArg::GroupAware || self.act_group_aware,
+            act_order_static: order == OrderArg::ActStatic,
             static_groups: self.static_groups,
             damp_percent: self.damp_percent,
             damp_auto_increment: self.damp_auto_increment,
-            mse: self.mse,
+            scale_search: self.scale_search()?,
+            signed_scales: self.signed_scales
+                || (defaults.signed_scales && self.is_gptq() && !self.no_signed_scales),
+            refine: self.refine,
             true_sequential: !self.no_true_sequential,
             moe_fallback: match self.moe_fallback {
                 MoeFallbackArg::Rtn => MoeFallback::Rtn,
@@ -211,6 +258,33 @@ impl Args {
             max_memory: self.max_memory,
             overwrite: self.overwrite,
             resume: self.resume,
+        })
+    }
+
+    /// The order asked for by its name or by the flags that GPTQModel's users know.
+    fn order(&self) -> OrderArg {
+        match self.order {
+            Some(order) => order,
+            None if self.desc_act => OrderArg::DescAct,
+            None if self.act_group_aware => OrderArg::GroupAware,
+            None if self.no_act_group_aware || self.group_size < 0 => OrderArg::Natural,
+            None => OrderArg::GroupAware,
+        }
+    }
+
+    fn is_gptq(&self) -> bool {
+        matches!(self.method, MethodArg::Gptq)
+    }
+
+    fn scale_search(&self) -> anyhow::Result<ScaleSearch> {
+        Ok(match (self.scale_search, self.mse) {
+            // Rounding to nearest and OBQ are baselines, by the range as everywhere.
+            (None, None) if !self.is_gptq() => ScaleSearch::MinMax,
+            (None, None) => QuantizeOptions::default().scale_search,
+            (None | Some(ScaleSearchArg::Mse), norm) => ScaleSearch::Power(norm.unwrap_or(2.4)),
+            (Some(_), Some(_)) => bail!("--mse goes with --scale-search mse only"),
+            (Some(ScaleSearchArg::Minmax), None) => ScaleSearch::MinMax,
+            (Some(ScaleSearchArg::Hessian), None) => ScaleSearch::Hessian,
         })
     }
 

@@ -7,6 +7,21 @@ use crate::math;
 
 /// The smallest positive f16: no scale may round to zero.
 const MIN_SCALE: f32 = 5.960_464_5e-8;
+/// Ranges that a weighted search tries: from the full one down to a fifth of it.
+const SHRINKS: u8 = 81;
+
+/// What the scale of a group is chosen for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum ScaleSearch {
+    /// The range of the weights.
+    MinMax,
+    /// The least Σ |w - ŵ|^norm among 80 shrunken ranges (the reference's `mse`; 2.4 is usual).
+    Power(f32),
+    /// The least Σ h (w - ŵ)² among shrunken ranges and, asymmetric, neighbouring zero points, where
+    /// h_j = 1/U_jj² is what an error of column j costs the sweep once all columns behind it have
+    /// been corrected. Without a factor all h are 1.
+    Hessian,
+}
 
 /// How the grid of a group is found (quantizer of the GPTQ reference code).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -15,9 +30,13 @@ pub struct Grid {
     pub bits: u32,
     /// Zero point fixed at 2^(bits-1).
     pub sym: bool,
-    /// Exponent of the error that a search over 80 shrunken ranges minimises; `None` takes the
-    /// full range.
-    pub mse: Option<f32>,
+    /// How scales are chosen.
+    pub search: ScaleSearch,
+    /// Symmetric grids only: a scale may be negative. Codes 0..2^bits-1 around 2^(bits-1) reach one
+    /// step further below zero than above it; the sign of the scale puts that step where the larger
+    /// weights are. Without a search that is where the largest weight is, which the last code then
+    /// holds exactly.
+    pub signed: bool,
     /// The smallest zero point allowed for asymmetric grids. 1 for the v1 format, whose stored
     /// zero - 1 loaders read differently when it would be -1.
     pub min_zero: u8,
@@ -37,13 +56,22 @@ impl Grid {
     /// The range always contains 0. Symmetric: [-m, m] with m the largest magnitude, except that a
     /// group without negative weights keeps [0, m], a quirk of the reference that every tool
     /// shares. A group of zeros gets [-1, 1].
+    ///
+    /// `importance`: h of each column, for [`ScaleSearch::Hessian`].
     #[inline(always)]
-    pub(super) unsafe fn find<S: Simd>(&self, weights: &[[f32; LANES]]) -> (S::F, S::F) {
+    pub(super) unsafe fn find<S: Simd>(
+        &self,
+        weights: &[[f32; LANES]],
+        importance: &[f32],
+    ) -> (S::F, S::F) {
         let zero = S::splat(0.0);
         let (mut low, mut high) = (zero, zero);
         for w in weights {
             let w = S::load(w.as_ptr());
             (low, high) = (S::min(low, w), S::max(high, w));
+        }
+        if self.sym && self.signed {
+            return self.find_signed::<S>(weights, importance, low, high);
         }
         if self.sym {
             high = S::max(S::abs(low), high);
@@ -54,25 +82,115 @@ impl Grid {
         low = S::select(empty, S::splat(-1.0), low);
         high = S::select(empty, S::splat(1.0), high);
 
-        let (mut scale, mut offset) = self.params::<S>(low, high);
-        if let Some(norm) = self.mse {
-            let mut best = S::splat(f32::INFINITY);
-            for step in 0..80u8 {
-                let p = S::splat(1.0 - f32::from(step) / 100.0);
-                let (s, z) = self.params::<S>(S::mul(low, p), S::mul(high, p));
-                let mut error = zero;
-                for w in weights {
-                    let w = S::load(w.as_ptr());
-                    let (_, value) = self.round::<S>(w, s, z);
-                    error = S::add(error, math::pow::<S>(S::abs(S::sub(value, w)), norm));
+        let found = self.params::<S>(low, high);
+        match self.search {
+            ScaleSearch::MinMax => found,
+            ScaleSearch::Power(norm) => {
+                let mut best = Best::<S>::new(found);
+                for step in 0..80u8 {
+                    let p = S::splat(1.0 - f32::from(step) / 100.0);
+                    let (s, z) = self.params::<S>(S::mul(low, p), S::mul(high, p));
+                    best.offer(self.power_error::<S>(weights, norm, s, z), s, z);
                 }
-                let better = S::lt(error, best);
-                best = S::select(better, error, best);
-                scale = S::select(better, s, scale);
-                offset = S::select(better, z, offset);
+                (best.scale, best.zero)
+            }
+            ScaleSearch::Hessian => {
+                // A group without negative weights has the symmetric range too.
+                let (min, top) = (f32::from(self.min_zero), self.max_code() as f32);
+                let (mut scale, zero) = found;
+                if self.sym {
+                    scale = S::div(S::add(high, high), S::splat(top));
+                }
+                let shifts: &[f32] = if self.sym { &[0.0] } else { &[0.0, -1.0, 1.0] };
+                let mut best = Best::<S>::new(found);
+                for step in 0..SHRINKS {
+                    let s = rounded::<S>(S::mul(scale, S::splat(1.0 - f32::from(step) / 100.0)));
+                    for &shift in shifts {
+                        let z = S::add(zero, S::splat(shift));
+                        let z = S::min(S::max(z, S::splat(min)), S::splat(top));
+                        best.offer(self.weighted_error::<S>(weights, importance, s, z), s, z);
+                    }
+                }
+                (self.storable::<S>(best.scale), best.zero)
             }
         }
-        (scale, offset)
+    }
+
+    /// [`Grid::find`] of a symmetric grid whose scales carry a sign.
+    #[inline(always)]
+    unsafe fn find_signed<S: Simd>(
+        &self,
+        weights: &[[f32; LANES]],
+        importance: &[f32],
+        low: S::F,
+        high: S::F,
+    ) -> (S::F, S::F) {
+        let half = (1u32 << (self.bits - 1)) as f32;
+        let zero = S::splat(half);
+        let largest = S::max(S::abs(low), high);
+        let empty = S::lt(largest, S::splat(f32::MIN_POSITIVE));
+        let largest = S::select(empty, S::splat(1.0), largest);
+        // The lowest code stands for -2^(bits-1) scales.
+        let size = S::div(largest, zero);
+        let flipped = S::sub(S::splat(0.0), size);
+        let scale = S::select(S::lt(S::abs(low), high), flipped, size);
+        if self.search == ScaleSearch::MinMax {
+            return (self.storable::<S>(scale), zero);
+        }
+        let mut best = Best::<S>::new((scale, zero));
+        for step in 0..SHRINKS + 10 {
+            let p = S::splat(1.1 - f32::from(step) / 100.0);
+            let candidate = rounded::<S>(S::mul(scale, p));
+            for scale in [candidate, S::sub(S::splat(0.0), candidate)] {
+                let error = match self.search {
+                    ScaleSearch::Power(norm) => self.power_error::<S>(weights, norm, scale, zero),
+                    _ => self.weighted_error::<S>(weights, importance, scale, zero),
+                };
+                best.offer(error, scale, zero);
+            }
+        }
+        (self.storable::<S>(best.scale), zero)
+    }
+
+    /// Σ |w - ŵ|^norm.
+    #[inline(always)]
+    unsafe fn power_error<S: Simd>(
+        &self,
+        weights: &[[f32; LANES]],
+        norm: f32,
+        scale: S::F,
+        zero: S::F,
+    ) -> S::F {
+        let mut error = S::splat(0.0);
+        for w in weights {
+            let w = S::load(w.as_ptr());
+            let (_, value) = self.round::<S>(w, scale, zero);
+            error = S::add(error, math::pow::<S>(S::abs(S::sub(value, w)), norm));
+        }
+        error
+    }
+
+    /// Σ h (w - ŵ)². The quotients are products with a reciprocal: a tie may round differently than
+    /// in the sweep, which costs nothing here.
+    #[inline(always)]
+    unsafe fn weighted_error<S: Simd>(
+        &self,
+        weights: &[[f32; LANES]],
+        importance: &[f32],
+        scale: S::F,
+        zero: S::F,
+    ) -> S::F {
+        let inverse = S::div(S::splat(1.0), scale);
+        let least = S::sub(S::splat(0.0), zero);
+        let most = S::add(S::splat(self.max_code() as f32), least);
+        let mut error = S::splat(0.0);
+        for (w, h) in weights.iter().zip(importance) {
+            let w = S::load(w.as_ptr());
+            let steps = S::min(S::max(S::round(S::mul(w, inverse)), least), most);
+            let e = S::fnma(scale, steps, w);
+            error = S::fma(S::mul(S::splat(*h), e), e, error);
+        }
+        error
     }
 
     /// Scale and zero point of a range.
@@ -94,14 +212,15 @@ impl Grid {
 
     /// The scale as it will be stored.
     #[inline(always)]
-    unsafe fn storable<S: Simd>(&self, scale: S::F) -> S::F {
+    pub(super) unsafe fn storable<S: Simd>(&self, scale: S::F) -> S::F {
         if !self.f16_scales {
             return scale;
         }
         let mut lanes = [0.0f32; LANES];
         S::store(lanes.as_mut_ptr(), scale);
         for s in &mut lanes {
-            *s = f16::from_f32(s.min(f16::MAX.to_f32())).to_f32().max(MIN_SCALE);
+            let size = f16::from_f32(s.abs().min(f16::MAX.to_f32())).to_f32().max(MIN_SCALE);
+            *s = size.copysign(*s);
         }
         S::load(lanes.as_ptr())
     }
@@ -112,5 +231,34 @@ impl Grid {
         let q = S::add(S::round(S::div(w, scale)), zero);
         let q = S::min(S::max(q, S::splat(0.0)), S::splat(self.max_code() as f32));
         (q, S::mul(scale, S::sub(q, zero)))
+    }
+}
+
+/// Rounded to the 11 significant bits of f16 (Veltkamp's splitting).
+#[inline(always)]
+unsafe fn rounded<S: Simd>(x: S::F) -> S::F {
+    let t = S::mul(x, S::splat(8193.0));
+    S::sub(t, S::sub(t, x))
+}
+
+/// The candidate with the least error, lane by lane.
+struct Best<S: Simd> {
+    error: S::F,
+    scale: S::F,
+    zero: S::F,
+}
+
+impl<S: Simd> Best<S> {
+    #[inline(always)]
+    unsafe fn new((scale, zero): (S::F, S::F)) -> Self {
+        Self { error: S::splat(f32::INFINITY), scale, zero }
+    }
+
+    #[inline(always)]
+    unsafe fn offer(&mut self, error: S::F, scale: S::F, zero: S::F) {
+        let better = S::lt(error, self.error);
+        self.error = S::select(better, error, self.error);
+        self.scale = S::select(better, scale, self.scale);
+        self.zero = S::select(better, zero, self.zero);
     }
 }

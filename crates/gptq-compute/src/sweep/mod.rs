@@ -12,8 +12,11 @@
 
 mod grid;
 mod panel;
+mod product;
+mod refine;
 
-pub use grid::Grid;
+pub use grid::{Grid, ScaleSearch};
+pub use refine::Refine;
 
 use crate::arch::{LANES, dispatch};
 use crate::pool::Pool;
@@ -89,6 +92,7 @@ impl Sweep<'_> {
             zeros: vec![0; groups * out_features],
             losses: vec![0.0; out_features],
         };
+        let importance = self.importance();
         let codes = RawSlice::new(&mut swept.codes);
         let scales = RawSlice::new(&mut swept.scales);
         let zeros = RawSlice::new(&mut swept.zeros);
@@ -104,7 +108,8 @@ impl Sweep<'_> {
                     panel::Panel::new(self, weights, first, rows, groups)
                 })
                 .collect();
-            dispatch(panel::SweepPanels { sweep: self, ranges, panels: &mut panels });
+            let importance = &importance;
+            dispatch(panel::SweepPanels { sweep: self, ranges, importance, panels: &mut panels });
             for (p, panel) in panels.iter().enumerate() {
                 let first = first + p * LANES;
                 let rows = LANES.min(out_features - first);
@@ -125,7 +130,17 @@ impl Sweep<'_> {
         });
         swept
     }
+
+    /// 1/U_jj² at each position of the sweep over the largest of them; 1 without a factor.
+    fn importance(&self) -> Vec<f32> {
+        let columns = self.order.len();
+        let Some(u) = self.factor else { return vec![1.0; columns] };
+        let least = (0..columns).map(|j| u[j * columns + j]).fold(f32::INFINITY, f32::min);
+        (0..columns).map(|j| (least / u[j * columns + j]).powi(2)).collect()
+    }
 }
 
+#[cfg(test)]
+mod refine_tests;
 #[cfg(test)]
 mod tests;

@@ -1,9 +1,8 @@
 //! The sweep over panels of 16 rows.
 
+use super::product::{Lanes, add_product, transpose};
 use super::{BLOCK, Sweep};
 use crate::arch::{Kernel, LANES, Simd};
-
-type Lanes = [f32; LANES];
 
 /// Weights and results of 16 rows.
 pub(super) struct Panel {
@@ -46,21 +45,13 @@ impl Panel {
     }
 }
 
-/// `[columns][16]` from rows of `[out, columns]`; missing lanes are zero.
-fn transpose(weights: &[f32], first: usize, rows: usize, columns: usize) -> Vec<Lanes> {
-    let mut panel = vec![[0.0; LANES]; columns];
-    for lane in 0..rows {
-        let row = &weights[(first + lane) * columns..][..columns];
-        panel.iter_mut().zip(row).for_each(|(p, w)| p[lane] = *w);
-    }
-    panel
-}
-
 /// Sweeps several panels, block by block.
 pub(super) struct SweepPanels<'a> {
     pub(super) sweep: &'a Sweep<'a>,
     /// Weights `[out, in]` whose ranges give static scales.
     pub(super) ranges: &'a [f32],
+    /// h of the column at each position of the sweep.
+    pub(super) importance: &'a [f32],
     pub(super) panels: &'a mut [Panel],
 }
 
@@ -69,12 +60,12 @@ impl Kernel for SweepPanels<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { sweep, ranges, panels } = self;
+        let Self { sweep, ranges, importance, panels } = self;
         let columns = sweep.order.len();
         // Columns of U inside the current block, made contiguous: [column][row].
         let mut inner = vec![0.0f32; BLOCK * BLOCK];
         for panel in panels.iter_mut() {
-            prepare::<S>(sweep, panel, ranges);
+            prepare::<S>(sweep, panel, ranges, importance);
         }
         for start in (0..columns).step_by(BLOCK) {
             let end = (start + BLOCK).min(columns);
@@ -86,10 +77,18 @@ impl Kernel for SweepPanels<'_> {
                 }
             }
             for panel in panels.iter_mut() {
-                block::<S>(sweep, panel, start..end, &inner);
+                block::<S>(sweep, panel, start..end, &inner, importance);
             }
             if let Some(u) = sweep.factor {
-                trailing::<S>(panels, u, start..end, columns);
+                // The errors of a block are taken out of all columns behind it.
+                add_product::<S, _, true>(
+                    panels,
+                    |panel| (&panel.errors[..end - start], &mut panel.weights[..]),
+                    u,
+                    columns,
+                    start..end,
+                    end..columns,
+                );
             }
         }
     }
@@ -97,22 +96,27 @@ impl Kernel for SweepPanels<'_> {
 
 /// Finds static scales and brings the weights into the order of the sweep.
 #[inline(always)]
-unsafe fn prepare<S: Simd>(sweep: &Sweep<'_>, panel: &mut Panel, ranges: &[f32]) {
+unsafe fn prepare<S: Simd>(
+    sweep: &Sweep<'_>,
+    panel: &mut Panel,
+    ranges: &[f32],
+    importance: &[f32],
+) {
     let groups = panel.scales.len();
     if sweep.static_groups {
-        let mut members: Vec<Vec<Lanes>> = vec![Vec::new(); groups];
+        let mut members: Vec<(Vec<Lanes>, Vec<f32>)> = vec![Default::default(); groups];
         // In input order, so that sums do not depend on the order of the sweep.
-        let mut group_of = vec![0; sweep.order.len()];
-        for (&k, &g) in sweep.order.iter().zip(sweep.groups) {
-            group_of[k as usize] = g as usize;
+        let mut place = vec![(0, 0.0); sweep.order.len()];
+        for ((&k, &g), &h) in sweep.order.iter().zip(sweep.groups).zip(importance) {
+            place[k as usize] = (g as usize, h);
         }
-        for (w, g) in
-            transpose(ranges, panel.first, panel.rows, group_of.len()).iter().zip(group_of)
+        for (w, (g, h)) in transpose(ranges, panel.first, panel.rows, place.len()).iter().zip(place)
         {
-            members[g].push(*w);
+            members[g].0.push(*w);
+            members[g].1.push(h);
         }
-        for (g, members) in members.iter().enumerate() {
-            let (scale, zero) = sweep.grid.find::<S>(members);
+        for (g, (members, importance)) in members.iter().enumerate() {
+            let (scale, zero) = sweep.grid.find::<S>(members, importance);
             S::store(panel.scales[g].as_mut_ptr(), scale);
             S::store(panel.zeros[g].as_mut_ptr(), zero);
         }
@@ -127,6 +131,7 @@ unsafe fn block<S: Simd>(
     panel: &mut Panel,
     range: std::ops::Range<usize>,
     inner: &[f32],
+    importance: &[f32],
 ) {
     let (start, columns) = (range.start, sweep.order.len());
     for c in range {
@@ -135,7 +140,7 @@ unsafe fn block<S: Simd>(
             // As in the reference, the range of a group that starts inside a block does not
             // see the corrections of that block.
             let end = (c..columns).find(|&i| sweep.groups[i] as usize != g).unwrap_or(columns);
-            let (scale, zero) = sweep.grid.find::<S>(&panel.weights[c..end]);
+            let (scale, zero) = sweep.grid.find::<S>(&panel.weights[c..end], &importance[c..end]);
             S::store(panel.scales[g].as_mut_ptr(), scale);
             S::store(panel.zeros[g].as_mut_ptr(), zero);
         }
@@ -160,43 +165,4 @@ unsafe fn block<S: Simd>(
             }
         }
     }
-}
-
-/// Takes the errors of a block out of all columns behind it.
-#[inline(always)]
-unsafe fn trailing<S: Simd>(
-    panels: &mut [Panel],
-    u: &[f32],
-    range: std::ops::Range<usize>,
-    columns: usize,
-) {
-    let mut c = range.end;
-    macro_rules! tile {
-        ($t:literal) => {
-            while columns - c >= $t {
-                for panel in panels.iter_mut() {
-                    let mut acc = [S::splat(0.0); $t];
-                    for j in 0..$t {
-                        acc[j] = S::load(panel.weights[c + j].as_ptr());
-                    }
-                    for (b, error) in range.clone().zip(&panel.errors) {
-                        let e = S::load(error.as_ptr());
-                        let row = u.as_ptr().add(b * columns + c);
-                        for j in 0..$t {
-                            acc[j] = S::fnma(S::splat(*row.add(j)), e, acc[j]);
-                        }
-                    }
-                    for j in 0..$t {
-                        S::store(panel.weights[c + j].as_mut_ptr(), acc[j]);
-                    }
-                }
-                c += $t;
-            }
-        };
-    }
-    if S::WIDE {
-        tile!(16);
-    }
-    tile!(4);
-    tile!(1);
 }

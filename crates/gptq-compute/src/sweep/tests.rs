@@ -1,7 +1,7 @@
 use super::*;
 use crate::cholesky::inverse_factor;
 
-fn random(n: usize, seed: u64) -> Vec<f32> {
+pub(super) fn random(n: usize, seed: u64) -> Vec<f32> {
     let mut s = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     (0..n)
         .map(|_| {
@@ -13,7 +13,7 @@ fn random(n: usize, seed: u64) -> Vec<f32> {
         .collect()
 }
 
-fn hessian(n: usize, seed: u64) -> Vec<f32> {
+pub(super) fn hessian(n: usize, seed: u64) -> Vec<f32> {
     let b = random(2 * n * n, seed);
     let mut h = vec![0.0; n * n];
     for i in 0..n {
@@ -25,7 +25,7 @@ fn hessian(n: usize, seed: u64) -> Vec<f32> {
     h
 }
 
-fn dequantize(s: &Swept, groups: &[u32], order: &[u32], rows: usize) -> Vec<f32> {
+pub(super) fn dequantize(s: &Swept, groups: &[u32], order: &[u32], rows: usize) -> Vec<f32> {
     let columns = order.len();
     let mut out = vec![0.0; rows * columns];
     for (&k, &g) in order.iter().zip(groups) {
@@ -38,7 +38,7 @@ fn dequantize(s: &Swept, groups: &[u32], order: &[u32], rows: usize) -> Vec<f32>
     out
 }
 
-fn output_error(w: &[f32], q: &[f32], h: &[f32], n: usize) -> f64 {
+pub(super) fn output_error(w: &[f32], q: &[f32], h: &[f32], n: usize) -> f64 {
     w.chunks(n)
         .zip(q.chunks(n))
         .map(|(w, q)| {
@@ -83,7 +83,14 @@ fn oracle(w: &[f32], u: &[f32], n: usize, group: usize, bits: u32) -> Vec<u8> {
     codes
 }
 
-const GRID: Grid = Grid { bits: 4, sym: true, mse: None, min_zero: 1, f16_scales: true };
+pub(super) const GRID: Grid = Grid {
+    bits: 4,
+    sym: true,
+    search: ScaleSearch::MinMax,
+    signed: false,
+    min_zero: 1,
+    f16_scales: true,
+};
 
 #[test]
 fn codes_equal_the_published_loop() {
@@ -126,11 +133,11 @@ fn order_and_static_groups() {
     let u = inverse_factor(permuted, n).unwrap();
     for static_groups in [false, true] {
         for sym in [false, true] {
-            for mse in [None, Some(2.4)] {
+            for search in [ScaleSearch::MinMax, ScaleSearch::Power(2.4), ScaleSearch::Hessian] {
                 let groups: Vec<u32> = (0..n)
                     .map(|p| if static_groups { order[p] / group } else { p as u32 / group })
                     .collect();
-                let grid = Grid { sym, mse, ..GRID };
+                let grid = Grid { sym, search, signed: sym, ..GRID };
                 let sweep =
                     Sweep { factor: Some(&u), order: &order, groups: &groups, static_groups, grid };
                 let swept = sweep.run(&Pool::new(2), &w, rows);

@@ -11,7 +11,7 @@ use gptq_format::{CheckpointFormat, GptqLinear, ModuleSettings};
 use gptq_model::{LinearRows, LinearSpec};
 use half::f16;
 
-use super::{Method, QuantizeOptions, Run};
+use super::{Method, Run};
 use crate::error::{QuantizeError, Result};
 use crate::hessian::{Factor, Hessian, OutputError};
 use crate::report::{ExpertRecord, ModuleRecord};
@@ -84,13 +84,14 @@ impl Run<'_> {
         rows: &LinearRows<'_>,
     ) -> Result<(Solution, OutputError)> {
         let Task { linear, settings, fitted, .. } = *task;
-        let (pool, method) = (self.job.pool, self.job.options.method);
+        let (pool, options) = (self.job.pool, self.job.options);
         let (inputs, outputs) = (linear.in_features, linear.out_features);
         let v1 = self.layout.config.format == CheckpointFormat::Gptq;
         let grid = Grid {
             bits: settings.bits.as_u32(),
             sym: settings.sym,
-            mse: QuantizeOptions::mse_of(settings),
+            search: options.search_of(settings),
+            signed: options.signed_scales,
             min_zero: u8::from(v1),
             f16_scales: true,
         };
@@ -100,15 +101,20 @@ impl Run<'_> {
         for first in (0..outputs).step_by(slab) {
             let range = first..(first + slab).min(outputs);
             let weights = self.phases.time("read", || rows.read(range))?;
-            let part = self.phases.time("solve", || match (fitted, method) {
+            let mut part = self.phases.time("solve", || match (fitted, options.method) {
                 (Some((factor, _)), Method::Gptq) => solver::gptq(pool, &weights, factor, grid),
                 (Some((factor, _)), Method::Obq) => {
                     solver::obq(pool, &weights, factor, group_size, grid)
                 }
                 _ => solver::rtn(pool, &weights, inputs, group_size, grid),
             });
+            if let Some((factor, hessian)) = fitted.filter(|_| options.refine > 0) {
+                part = self.phases.time("refine", || {
+                    solver::refine(pool, &weights, hessian, factor, grid, options.refine, part)
+                });
+            }
             // The grid stops at the largest scale that can be stored; weights beyond it would be cut.
-            if part.scales.iter().any(|&scale| scale >= f16::MAX.to_f32()) {
+            if part.scales.iter().any(|scale| scale.abs() >= f16::MAX.to_f32()) {
                 return Err(QuantizeError::ScaleTooLarge {
                     path: self.job.checkpoint.path.clone(),
                     tensor: format!("{}.weight", linear.module),

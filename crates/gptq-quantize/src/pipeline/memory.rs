@@ -158,7 +158,10 @@ impl<'a> Memory<'a> {
             Method::Obq => (1 + self.job.pool.threads() as u64) * matrix,
             Method::Gptq | Method::Rtn => 0,
         };
-        solved.extend([("Hessian and factor", 2 * matrix + inverse), solve]);
+        // Refining groups along the order takes a copy of H in that order.
+        let options = self.job.options;
+        let ordered = if options.refine > 0 && options.desc_act { matrix } else { 0 };
+        solved.extend([("Hessian and factor", 2 * matrix + inverse + ordered), solve]);
         [sum, factor, solved]
     }
 
@@ -191,7 +194,9 @@ impl<'a> Memory<'a> {
         let joined = if slab < all { all } else { 0 };
         // Weights, codes, and either weights without dead inputs or three copies of some rows.
         let piece = slab.min(ERROR_WEIGHTS as u64);
-        let rows_of_tasks = self.job.pool.threads() as u64 * 64 * inputs * 12;
+        // Panels of the rows at work: weights and codes, and what refining keeps.
+        let of_weight = if self.job.options.refine > 0 { 7 * F32 } else { 12 };
+        let rows_of_tasks = self.job.pool.threads() as u64 * 64 * inputs * of_weight;
         let slabs =
             turned + joined + slab * (F32 + 1) + (F32 * slab + rows_of_tasks).max(3 * F32 * piece);
         let packed = packed_bytes(linear, settings);

@@ -73,14 +73,7 @@ impl Run<'_> {
         let options = self.job.options;
         // OBQ chooses its own order within the row.
         let ordered = options.method == Method::Gptq;
-        let order = OrderOptions {
-            group_size: settings.group_size,
-            desc_act: ordered && settings.desc_act,
-            act_group_aware: ordered
-                && !settings.desc_act
-                && settings.act_group_aware.unwrap_or(options.act_group_aware),
-            static_groups: settings.static_groups.unwrap_or(options.static_groups),
-        };
+        let order = options.order_of(settings, ordered);
         let damping = Damping {
             percent: settings.damp_percent.unwrap_or(options.damp_percent),
             auto_increment: options.damp_auto_increment,

@@ -4,7 +4,9 @@
 //! quantized again.
 
 mod obq;
+mod refine;
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use gptq_compute::Pool;
@@ -14,6 +16,7 @@ use crate::hessian::Factor;
 use crate::order::ColumnOrder;
 
 pub use obq::obq;
+pub use refine::refine;
 
 /// A solved linear.
 #[derive(Debug, Clone)]
@@ -142,21 +145,22 @@ pub fn gptq(pool: &Pool, weights: &[f32], factor: &Factor, grid: Grid) -> Soluti
     let inputs = order.len();
     let sweep =
         Sweep { factor: Some(&factor.upper), order, groups, static_groups: *static_groups, grid };
-    if !factor.dead.contains(&true) {
-        return Solution::new(sweep.run(pool, weights, weights.len() / inputs.max(1)), g_idx);
-    }
-    // Inputs that never fire get weight zero. A single group takes its range from all weights all
-    // the same, as the reference does.
-    let zeroed: Vec<f32> = weights
-        .chunks_exact(inputs.max(1))
-        .flat_map(|row| row.iter().zip(&factor.dead).map(|(w, dead)| if *dead { 0.0 } else { *w }))
-        .collect();
     let outputs = weights.len() / inputs.max(1);
-    if one_group {
-        let swept = sweep.run_with_ranges(pool, &zeroed, weights, outputs);
-        return Solution::new(swept, g_idx);
+    let alive = alive(weights, factor);
+    // A single group takes its range from all weights, as the reference does.
+    let ranges = if one_group { weights } else { &alive };
+    Solution::new(sweep.run_with_ranges(pool, &alive, ranges, outputs), g_idx)
+}
+
+/// The weights `[out, in]`, with zeros where an input never fires.
+fn alive<'w>(weights: &'w [f32], factor: &Factor) -> Cow<'w, [f32]> {
+    if !factor.dead.contains(&true) {
+        return Cow::from(weights);
     }
-    Solution::new(sweep.run(pool, &zeroed, outputs), g_idx)
+    let row = |row: &[f32]| -> Vec<f32> {
+        row.iter().zip(&factor.dead).map(|(w, dead)| if *dead { 0.0 } else { *w }).collect()
+    };
+    weights.chunks_exact(factor.dead.len()).flat_map(row).collect()
 }
 
 #[cfg(test)]

@@ -1,3 +1,4 @@
+use gptq_compute::sweep::ScaleSearch;
 use gptq_testkit::{Expected, fixtures};
 
 use super::*;
@@ -5,7 +6,7 @@ use crate::hessian::{Damping, Hessian, OutputError};
 use crate::order::OrderOptions;
 
 fn grid(bits: u32, sym: bool) -> Grid {
-    Grid { bits, sym, mse: None, min_zero: 0, f16_scales: false }
+    Grid { bits, sym, search: ScaleSearch::MinMax, signed: false, min_zero: 0, f16_scales: false }
 }
 
 /// Codes, scales and zero points of the original gptq.py, on its Hessian.
@@ -157,6 +158,58 @@ fn obq_follows_the_definition() {
             w[j] -= e * inverse[i * m + best];
         }
         left.remove(best);
+    }
+}
+
+/// Refinement in each order of columns: the loss it reports is ½ tr(ΔW H ΔWᵀ) with the damped H, and
+/// below that of the sweep; inputs that never fire keep weight zero.
+#[test]
+fn refinement_lowers_the_damped_loss() {
+    let (outputs, n, dead) = (20, 48, 5);
+    let (w, h) = toy(outputs, n);
+    let matrix = (0..n * n)
+        .map(|i| if i / n == dead || i % n == dead { 0.0 } else { h.matrix()[i] })
+        .collect();
+    let h = Hessian::from_matrix(matrix, n, 4 * n);
+    let pool = Pool::new(2);
+    for (desc_act, static_groups) in [(false, false), (true, false), (true, true)] {
+        let order =
+            OrderOptions { group_size: 16, desc_act, act_group_aware: false, static_groups };
+        let factor = h.factor(order, Damping { percent: 0.03, auto_increment: 0.01 });
+        let g = Grid { signed: true, f16_scales: true, ..grid(3, true) };
+        let swept = gptq(&pool, &w, &factor, g);
+        let refined = refine(&pool, &w, &h, &factor, g, 3, swept.clone());
+        let mean = (0..n)
+            .map(|i| if i == dead { 1.0 } else { f64::from(h.matrix()[i * n + i]) })
+            .sum::<f64>()
+            / n as f64;
+        let damped = |i: usize, j: usize| match (i == j, i == dead) {
+            (true, true) => 1.0 + 0.03 * mean,
+            (true, false) => f64::from(h.matrix()[i * n + i]) + 0.03 * mean,
+            _ => f64::from(h.matrix()[i * n + j]),
+        };
+        let loss = |s: &Solution| -> f64 {
+            let q = s.dequantize();
+            let row = |r: usize| -> f64 {
+                let e = |k: usize| {
+                    let w = if k == dead { 0.0 } else { w[r * n + k] };
+                    f64::from(q[r * n + k] - w)
+                };
+                (0..n * n).map(|i| 0.5 * e(i / n) * e(i % n) * damped(i / n, i % n)).sum()
+            };
+            (0..outputs).map(row).sum()
+        };
+        let (before, after) = (loss(&swept), loss(&refined));
+        assert!(after < 0.97 * before, "{before} {after}");
+        for (s, want) in [(&swept, before), (&refined, after)] {
+            assert!((s.loss - want).abs() < 1e-3 * want, "{} {want}", s.loss);
+        }
+        assert_eq!(refined.g_idx, swept.g_idx);
+        assert!(refined.dequantize().iter().skip(dead).step_by(n).all(|&w| w == 0.0));
+
+        let diagonal = Factor { diagonal: None, ..factor };
+        let same = refine(&pool, &w, &h, &diagonal, g, 3, swept.clone());
+        assert_eq!((same.codes, same.loss), (swept.codes, swept.loss));
     }
 }
 
