@@ -108,7 +108,8 @@ fn read(
     if !complete {
         return None;
     }
-    check_scales(store, name, groups, outputs, findings);
+    let signed = config.meta.get("signed_scales").is_some_and(|signed| *signed == true);
+    check_scales(store, name, [groups, outputs], signed, findings);
     let words = [groups, settings.bits.words(outputs)?];
     let stored: Vec<u32> = store
         .read_i32(&format!("{module}qzeros"), &words)
@@ -360,11 +361,12 @@ fn check_codes(store: &TensorStore, name: &str, findings: &mut Findings) {
     );
 }
 
+/// `signed`: the checkpoint says that its scales may be negative.
 fn check_scales(
     store: &TensorStore,
     name: &str,
-    groups: usize,
-    outputs: usize,
+    [groups, outputs]: [usize; 2],
+    signed: bool,
     findings: &mut Findings,
 ) {
     // The smallest normal f16.
@@ -419,7 +421,7 @@ fn check_scales(
             None,
         );
     }
-    if negative > 0 {
+    if negative > 0 && !signed {
         let message = format!("{negative} of {total} scales are negative, which few tools write");
         findings.note("scale-negative", Some(&tensor_name), message, None);
     }

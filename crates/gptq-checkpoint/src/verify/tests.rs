@@ -386,6 +386,17 @@ fn scales_are_checked() {
     found(G32, put(0, 0x7C00), Error, "scale-not-finite", "inf");
     found(G32, put(0, 0), Warning, "scale-zero", "1 of 512");
     found(G32, put(0, 0x8001), Note, "scale-negative", "1 of 512");
+    // Unless they are meant to be.
+    if let Some(mut edit) = Edit::fixture(G32) {
+        put(0, 0xA001)(&mut edit);
+        let negative = |edit: &Edit| {
+            report(edit).findings.iter().any(|finding| finding.code == "scale-negative")
+        };
+        assert!(negative(&edit));
+        edit.quantize_config["meta"] = json!({ "signed_scales": true });
+        edit.config["quantization_config"]["meta"] = json!({ "signed_scales": true });
+        assert!(!negative(&edit));
+    }
     found(G32, put(0, 0x0001), Note, "scale-subnormal", "of 512");
     found(G32, |e| e.bytes(&scales).fill(0), Error, "weights-unwritten", "scales");
     found(G32, |e| e.bytes(&format!("{Q}.qweight")).fill(0), Error, "weights-unwritten", "codes");
