@@ -139,23 +139,27 @@ pub fn add_norm(pool: &Pool, x: &mut Tensor, y: &Tensor, scale: f32, n: &Norm, o
     });
 }
 
-/// Normalises each piece of `head_dim` columns of each row by itself, in place (q/k norm). With
-/// `head_dim` equal to the width it is [`norm`] in place.
+/// Normalises each piece of `head_dim` columns of each row by itself, in place (q/k norm), with the
+/// same norm or each with its own. With `head_dim` equal to the width it is [`norm`] in place.
 ///
 /// # Panics
-/// If the parameters are not `[head_dim]` or the width is not a multiple of it.
+/// If the parameters are not `[head_dim]`, the width is not a multiple of it, or there are neither
+/// one norm nor as many as heads.
 #[track_caller]
-pub fn norm_heads(pool: &Pool, x: &mut Tensor, head_dim: usize, n: &Norm) {
-    check(n, head_dim);
+pub fn norm_heads(pool: &Pool, x: &mut Tensor, head_dim: usize, norms: &[Norm]) {
+    norms.iter().for_each(|n| check(n, head_dim));
     let (rows, cols) = (x.rows(), x.cols());
     assert!(cols.is_multiple_of(head_dim), "{cols} columns are not heads of {head_dim}");
+    let heads = cols / head_dim;
+    assert!([1, heads].contains(&norms.len()), "{} norms for {heads} heads", norms.len());
     let raw = RawSlice::new(x.as_mut_slice());
     let step = rows_per_task(cols);
     pool.run(rows.div_ceil(step), &|task| {
         for row in task * step..((task + 1) * step).min(rows) {
             // SAFETY: each row belongs to one task.
-            for head in unsafe { raw.range(row * cols, cols) }.chunks_exact_mut(head_dim) {
-                dispatch(Row { norm: n, x: head.as_ptr(), out: head.as_mut_ptr(), n: head_dim });
+            let heads = unsafe { raw.range(row * cols, cols) }.chunks_exact_mut(head_dim);
+            for (head, norm) in heads.zip(norms.iter().cycle()) {
+                dispatch(Row { norm, x: head.as_ptr(), out: head.as_mut_ptr(), n: head_dim });
             }
         }
     });
@@ -183,6 +187,20 @@ mod tests {
     }
 
     #[test]
+    fn every_head_may_have_a_norm_of_its_own() {
+        let pool = Pool::new(2);
+        let own = |weight: f32| Norm {
+            kind: NormKind::Rms,
+            weight: Some(vec![weight; 2]),
+            bias: None,
+            eps: 0.0,
+        };
+        let mut x = Tensor::from_vec(2, 4, vec![2.0, 2.0, 3.0, -3.0, -4.0, 4.0, 5.0, 5.0]);
+        norm_heads(&pool, &mut x, 2, &[own(1.0), own(10.0)]);
+        assert_eq!(x.as_slice(), [1.0, 1.0, 10.0, -10.0, -1.0, 1.0, 10.0, 10.0]);
+    }
+
+    #[test]
     fn all_kinds_and_widths() {
         let pool = Pool::new(2);
         for kind in [NormKind::Rms, NormKind::RmsPlusOne, NormKind::Layer] {
@@ -198,7 +216,7 @@ mod tests {
                 let mut out = Tensor::default();
                 norm(&pool, &x, &n, &mut out);
                 let mut heads = Tensor::from_vec(1, 3 * width, x.as_slice().to_vec());
-                norm_heads(&pool, &mut heads, width, &n);
+                norm_heads(&pool, &mut heads, width, std::slice::from_ref(&n));
                 assert_eq!(heads.as_slice(), out.as_slice());
                 // In one pass or two: the same to the bit.
                 let (mut one, mut two, mut fused) = (x.clone(), x.clone(), Tensor::default());

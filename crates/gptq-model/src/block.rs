@@ -14,7 +14,7 @@ use crate::load::{LinearSource, Loader};
 use crate::moe::Router;
 use crate::profile::Op;
 use crate::rope::Rope;
-use crate::spec::{GateUp, Mlp, Moe, Positions, Qkv, Spec, SublayerNorms};
+use crate::spec::{Attention, GateUp, Mlp, Moe, NormOver, Positions, Qkv, Spec, SublayerNorms};
 use crate::stages::{LinearSpec, Part, Stage};
 use crate::state::{BlockState, Ctx, SeqSpan, check_spans};
 use crate::{ModelError, Result};
@@ -25,7 +25,8 @@ pub struct Block {
     spec: Arc<Spec>,
     attention_norms: Norms,
     mlp_norms: Norms,
-    qk_norms: Option<[Norm; 2]>,
+    /// Of queries and keys: one norm, or one for each head.
+    qk_norms: Option<[Vec<Norm>; 2]>,
     params: AttnParams,
     fused: Option<FusedColumns>,
     router: Option<Router>,
@@ -72,14 +73,12 @@ impl Block {
                 stream: load(names.stream)?,
             })
         };
-        let qk_norms = spec.attention.qk_norm.map(|qk| -> Result<[Norm; 2]> {
-            let load = |name: &str, width| loader.norm(&format!("{block}.{name}"), width, qk.norm);
-            let (q, k) = if qk.per_head {
-                (spec.attention.head_dim, spec.attention.head_dim)
-            } else {
-                (spec.attention.q_width(), spec.attention.kv_width())
+        let qk_norms = spec.attention.qk_norm.map(|qk| -> Result<[Vec<Norm>; 2]> {
+            let Attention { heads, kv_heads, head_dim, .. } = spec.attention;
+            let load = |name: &str, heads| {
+                loader.head_norms(&format!("{block}.{name}"), heads, head_dim, &qk)
             };
-            Ok([load(qk.q, q)?, load(qk.k, k)?])
+            Ok([load(qk.q, heads)?, load(qk.k, kv_heads)?])
         });
         let slots = |&stage: &Stage| -> Result<Vec<Slot>> {
             let slot = |linear: LinearSpec| {
@@ -313,7 +312,7 @@ impl Block {
             }
         }
         if let Some([q_norm, k_norm]) = &self.qk_norms {
-            let whole = shape.qk_norm.is_some_and(|qk| !qk.per_head);
+            let whole = shape.qk_norm.is_some_and(|qk| qk.over == NormOver::Row);
             let width = |all| if whole { all } else { shape.head_dim };
             norm_heads(pool, q, width(shape.q_width()), q_norm);
             norm_heads(pool, k, width(shape.kv_width()), k_norm);
@@ -496,7 +495,11 @@ fn attention_params(spec: &Spec, layer: usize) -> AttnParams {
         heads: attention.heads,
         kv_heads: attention.kv_heads,
         head_dim: attention.head_dim,
-        scale: attention.scale,
+        scale: if attention.scale_by_depth {
+            attention.scale / (layer + 1) as f32
+        } else {
+            attention.scale
+        },
         causal: attention.causal,
         window: spec.layers[layer].window,
         soft_cap: attention.soft_cap,

@@ -69,6 +69,7 @@ mod tests {
             kv_heads,
             head_dim,
             scale: 1.0,
+            scale_by_depth: false,
             causal: true,
             soft_cap: None,
             clip_qkv: None,

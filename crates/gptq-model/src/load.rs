@@ -7,7 +7,7 @@ use gptq_compute::{DenseMatrix, DenseType, GptqParts, Linear, Matrix, Norm, Quan
 use gptq_format::{Checkpoint, DType, FormatError, GptqLinear, TensorInfo, TensorStore};
 
 use crate::head::bias_owner;
-use crate::spec::{NormSpec, Spec};
+use crate::spec::{NormOver, NormSpec, QkNorm, Spec};
 use crate::stages::LinearSpec;
 use crate::{ModelError, Result};
 
@@ -101,6 +101,34 @@ impl Loader<'_> {
             bias: spec.bias.then(|| vector("bias", "beta")).transpose()?,
             eps: spec.eps,
         })
+    }
+
+    /// The norms of queries or keys, named `name`: one for all heads, or one for each.
+    pub(crate) fn head_norms(
+        &self,
+        name: &str,
+        heads: usize,
+        head_dim: usize,
+        qk: &QkNorm,
+    ) -> Result<Vec<Norm>> {
+        match qk.over {
+            NormOver::Row => Ok(vec![self.norm(name, heads * head_dim, qk.norm)?]),
+            NormOver::Head => Ok(vec![self.norm(name, head_dim, qk.norm)?]),
+            NormOver::ListedHead => (0..heads)
+                .map(|head| self.norm(&format!("{name}.norms.{head}"), head_dim, qk.norm))
+                .collect(),
+            NormOver::OwnHead => {
+                let tensor = format!("{name}.weight");
+                let rows = self.matrix(&tensor, heads, head_dim, LinearSource::Copied)?.to_f32();
+                let norm = |weight: &[f32]| Norm {
+                    kind: qk.norm.kind,
+                    weight: Some(weight.to_vec()),
+                    bias: None,
+                    eps: qk.norm.eps,
+                };
+                Ok(rows.chunks_exact(head_dim).map(norm).collect())
+            }
+        }
     }
 
     /// A linear of a block: quantized where the checkpoint has packed codes for it.

@@ -136,6 +136,8 @@ pub struct Attention {
     pub head_dim: usize,
     /// Scores are multiplied by this.
     pub scale: f32,
+    /// In block i, counted from 0, they are also divided by i + 1 (GPT-2 as Mistral trained it).
+    pub scale_by_depth: bool,
     /// A query sees no later key.
     pub causal: bool,
     /// Scores become `cap * tanh(score / cap)`.
@@ -196,8 +198,21 @@ pub struct QkNorm {
     pub k: &'static str,
     /// Formula and parameters.
     pub norm: NormSpec,
-    /// Each head by itself with one weight `[head_dim]`, else the whole row with a weight of its width.
-    pub per_head: bool,
+    /// What is normalised together.
+    pub over: NormOver,
+}
+
+/// What a norm of queries or keys goes over, and how its parameters are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormOver {
+    /// The whole row, with a weight of its width.
+    Row,
+    /// Each head by itself, all with one weight `[head_dim]`.
+    Head,
+    /// Each head by itself, with its row of a weight `[heads, head_dim]` (Command R+).
+    OwnHead,
+    /// Each head by itself, with a tensor `[head_dim]` of its own, named `NAME.norms.HEAD` (StableLM 2 12B).
+    ListedHead,
 }
 
 /// The MLP sublayer; names relative to the block.

@@ -1,19 +1,22 @@
 //! Command R: attention and gated MLP side by side behind one bias-free layer norm, neighbouring columns rotate as pairs,
-//! scaled logits, tied head.
+//! scaled logits, tied head. Command R+ has a norm for each head of queries and keys.
 
 use gptq_compute::RopeStyle;
 
-use super::read::{RopeDefaults, Sizes, USUAL, gated, never, rope};
+use super::read::{RopeDefaults, Sizes, USUAL, gated, rope};
 use crate::Result;
 use crate::fields::Fields;
-use crate::spec::{Attention, Embedding, Head, NormSpec, Positions, Residual, Spec};
+use crate::spec::{
+    Attention, Embedding, Head, NormOver, NormSpec, Positions, QkNorm, Residual, Spec,
+};
 
 pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
-    // A norm with separate weights for each head.
-    never(f, "use_qk_norm")?;
     let sizes = Sizes::read(f, &USUAL)?;
     let bias = f.flag_or("attention_bias", false)?;
     let defaults = RopeDefaults { style: RopeStyle::Interleaved, ..RopeDefaults::default() };
+    let norm = NormSpec { bias: false, ..NormSpec::layer(f.eps_or("layer_norm_eps", 1e-5)?) };
+    let qk_norm =
+        QkNorm { q: "self_attn.q_norm", k: "self_attn.k_norm", norm, over: NormOver::OwnHead };
     Ok(Spec {
         family: "cohere",
         hidden: sizes.hidden,
@@ -24,8 +27,13 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
         conv1d: false,
         embedding: Embedding::plain("embed_tokens", sizes.hidden),
         positions: Positions::Rotary(vec![rope(f, &sizes, defaults)?]),
-        norm: NormSpec { bias: false, ..NormSpec::layer(f.eps_or("layer_norm_eps", 1e-5)?) },
-        attention: Attention { qkv_bias: bias, out_bias: bias, ..sizes.attention() },
+        norm,
+        attention: Attention {
+            qkv_bias: bias,
+            out_bias: bias,
+            qk_norm: f.flag_or("use_qk_norm", false)?.then_some(qk_norm),
+            ..sizes.attention()
+        },
         mlp: gated(f, "hidden_act", "silu")?,
         moe: None,
         residual: Residual::parallel("input_layernorm", None),

@@ -8,7 +8,7 @@ use super::read::{
 use super::{gemma, gemma2, llama};
 use crate::Result;
 use crate::fields::Fields;
-use crate::spec::{Attention, Head, QkNorm, Spec};
+use crate::spec::{Attention, Head, NormOver, QkNorm, Spec};
 
 pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
     let sizes = Sizes::read(f, &USUAL)?;
@@ -20,16 +20,20 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
     let pattern =
         ["sliding_window_pattern", "_sliding_window_pattern"].into_iter().find(|key| f.has(key));
     let pattern = f.count_or(pattern.unwrap_or("sliding_window_pattern"), 6)?;
-    f.ignore(&["_sliding_window_pattern"]);
+    // Left over from Gemma 2; no definition of Gemma 3 computes it.
+    f.ignore(&["_sliding_window_pattern", "attn_logit_softcapping"]);
     let sliding = sliding_layers(f, layers, |layer| (layer + 1) % pattern != 0)?;
     let mut layers = windowed(f, &sliding)?;
     with_sliding_rope(&mut layers, &sliding);
-    let qk_norm =
-        QkNorm { q: "self_attn.q_norm", k: "self_attn.k_norm", norm: gemma.norm, per_head: true };
+    let qk_norm = QkNorm {
+        q: "self_attn.q_norm",
+        k: "self_attn.k_norm",
+        norm: gemma.norm,
+        over: NormOver::Head,
+    };
     Ok(Spec {
         attention: Attention {
             scale: inverse_root(f.positive_or("query_pre_attn_scalar", 256.0)?),
-            soft_cap: f.switchable("attn_logit_softcapping", None)?,
             qk_norm: Some(qk_norm),
             ..gemma.attention.clone()
         },

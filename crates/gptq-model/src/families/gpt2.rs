@@ -1,8 +1,6 @@
 //! GPT-2: learned positions, layer norms, a plain MLP, biases everywhere, weights stored transposed (Conv1D), tied head.
 
-use serde_json::Value;
-
-use super::read::{GPT2, Sizes, activation, inverse_root, never};
+use super::read::{GPT2, Sizes, activation, inverse_root};
 use crate::Result;
 use crate::fields::Fields;
 use crate::fused::FusedOrder;
@@ -11,16 +9,17 @@ use crate::spec::{
 };
 
 pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
-    never(f, "scale_attn_by_inverse_layer_idx")?;
     let gpt2 = like(f, "gpt2", "gelu_new")?;
-    Ok(Spec { conv1d: true, ..gpt2 })
+    let scale_by_depth = f.flag_or("scale_attn_by_inverse_layer_idx", false)?;
+    let attention = Attention { scale_by_depth, ..gpt2.attention.clone() };
+    Ok(Spec { conv1d: true, attention, ..gpt2 })
 }
 
 /// What GPT-2 and GPTBigCode share.
 pub(super) fn like(f: &Fields<'_>, family: &'static str, activation_name: &str) -> Result<Spec> {
     let sizes = Sizes::read(f, &GPT2)?;
-    // Summation order only.
-    f.only("reorder_and_upcast_attn", &Value::Bool(false))?;
+    // Changes the order of the arithmetic only.
+    f.ignore(&["reorder_and_upcast_attn"]);
     let scaled = f.flag_or("scale_attn_weights", true)?;
     Ok(Spec {
         family,

@@ -29,13 +29,13 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
         out: "attn.out_proj",
         ..sizes.attention()
     };
-    let mut bias_max = 8.0;
     if let Some(a) = f.opt_object("attn_config")? {
         a.only("attn_type", &Value::from("multihead_attention"))?;
         a.only("alibi", &Value::Bool(true))?;
         a.only("qk_ln", &Value::Bool(false))?;
         a.only("prefix_lm", &Value::Bool(false))?;
-        bias_max = a.positive_or("alibi_bias_max", bias_max)?;
+        // transformers ignores it, the original definition does not; all published models have this value.
+        a.only("alibi_bias_max", &Value::from(8))?;
         attention.clip_qkv = a.switchable("clip_qkv", None)?;
         attention.scale = a.switchable("softmax_scale", None)?.unwrap_or(attention.scale);
     }
@@ -48,7 +48,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
         blocks: "blocks",
         conv1d: false,
         embedding: Embedding::plain("wte", sizes.hidden),
-        positions: Positions::Alibi { slopes: slopes(sizes.heads, bias_max) },
+        positions: Positions::Alibi { slopes: slopes(sizes.heads) },
         norm: NormSpec { bias: false, ..NormSpec::layer(f.eps_or("layer_norm_epsilon", 1e-5)?) },
         attention,
         mlp: Mlp::Plain {
@@ -66,10 +66,10 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
     })
 }
 
-/// ALiBi slopes 2^(-i * bias_max / n) for the next power of two n; of these the odd places first where n is too many.
-fn slopes(heads: usize, bias_max: f64) -> Vec<f32> {
+/// ALiBi slopes 2^(-8i / n) for the next power of two n; of these the odd places first where n is too many.
+fn slopes(heads: usize) -> Vec<f32> {
     let power = heads.next_power_of_two();
-    let slope = |i: usize| (1.0 / (i as f64 * bias_max / power as f64).exp2()) as f32;
+    let slope = |i: usize| (1.0 / (i as f64 * 8.0 / power as f64).exp2()) as f32;
     if power == heads {
         return (1..=power).map(slope).collect();
     }

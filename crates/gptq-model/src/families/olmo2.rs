@@ -4,13 +4,14 @@ use super::llama;
 use super::read::never;
 use crate::Result;
 use crate::fields::Fields;
-use crate::spec::{Attention, NormSpec, QkNorm, Residual, Spec};
+use crate::spec::{Attention, NormOver, NormSpec, QkNorm, Residual, Spec};
 
 pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
     never(f, "mlp_bias")?;
     let llama = llama::spec(f)?;
     let norm = NormSpec::rms(f.eps_or("rms_norm_eps", 1e-5)?);
-    let qk_norm = QkNorm { q: "self_attn.q_norm", k: "self_attn.k_norm", norm, per_head: false };
+    let qk_norm =
+        QkNorm { q: "self_attn.q_norm", k: "self_attn.k_norm", norm, over: NormOver::Row };
     Ok(Spec {
         family: "olmo2",
         norm,

@@ -16,7 +16,8 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
     let projected = width != sizes.hidden;
     let norms = ("self_attn_layer_norm", "final_layer_norm");
     let before = f.flag_or("do_layer_norm_before", true)?;
-    let final_norm = before && !f.flag_or("_remove_final_layer_norm", false)?;
+    let removed = f.flag_or("_remove_final_layer_norm", false)?;
+    let final_norm = before && !removed;
     Ok(Spec {
         family: "opt",
         hidden: sizes.hidden,

@@ -4,13 +4,17 @@
 use super::read::{RopeDefaults, Sizes, USUAL, activation, rope};
 use crate::Result;
 use crate::fields::Fields;
-use crate::spec::{Embedding, Head, Mlp, NormSpec, Positions, QkNorm, Residual, Spec};
+use crate::spec::{Embedding, Head, Mlp, NormOver, NormSpec, Positions, QkNorm, Residual, Spec};
 
 pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
     let sizes = Sizes::read(f, &USUAL)?;
     let norm = NormSpec::layer(f.eps_or("layer_norm_eps", 1e-5)?);
-    let qk_norm =
-        QkNorm { q: "self_attn.q_layernorm", k: "self_attn.k_layernorm", norm, per_head: true };
+    let qk_norm = QkNorm {
+        q: "self_attn.q_layernorm",
+        k: "self_attn.k_layernorm",
+        norm,
+        over: NormOver::Head,
+    };
     let mut attention = sizes.attention();
     attention.qkv_bias = true;
     attention.out = "self_attn.dense";

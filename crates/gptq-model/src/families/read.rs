@@ -87,6 +87,7 @@ impl Sizes {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             scale: inverse_root(self.head_dim as f64),
+            scale_by_depth: false,
             causal: true,
             soft_cap: None,
             clip_qkv: None,
