@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
+use tokenizers::{PostProcessor, TruncationDirection};
 
 use crate::chat::{ChatError, ChatTemplate, Message};
 use crate::error::FormatError;
@@ -148,6 +149,21 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
         // The fast variant leaves out character offsets, which nobody here needs.
         let encoding = self.inner.encode_fast(text, add_special).map_err(|e| self.failed(&*e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Encodes a whole text with the special tokens that begin and end a sequence, `longest` tokens at most: of a longer
+    /// text the end is left out, not the special tokens.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_truncated(&self, text: &str, longest: usize) -> Result<Vec<u32>, TokenizerError> {
+        let mut encoding = self.inner.encode_fast(text, false).map_err(|e| self.failed(&*e))?;
+        let added =
+            self.inner.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
+        encoding.truncate(longest.saturating_sub(added), 0, TruncationDirection::Right);
+        let encoding =
+            self.inner.post_process(encoding, None, true).map_err(|e| self.failed(&*e))?;
         Ok(encoding.get_ids().to_vec())
     }
 

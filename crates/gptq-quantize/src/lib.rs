@@ -21,7 +21,9 @@ pub mod self_calibration;
 pub mod solver;
 mod token_weights;
 
-pub use calibration::{CalibrationOptions, CalibrationReport, CalibrationSet, CalibrationSource};
+pub use calibration::{
+    CalibrationOptions, CalibrationReport, CalibrationSet, CalibrationSource, Windows,
+};
 pub use error::{QuantizeError, Result};
 pub use pipeline::{
     Method, MoeFallback, Plan, QuantizeOptions, plan, quantize, quantize_as_planned,

@@ -9,12 +9,12 @@ use clap::ValueEnum;
 use gptq_compute::Pool;
 use gptq_compute::sweep::ScaleSearch;
 use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic, Tokenizer};
-use gptq_model::{Model, Session, Spec};
+use gptq_model::{Model, SentencePooling, Session, Spec};
 use gptq_quantize::calibration::SourceReport;
 use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
     CalibrationOptions, CalibrationReport, CalibrationSet, CalibrationSource, Method, MoeFallback,
-    Plan, QuantizeOptions, SelfCalibration, TokenWeights, plan, quantize_as_planned,
+    Plan, QuantizeOptions, SelfCalibration, TokenWeights, Windows, plan, quantize_as_planned,
     self_calibrate,
 };
 use serde_json::json;
@@ -113,12 +113,13 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value_t = TokenWeightsArg::Balanced)]
     token_weights: TokenWeightsArg,
     /// Calibration text (.txt, .jsonl, .parquet; several are mixed), or `self`: the model writes it.
+    /// Encoders take each line (of .txt) or row as a window of its own, with its special tokens.
     #[arg(long, value_name = "FILE|self", default_value = "self", num_args = 1)]
     calibration: Vec<String>,
-    /// Calibration windows.
-    #[arg(long, default_value_t = 128, value_name = "N")]
-    nsamples: usize,
-    /// Tokens per window.
+    /// Calibration windows. [default: 128; of encoders, whose windows are short, 1024]
+    #[arg(long, value_name = "N", hide_default_value = true)]
+    nsamples: Option<usize>,
+    /// Tokens per window; of encoders the most, at most what the model reads.
     #[arg(long, default_value_t = 2048, value_name = "N")]
     seqlen: usize,
     /// Seed of the windows and of self calibration.
@@ -288,8 +289,25 @@ impl Args {
         })
     }
 
-    fn windows(&self) -> CalibrationOptions {
-        CalibrationOptions { nsamples: self.nsamples, seqlen: self.seqlen, seed: self.seed }
+    /// Kind, number and length of the windows for a model.
+    fn windows(
+        &self,
+        checkpoint: &Checkpoint,
+        spec: &Spec,
+    ) -> anyhow::Result<(Windows, CalibrationOptions)> {
+        if spec.attention.causal {
+            let nsamples = self.nsamples.unwrap_or(128);
+            let options = CalibrationOptions { nsamples, seqlen: self.seqlen, seed: self.seed };
+            return Ok((Windows::Cuts, options));
+        }
+        let trained = SentencePooling::from_dir(&checkpoint.path)?.max_tokens;
+        let longest = spec.max_positions.min(trained.unwrap_or(usize::MAX));
+        let options = CalibrationOptions {
+            nsamples: self.nsamples.unwrap_or(1024),
+            seqlen: self.seqlen.min(longest),
+            seed: self.seed,
+        };
+        Ok((Windows::Records, options))
     }
 }
 
@@ -375,17 +393,19 @@ fn calibrate(
     view: &ProgressView,
 ) -> anyhow::Result<CalibrationSet> {
     use gptq_quantize::Progress;
-    let vocab = Spec::for_checkpoint(checkpoint)?.vocab;
+    let spec = Spec::for_checkpoint(checkpoint)?;
+    let (kind, windows) = args.windows(checkpoint, &spec)?;
+    let vocab = spec.vocab;
     if args.calibration.iter().any(|c| c == "self") {
         if args.calibration.len() > 1 {
             bail!("--calibration self cannot be mixed with files yet; give one or the other");
         }
         // The plan depends on the number of tokens alone.
-        let windows = vec![vec![0; args.seqlen]; args.nsamples];
+        let drawn = vec![vec![0; windows.seqlen]; windows.nsamples];
         let name = || "self".to_owned();
         let source = SourceReport { name: name(), kind: name(), ..SourceReport::default() };
-        let report = CalibrationReport::new(vec![source], &windows, &args.windows(), vocab);
-        let planned = CalibrationSet::from_windows(windows, report);
+        let report = CalibrationReport::new(vec![source], &drawn, &windows, vocab);
+        let planned = CalibrationSet::from_windows(drawn, report);
         if args.dry_run {
             return Ok(planned);
         }
@@ -405,7 +425,7 @@ fn calibrate(
         let own = Checkpoint::open(&checkpoint.path)?;
         let model = Model::load(&own)?;
         let mut session = Session::new(Arc::clone(pool));
-        let mut writer = SelfCalibration::new(args.windows());
+        let mut writer = SelfCalibration::new(windows);
         writer.temperature = args.calibration_temperature;
         writer.top_k = args.calibration_top_k;
         return self_calibrate(&model, &mut session, tokenizer, &writer, view)
@@ -414,7 +434,7 @@ fn calibrate(
     view.phase("calibration");
     let sources =
         args.calibration.iter().map(CalibrationSource::file).collect::<Result<Vec<_>, _>>()?;
-    Ok(CalibrationSet::load(&sources, tokenizer, vocab, &args.windows())?)
+    Ok(CalibrationSet::load(&sources, tokenizer, vocab, kind, &windows)?)
 }
 
 #[allow(clippy::print_stderr)] // The plan is for people, not data.

@@ -1,5 +1,6 @@
-//! Joins documents into one run of tokens, checking every token.
+//! Joins documents into one run of tokens, or keeps their borders, checking every token.
 
+use std::ops::Range;
 use std::path::Path;
 
 use gptq_format::Tokenizer;
@@ -15,7 +16,10 @@ pub(super) struct Collector<'a> {
     vocab_size: usize,
     /// Reading stops when so many tokens are there.
     budget: usize,
+    /// Documents are kept apart and cut to so many tokens.
+    record: Option<usize>,
     tokens: Vec<u32>,
+    ends: Vec<usize>,
     /// Text not yet tokenized.
     pending: String,
     documents: usize,
@@ -25,19 +29,38 @@ pub(super) struct Collector<'a> {
     cut: bool,
 }
 
+/// The tokens of a file.
+pub(super) struct Documents {
+    /// All tokens.
+    pub(super) tokens: Vec<u32>,
+    /// The end of each record in `tokens`, where records are kept apart.
+    pub(super) ends: Vec<usize>,
+}
+
+impl Documents {
+    /// Where record number `index` lies in the tokens.
+    pub(super) fn record(&self, index: usize) -> Range<usize> {
+        index.checked_sub(1).map_or(0, |before| self.ends[before])..self.ends[index]
+    }
+}
+
 impl<'a> Collector<'a> {
+    /// With `record` documents are kept apart, with the special tokens of a text, and cut to so many tokens.
     pub(super) fn new(
         path: &'a Path,
         tokenizer: &'a Tokenizer,
         vocab_size: usize,
         budget: usize,
+        record: Option<usize>,
     ) -> Self {
         Self {
             path,
             tokenizer,
             vocab_size,
             budget,
+            record,
             tokens: Vec::new(),
+            ends: Vec::new(),
             pending: String::new(),
             documents: 0,
             characters: 0,
@@ -49,6 +72,11 @@ impl<'a> Collector<'a> {
     /// The file, for errors.
     pub(super) fn path(&self) -> &'a Path {
         self.path
+    }
+
+    /// Whether documents are kept apart.
+    pub(super) fn keeps_records(&self) -> bool {
+        self.record.is_some()
     }
 
     /// Whether more documents are of no use.
@@ -67,6 +95,9 @@ impl<'a> Collector<'a> {
         text: String,
         place: impl Fn() -> String,
     ) -> Result<(), CalibrationError> {
+        if let Some(longest) = self.record {
+            return self.record(&text, longest, &place);
+        }
         self.documents += 1;
         self.characters += text.chars().count() as u64;
         if self.after_text {
@@ -87,11 +118,14 @@ impl<'a> Collector<'a> {
         messages: &[Message],
         place: impl Fn() -> String,
     ) -> Result<(), CalibrationError> {
-        self.begin_tokens(&place)?;
         let rendered = self
             .tokenizer
             .apply_chat_template(messages, false)
             .map_err(|error| self.tokenizer_failed(&place, &error))?;
+        if let Some(longest) = self.record {
+            return self.record(&rendered, longest, &place);
+        }
+        self.begin_tokens(&place)?;
         self.characters += rendered.chars().count() as u64;
         self.pending = rendered;
         self.flush(&place)
@@ -104,10 +138,11 @@ impl<'a> Collector<'a> {
         place: impl Fn() -> String,
     ) -> Result<(), CalibrationError> {
         self.begin_tokens(&place)?;
-        for id in ids {
+        for id in ids.into_iter().take(self.record.unwrap_or(usize::MAX)) {
             let token = self.checked(id, &place)?;
             self.tokens.push(token);
         }
+        self.end_record();
         Ok(())
     }
 
@@ -115,7 +150,7 @@ impl<'a> Collector<'a> {
     pub(super) fn finish(
         mut self,
         kind: SourceKind,
-    ) -> Result<(Vec<u32>, SourceReport), CalibrationError> {
+    ) -> Result<(Documents, SourceReport), CalibrationError> {
         self.flush(&|| "at its end".to_owned())?;
         let report = SourceReport {
             name: self
@@ -131,8 +166,39 @@ impl<'a> Collector<'a> {
             cut: self.cut,
             windows: 0,
             coverage: 0.0,
+            records: self.record.is_some(),
         };
-        Ok((self.tokens, report))
+        Ok((Documents { tokens: self.tokens, ends: self.ends }, report))
+    }
+
+    /// Adds a text as a record of its own, if there is anything in it.
+    fn record(
+        &mut self,
+        text: &str,
+        longest: usize,
+        place: &dyn Fn() -> String,
+    ) -> Result<(), CalibrationError> {
+        if text.trim().is_empty() {
+            return Ok(());
+        }
+        self.documents += 1;
+        self.characters += text.chars().count() as u64;
+        let encoded = self
+            .tokenizer
+            .encode_truncated(text, longest)
+            .map_err(|error| self.tokenizer_failed(place, &error))?;
+        for token in encoded {
+            let token = self.checked(i64::from(token), place)?;
+            self.tokens.push(token);
+        }
+        self.end_record();
+        Ok(())
+    }
+
+    fn end_record(&mut self) {
+        if self.record.is_some() && self.tokens.len() > self.ends.last().copied().unwrap_or(0) {
+            self.ends.push(self.tokens.len());
+        }
     }
 
     fn begin_tokens(&mut self, place: &dyn Fn() -> String) -> Result<(), CalibrationError> {

@@ -13,6 +13,10 @@
 //! | JSON lines, Parquet: `input_ids` | one row | as tokens |
 //!
 //! No special tokens are added; chat templates contain their own.
+//!
+//! Encoders read texts one by one, so their windows are the records themselves ([`Windows::Records`]): each line of a text
+//! file and each row of the others is tokenized with the special tokens that the tokenizer puts around a text, cut to
+//! `seqlen` tokens, and never joined with another.
 
 mod collect;
 mod error;
@@ -22,6 +26,8 @@ mod report;
 mod source;
 mod text;
 mod windows;
+
+use std::ops::Range;
 
 use gptq_format::Tokenizer;
 
@@ -38,10 +44,20 @@ use windows::SplitMix64;
 pub struct CalibrationOptions {
     /// Number of windows.
     pub nsamples: usize,
-    /// Tokens per window.
+    /// Tokens per window; of records the most.
     pub seqlen: usize,
-    /// Seed of the offsets.
+    /// Seed of the offsets, or of the choice of records.
     pub seed: u64,
+}
+
+/// What a window is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Windows {
+    /// A cut of `seqlen` tokens out of all documents joined: for models that read on and on.
+    Cuts,
+    /// One record with its special tokens: for models that read one text at a time. Windows differ in length. A source with
+    /// fewer records than asked for gives all it has.
+    Records,
 }
 
 impl Default for CalibrationOptions {
@@ -54,7 +70,7 @@ impl Default for CalibrationOptions {
 /// Windows of token ids and how they came about.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CalibrationSet {
-    /// Token ids, all below the model's vocabulary size; every window has the same length.
+    /// Token ids, all below the model's vocabulary size.
     pub windows: Vec<Vec<u32>>,
     /// What was read and drawn.
     pub report: CalibrationReport,
@@ -75,6 +91,7 @@ impl CalibrationSet {
         sources: &[CalibrationSource],
         tokenizer: &Tokenizer,
         vocab_size: usize,
+        kind: Windows,
         options: &CalibrationOptions,
     ) -> Result<Self, CalibrationError> {
         let CalibrationOptions { nsamples, seqlen, seed } = *options;
@@ -91,10 +108,14 @@ impl CalibrationSet {
         let mut reports = Vec::with_capacity(sources.len());
         for (index, source) in sources.iter().enumerate() {
             let share = nsamples / sources.len() + usize::from(index < nsamples % sources.len());
-            let mut collector = Collector::new(source.path(), tokenizer, vocab_size, budget);
+            let record = (kind == Windows::Records).then_some(seqlen);
+            let mut collector =
+                Collector::new(source.path(), tokenizer, vocab_size, budget, record);
             source.read(&mut collector)?;
-            let (tokens, mut report) = collector.finish(source.kind())?;
-            if tokens.len() < seqlen {
+            let (documents, mut report) = collector.finish(source.kind())?;
+            let tokens = &documents.tokens;
+            let shortest = if record.is_some() { 1 } else { seqlen };
+            if tokens.len() < shortest {
                 return Err(CalibrationError::TooShort {
                     path: source.path().to_owned(),
                     tokens: tokens.len(),
@@ -102,10 +123,19 @@ impl CalibrationSet {
                     nsamples,
                 });
             }
-            let offsets = windows::draw(tokens.len(), seqlen, share, &mut generator);
-            report.windows = share;
-            report.coverage = windows::coverage(tokens.len(), seqlen, &offsets);
-            windows.extend(offsets.iter().map(|&offset| tokens[offset..offset + seqlen].to_vec()));
+            let drawn: Vec<Range<usize>> = match kind {
+                Windows::Cuts => windows::draw(tokens.len(), seqlen, share, &mut generator)
+                    .into_iter()
+                    .map(|offset| offset..offset + seqlen)
+                    .collect(),
+                Windows::Records => windows::choose(documents.ends.len(), share, &mut generator)
+                    .into_iter()
+                    .map(|record| documents.record(record))
+                    .collect(),
+            };
+            report.windows = drawn.len();
+            report.coverage = windows::coverage(tokens.len(), &drawn);
+            windows.extend(drawn.into_iter().map(|range| tokens[range].to_vec()));
             reports.push(report);
         }
         let report = CalibrationReport::new(reports, &windows, options, vocab_size);

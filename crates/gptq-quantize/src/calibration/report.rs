@@ -25,6 +25,9 @@ pub struct SourceReport {
     pub windows: usize,
     /// Share of its tokens that are in at least one window, in 0..=1.
     pub coverage: f64,
+    /// Each window is a document by itself (encoders) and not a cut through all of them.
+    #[serde(default)]
+    pub records: bool,
 }
 
 /// What the calibration windows are made of.
@@ -34,7 +37,7 @@ pub struct CalibrationReport {
     pub sources: Vec<SourceReport>,
     /// Number of windows.
     pub windows: usize,
-    /// Tokens per window.
+    /// Tokens per window; of records the most.
     pub seqlen: usize,
     /// Tokens in all windows.
     pub tokens: usize,
@@ -80,7 +83,7 @@ fn note(sources: &[SourceReport], options: &CalibrationOptions) -> Option<String
     let mut notes = Vec::new();
     for source in sources {
         let apart = source.tokens / options.seqlen.max(1);
-        if apart < source.windows && source.kind != SELF {
+        if apart < source.windows && source.kind != SELF && !source.records {
             notes.push(format!(
                 "{} holds {} tokens, {apart} windows of {} without overlap: the {} windows drawn overlap",
                 source.name, source.tokens, options.seqlen, source.windows

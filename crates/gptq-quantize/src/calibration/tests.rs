@@ -48,8 +48,17 @@ impl Bench {
         paths: &[&Path],
         options: &CalibrationOptions,
     ) -> Result<CalibrationSet, CalibrationError> {
+        self.load_as(paths, Windows::Cuts, options)
+    }
+
+    fn load_as(
+        &self,
+        paths: &[&Path],
+        kind: Windows,
+        options: &CalibrationOptions,
+    ) -> Result<CalibrationSet, CalibrationError> {
         let sources: Result<Vec<_>, _> = paths.iter().map(CalibrationSource::file).collect();
-        CalibrationSet::load(&sources?, &self.tokenizer, VOCAB, options)
+        CalibrationSet::load(&sources?, &self.tokenizer, VOCAB, kind, options)
     }
 
     /// All tokens of a file, as one window.
@@ -166,10 +175,46 @@ fn of_long_files_the_beginning_is_read() {
     let path = bench.file("a.jsonl", rows);
     let tokenizer = &bench.tokenizer;
     let source = CalibrationSource::file(&path).unwrap();
-    let mut collector = Collector::new(&path, tokenizer, VOCAB, 100_000);
+    let mut collector = Collector::new(&path, tokenizer, VOCAB, 100_000, None);
     source.read(&mut collector).unwrap();
-    let (tokens, report) = collector.finish(source.kind()).unwrap();
-    assert!(report.cut && tokens.len() >= 100_000 && tokens.len() < 800_000, "{report:?}");
+    let (documents, report) = collector.finish(source.kind()).unwrap();
+    let tokens = documents.tokens.len();
+    assert!(report.cut && (100_000..800_000).contains(&tokens), "{report:?}");
+}
+
+#[test]
+fn records_stay_apart_and_are_cut_with_their_special_tokens() {
+    let bench = Bench::new();
+    let text = bench.file("a.txt", "\u{feff}One line.\r\n\n  \nA rather longer line.\nEnd");
+    let rows = "{\"text\": \"two\\nlines\"}\n{\"input_ids\": [5, 6, 7, 8]}\n{\"text\": \"\"}\n";
+    let rows = bench.file("b.jsonl", rows);
+    let records = |paths: &[&Path], nsamples, seqlen| {
+        let options = CalibrationOptions { nsamples, seqlen, seed: 3 };
+        bench.load_as(paths, Windows::Records, &options).unwrap()
+    };
+    let tokens = |text: &str, longest| bench.tokenizer.encode_truncated(text, longest).unwrap();
+    let set = records(&[&text, &rows], 64, 12);
+    let expected = [
+        tokens("One line.", 12),
+        tokens("A rather longer line.", 12),
+        tokens("End", 12),
+        tokens("two\nlines", 12),
+        vec![5, 6, 7, 8],
+    ];
+    assert_eq!(set.windows, expected);
+    assert_eq!((expected[0].len(), expected[1].len()), (9, 12));
+    let [text_report, rows_report] = set.report.sources.as_slice() else { panic!() };
+    assert_eq!((text_report.documents, text_report.windows), (3, 3));
+    assert_eq!((rows_report.documents, rows_report.windows), (2, 2));
+    assert_eq!((set.report.windows, text_report.coverage), (5, 1.0));
+    assert_eq!(set.report.note, None);
+    let few = records(&[&text], 2, 3);
+    assert_eq!(few.windows.len(), 2);
+    assert!(few.windows.iter().all(|window| window.len() == 3));
+    let empty = bench.file("c.txt", "\n \n");
+    let options = CalibrationOptions { nsamples: 1, seqlen: 8, seed: 0 };
+    let error = bench.load_as(&[&empty], Windows::Records, &options).unwrap_err();
+    assert!(error.to_string().contains("c.txt"), "{error}");
 }
 
 #[test]

@@ -6,7 +6,8 @@ use std::io::Read;
 use super::CalibrationError;
 use super::collect::Collector;
 
-/// Reads a UTF-8 file as one document; of a file over [`MAX_TEXT_BYTES`] only the beginning.
+/// Reads a UTF-8 file as one document, or as one a line where records are kept apart; of a file over [`MAX_TEXT_BYTES`]
+/// only the beginning.
 pub(super) fn read(file: File, collector: &mut Collector<'_>) -> Result<(), CalibrationError> {
     let path = collector.path();
     let mut bytes = Vec::new();
@@ -34,6 +35,16 @@ pub(super) fn read(file: File, collector: &mut Collector<'_>) -> Result<(), Cali
     };
     if text.starts_with('\u{feff}') {
         text.drain(..'\u{feff}'.len_utf8());
+    }
+    if collector.keeps_records() {
+        for (index, line) in text.lines().enumerate() {
+            if collector.is_full() {
+                collector.cut();
+                break;
+            }
+            collector.text(line.to_owned(), || format!("line {}", index + 1))?;
+        }
+        return Ok(());
     }
     if text.is_empty() { Ok(()) } else { collector.text(text, || "in its text".to_owned()) }
 }

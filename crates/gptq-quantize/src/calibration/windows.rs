@@ -1,5 +1,7 @@
 //! Drawing windows: the generator, the offsets, and a fingerprint of what was drawn.
 
+use std::ops::Range;
+
 /// SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014): the
 /// state grows by the golden ratio's 64 bits, the output is mixed from it. Integer arithmetic only,
 /// so the same on every platform.
@@ -40,14 +42,28 @@ pub(super) fn draw(
     (0..count).map(|_| generator.below(bound)).collect()
 }
 
+/// `count` different ones of `records` records, or all of them, in their order in the file: the first steps of a shuffle
+/// (Fisher and Yates), sorted.
+pub(super) fn choose(records: usize, count: usize, generator: &mut SplitMix64) -> Vec<usize> {
+    let mut all: Vec<usize> = (0..records).collect();
+    if count < records {
+        for index in 0..count {
+            all.swap(index, index + generator.below(records - index));
+        }
+        all.truncate(count);
+        all.sort_unstable();
+    }
+    all
+}
+
 /// Share of `tokens` positions that lie in at least one window.
-pub(super) fn coverage(tokens: usize, seqlen: usize, offsets: &[usize]) -> f64 {
-    let mut sorted = offsets.to_vec();
-    sorted.sort_unstable();
+pub(super) fn coverage(tokens: usize, windows: &[Range<usize>]) -> f64 {
+    let mut sorted = windows.to_vec();
+    sorted.sort_unstable_by_key(|window| (window.start, window.end));
     let (mut covered, mut end) = (0, 0);
-    for offset in sorted {
-        covered += offset + seqlen - offset.max(end).min(offset + seqlen);
-        end = offset + seqlen;
+    for window in sorted {
+        covered += window.end - window.start.max(end).min(window.end);
+        end = window.end.max(end);
     }
     covered as f64 / tokens.max(1) as f64
 }
@@ -84,9 +100,22 @@ mod tests {
 
     #[test]
     fn coverage_counts_each_position_once() {
-        assert_eq!(coverage(100, 10, &[0, 0, 5]), 0.15);
-        assert_eq!(coverage(100, 10, &[90, 20]), 0.2);
-        assert_eq!(coverage(100, 10, &[0, 3, 4]), 0.14);
+        assert_eq!(coverage(100, &[0..10, 0..10, 5..15]), 0.15);
+        assert_eq!(coverage(100, &[90..100, 20..30]), 0.2);
+        assert_eq!(coverage(100, &[0..10, 3..13, 4..14]), 0.14);
+    }
+
+    #[test]
+    fn records_are_chosen_once_and_without_preference() {
+        let mut hits = [0; 10];
+        let mut generator = SplitMix64::new(5);
+        for _ in 0..1000 {
+            let chosen = choose(10, 4, &mut generator);
+            assert!(chosen.windows(2).all(|pair| pair[0] < pair[1]), "{chosen:?}");
+            chosen.iter().for_each(|&record| hits[record] += 1);
+        }
+        assert!(hits.iter().all(|hits| (320..480).contains(hits)), "{hits:?}");
+        assert_eq!(choose(3, 4, &mut generator), [0, 1, 2]);
     }
 
     #[test]
