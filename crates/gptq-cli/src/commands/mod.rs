@@ -2,6 +2,7 @@
 
 mod bench;
 mod convert;
+mod embed;
 mod eval;
 mod generate;
 mod inspect;
@@ -30,6 +31,7 @@ pub(crate) enum Command {
     Quantize(Box<quantize::Args>),
     Eval(eval::Args),
     Generate(generate::Args),
+    Embed(embed::Args),
     Bench(bench::Args),
     Logits(logits::Args),
     Inspect(inspect::Args),
@@ -43,6 +45,7 @@ impl Command {
             Self::Quantize(args) => quantize::run(&args, global),
             Self::Eval(args) => eval::run(&args, global),
             Self::Generate(args) => generate::run(&args, global),
+            Self::Embed(args) => embed::run(&args, global),
             Self::Bench(args) => bench::run(&args, global),
             Self::Logits(args) => logits::run(&args, global),
             Self::Inspect(args) => inspect::run(&args, global),
