@@ -10,7 +10,10 @@ pub type Result<T> = std::result::Result<T, ModelError>;
 #[non_exhaustive]
 pub enum ModelError {
     /// The config names an architecture that has no table.
-    #[error("{file}: model_type \"{model_type}\" is not supported; supported are {supported}")]
+    #[error(
+        "{file}: model_type \"{model_type}\" is not supported; supported are {supported}; one that is like them can be \
+         described by --family FILE.toml (see `gptq families`)"
+    )]
     UnknownFamily {
         /// The config file.
         file: PathBuf,
@@ -18,6 +21,14 @@ pub enum ModelError {
         model_type: String,
         /// All known values.
         supported: String,
+    },
+    /// A family file is malformed, contradicts itself, or does not fit the config.
+    #[error("{file}: {reason}")]
+    FamilyFile {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong.
+        reason: String,
     },
     /// A required key is absent.
     #[error("{file}: \"{key}\" is missing")]

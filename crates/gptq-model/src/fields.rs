@@ -2,7 +2,7 @@
 //! if they changed the result but were never asked for are refused.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -18,7 +18,18 @@ pub(crate) struct Fields<'a> {
     family: &'a str,
     prefix: String,
     map: &'a Map<String, Value>,
-    seen: RefCell<BTreeSet<String>>,
+    seen: RefCell<BTreeMap<String, Asked>>,
+}
+
+/// What a family wants to know of a key.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Asked {
+    /// Kind of the value, for example `number`; empty for a key that has no effect.
+    pub(crate) kind: &'static str,
+    /// What an absent key stands for, where that is a fixed value.
+    pub(crate) default: Option<String>,
+    /// The key must be there.
+    pub(crate) required: bool,
 }
 
 impl<'a> Fields<'a> {
@@ -33,9 +44,26 @@ impl<'a> Fields<'a> {
         self.file
     }
 
+    /// The keys that were asked for so far.
+    pub(crate) fn asked(&self) -> BTreeMap<String, Asked> {
+        self.seen.borrow().clone()
+    }
+
+    /// Notes what kind of value `key` has.
+    fn note(&self, key: &str, kind: &'static str, default: Option<String>) {
+        let mut seen = self.seen.borrow_mut();
+        let asked = seen.entry(key.to_owned()).or_default();
+        if asked.kind.is_empty() || asked.kind == ANY {
+            asked.kind = kind;
+        }
+        if default.is_some() {
+            asked.default = default;
+        }
+    }
+
     /// The value of `key`; `null` counts as absent.
     pub(crate) fn value(&self, key: &str) -> Option<&'a Value> {
-        self.seen.borrow_mut().insert(key.to_owned());
+        self.note(key, ANY, None);
         self.map.get(key).filter(|value| !value.is_null())
     }
 
@@ -46,16 +74,20 @@ impl<'a> Fields<'a> {
 
     /// A count of at least one.
     pub(crate) fn count(&self, key: &str) -> Result<usize> {
-        self.opt_count(key)?.ok_or_else(|| self.missing(key))
+        let count = self.opt_count(key)?;
+        self.require(key);
+        count.ok_or_else(|| self.missing(key))
     }
 
     /// A count of at least one, or `default`.
     pub(crate) fn count_or(&self, key: &str, default: usize) -> Result<usize> {
+        self.note(key, COUNT, Some(default.to_string()));
         Ok(self.opt_count(key)?.unwrap_or(default))
     }
 
     /// A count of at least one, if the key is there.
     pub(crate) fn opt_count(&self, key: &str) -> Result<Option<usize>> {
+        self.note(key, COUNT, None);
         self.value(key)
             .map(|value| match value.as_u64() {
                 Some(count) if (1..=MAX_COUNT).contains(&count) => Ok(count as usize),
@@ -74,16 +106,20 @@ impl<'a> Fields<'a> {
 
     /// A finite number.
     pub(crate) fn number(&self, key: &str) -> Result<f64> {
-        self.opt_number(key)?.ok_or_else(|| self.missing(key))
+        let number = self.opt_number(key)?;
+        self.require(key);
+        number.ok_or_else(|| self.missing(key))
     }
 
     /// A finite number, or `default`.
     pub(crate) fn number_or(&self, key: &str, default: f64) -> Result<f64> {
+        self.note(key, NUMBER, Some(short(default)));
         Ok(self.opt_number(key)?.unwrap_or(default))
     }
 
     /// A finite number, if the key is there.
     pub(crate) fn opt_number(&self, key: &str) -> Result<Option<f64>> {
+        self.note(key, NUMBER, None);
         let number = |value: &Value| {
             value.as_f64().filter(|x| x.is_finite()).ok_or_else(|| self.bad(key, "a number"))
         };
@@ -92,6 +128,7 @@ impl<'a> Fields<'a> {
 
     /// A finite number greater than zero that is switched off by `null`, or `default` if the key is not there at all.
     pub(crate) fn switchable(&self, key: &str, default: Option<f64>) -> Result<Option<f32>> {
+        self.note(key, NUMBER, default.map(short));
         let number = if self.has(key) { self.opt_number(key)? } else { default };
         match number {
             Some(number) if number <= 0.0 => Err(self.bad(key, "a number above 0, or null")),
@@ -117,18 +154,27 @@ impl<'a> Fields<'a> {
 
     /// A boolean, or `default`.
     pub(crate) fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
+        self.note(key, FLAG, Some(default.to_string()));
         let flag = |value: &Value| value.as_bool().ok_or_else(|| self.bad(key, "true or false"));
         self.value(key).map_or(Ok(default), flag)
     }
 
+    /// A string, or `default`.
+    pub(crate) fn text_or(&self, key: &str, default: &'a str) -> Result<&'a str> {
+        self.note(key, TEXT, Some(format!("\"{default}\"")));
+        Ok(self.opt_text(key)?.unwrap_or(default))
+    }
+
     /// A string, if the key is there.
     pub(crate) fn opt_text(&self, key: &str) -> Result<Option<&'a str>> {
+        self.note(key, TEXT, None);
         let text = |value: &'a Value| value.as_str().ok_or_else(|| self.bad(key, "a string"));
         self.value(key).map(text).transpose()
     }
 
     /// A list of numbers.
     pub(crate) fn numbers(&self, key: &str) -> Result<Vec<f64>> {
+        self.note(key, LIST, None);
         let list = self.value(key).ok_or_else(|| self.missing(key))?.as_array();
         list.and_then(|list| list.iter().map(Value::as_f64).collect())
             .ok_or_else(|| self.bad(key, "a list of numbers"))
@@ -136,6 +182,7 @@ impl<'a> Fields<'a> {
 
     /// A list of strings, if the key is there.
     pub(crate) fn opt_texts(&self, key: &str) -> Result<Option<Vec<&'a str>>> {
+        self.note(key, LIST, None);
         let texts = |value: &'a Value| {
             let list = value.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
             list.ok_or_else(|| self.bad(key, "a list of strings"))
@@ -145,6 +192,7 @@ impl<'a> Fields<'a> {
 
     /// An object, if the key is there.
     pub(crate) fn opt_object(&self, key: &str) -> Result<Option<Fields<'a>>> {
+        self.note(key, OBJECT, None);
         let object = |value: &'a Value| {
             let map = value.as_object().ok_or_else(|| self.bad(key, "an object"))?;
             let prefix = format!("{}{key}.", self.prefix);
@@ -160,6 +208,7 @@ impl<'a> Fields<'a> {
 
     /// The value that can be computed here; any other value of `key` is refused.
     pub(crate) fn only(&self, key: &str, handled: &Value) -> Result<()> {
+        self.note(key, ONLY, Some(handled.to_string()));
         match self.value(key) {
             Some(value) if value != handled => Err(self.unhandled(key)),
             _ => Ok(()),
@@ -168,7 +217,16 @@ impl<'a> Fields<'a> {
 
     /// Marks keys as known to have no effect.
     pub(crate) fn ignore(&self, keys: &[&str]) {
-        self.seen.borrow_mut().extend(keys.iter().map(|&key| key.to_owned()));
+        let mut seen = self.seen.borrow_mut();
+        for &key in keys {
+            seen.entry(key.to_owned()).or_default();
+        }
+    }
+
+    fn require(&self, key: &str) {
+        if let Some(asked) = self.seen.borrow_mut().get_mut(key) {
+            asked.required = true;
+        }
     }
 
     /// Error: `key` is not there.
@@ -211,7 +269,7 @@ impl<'a> Fields<'a> {
                 Value::String(_) | Value::Bool(true) => false,
             };
             if !off
-                && !seen.contains(key)
+                && !seen.contains_key(key)
                 && !HARMLESS.contains(&key.as_str())
                 && sounds_relevant(key)
             {
@@ -231,6 +289,23 @@ impl<'a> Fields<'a> {
         }
         text
     }
+}
+
+/// Kinds of values, for the reference.
+const ANY: &str = "value";
+const COUNT: &str = "count";
+pub(crate) const NUMBER: &str = "number";
+pub(crate) const FLAG: &str = "true or false";
+pub(crate) const TEXT: &str = "text";
+const LIST: &str = "list";
+const OBJECT: &str = "object";
+/// One value is implemented, which is also the default.
+pub(crate) const ONLY: &str = "fixed";
+
+/// A number as people write it: 1e-6 and 500000, not 0.000001 and 5e5.
+fn short(number: f64) -> String {
+    let size = number.abs();
+    if size != 0.0 && size < 1e-3 { format!("{number:e}") } else { number.to_string() }
 }
 
 fn sounds_relevant(key: &str) -> bool {

@@ -38,6 +38,7 @@ pub mod sampler;
 pub mod spec;
 pub mod stages;
 pub mod state;
+pub mod table;
 
 pub use block::Block;
 pub use cache::Sequence;
@@ -58,3 +59,4 @@ pub use sampler::{Sampler, Sampling};
 pub use spec::Spec;
 pub use stages::{LinearSpec, Part, Stage, StageSpec};
 pub use state::{BlockState, Ctx, SeqSpan};
+pub use table::FamilyTable;

@@ -44,11 +44,14 @@ mod smollm3;
 mod stablelm;
 mod starcoder2;
 
+use std::path::Path;
+
 use gptq_format::Config;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::fields::Fields;
 use crate::spec::Spec;
+use crate::table::FamilyTable;
 use crate::{ModelError, Result};
 
 /// A supported architecture.
@@ -57,61 +60,102 @@ pub struct Family {
     /// Value of `model_type` in config.json.
     pub model_type: &'static str,
     build: fn(&Fields<'_>) -> Result<Spec>,
+    /// The file of the family, which begins with what it is.
+    source: &'static str,
+}
+
+impl Family {
+    /// What the family is: the first lines of its file.
+    pub fn about(&self) -> String {
+        let lines = self.source.lines().map_while(|line| line.strip_prefix("//!"));
+        lines.map(str::trim).collect::<Vec<_>>().join("\n")
+    }
+
+    /// The architecture that a config of this family describes; keys that it does not ask for are not looked at.
+    pub(crate) fn build(&self, fields: &Fields<'_>) -> Result<Spec> {
+        (self.build)(fields)
+    }
+}
+
+impl std::fmt::Debug for Family {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Family").field("model_type", &self.model_type).finish_non_exhaustive()
+    }
+}
+
+/// A line of the table: `model_type`, the file, and its function.
+macro_rules! family {
+    ($model_type:literal, $file:ident :: $build:ident) => {
+        Family {
+            model_type: $model_type,
+            build: $file::$build,
+            source: include_str!(concat!(stringify!($file), ".rs")),
+        }
+    };
 }
 
 /// All supported architectures, by name.
 pub const FAMILIES: &[Family] = &[
-    Family { model_type: "baichuan", build: baichuan::spec },
-    Family { model_type: "bert", build: bert::spec },
-    Family { model_type: "bloom", build: bloom::spec },
-    Family { model_type: "camembert", build: roberta::spec },
-    Family { model_type: "codegen", build: codegen::spec },
-    Family { model_type: "cohere", build: cohere::spec },
-    Family { model_type: "distilbert", build: distilbert::spec },
-    Family { model_type: "falcon", build: falcon::spec },
-    Family { model_type: "gemma", build: gemma::spec },
-    Family { model_type: "gemma2", build: gemma2::spec },
-    Family { model_type: "gemma3_text", build: gemma3_text::spec },
-    Family { model_type: "glm", build: glm::glm },
-    Family { model_type: "glm4", build: glm::glm4 },
-    Family { model_type: "gpt2", build: gpt2::spec },
-    Family { model_type: "gpt_bigcode", build: gpt_bigcode::spec },
-    Family { model_type: "gpt_neo", build: gpt_neo::spec },
-    Family { model_type: "gpt_neox", build: gpt_neox::spec },
-    Family { model_type: "gptj", build: gptj::spec },
-    Family { model_type: "granite", build: granite::spec },
-    Family { model_type: "internlm2", build: internlm2::spec },
-    Family { model_type: "llama", build: llama::spec },
-    Family { model_type: "mistral", build: mistral::spec },
-    Family { model_type: "mixtral", build: mixtral::spec },
-    Family { model_type: "modernbert", build: modernbert::spec },
-    Family { model_type: "mpt", build: mpt::spec },
-    Family { model_type: "olmo", build: olmo::spec },
-    Family { model_type: "olmo2", build: olmo2::spec },
-    Family { model_type: "opt", build: opt::spec },
-    Family { model_type: "phi", build: phi::spec },
-    Family { model_type: "phi3", build: phi3::spec },
-    Family { model_type: "qwen", build: qwen::spec },
-    Family { model_type: "qwen2", build: qwen2::spec },
-    Family { model_type: "qwen2_moe", build: qwen2_moe::spec },
-    Family { model_type: "qwen3", build: qwen3::spec },
-    Family { model_type: "qwen3_moe", build: qwen3_moe::spec },
-    Family { model_type: "roberta", build: roberta::spec },
-    Family { model_type: "seed_oss", build: seed_oss::spec },
-    Family { model_type: "smollm3", build: smollm3::spec },
-    Family { model_type: "stablelm", build: stablelm::spec },
-    Family { model_type: "starcoder2", build: starcoder2::spec },
-    Family { model_type: "xlm-roberta", build: roberta::spec },
+    family!("baichuan", baichuan::spec),
+    family!("bert", bert::spec),
+    family!("bloom", bloom::spec),
+    family!("camembert", roberta::spec),
+    family!("codegen", codegen::spec),
+    family!("cohere", cohere::spec),
+    family!("distilbert", distilbert::spec),
+    family!("falcon", falcon::spec),
+    family!("gemma", gemma::spec),
+    family!("gemma2", gemma2::spec),
+    family!("gemma3_text", gemma3_text::spec),
+    family!("glm", glm::glm),
+    family!("glm4", glm::glm4),
+    family!("gpt2", gpt2::spec),
+    family!("gpt_bigcode", gpt_bigcode::spec),
+    family!("gpt_neo", gpt_neo::spec),
+    family!("gpt_neox", gpt_neox::spec),
+    family!("gptj", gptj::spec),
+    family!("granite", granite::spec),
+    family!("internlm2", internlm2::spec),
+    family!("llama", llama::spec),
+    family!("mistral", mistral::spec),
+    family!("mixtral", mixtral::spec),
+    family!("modernbert", modernbert::spec),
+    family!("mpt", mpt::spec),
+    family!("olmo", olmo::spec),
+    family!("olmo2", olmo2::spec),
+    family!("opt", opt::spec),
+    family!("phi", phi::spec),
+    family!("phi3", phi3::spec),
+    family!("qwen", qwen::spec),
+    family!("qwen2", qwen2::spec),
+    family!("qwen2_moe", qwen2_moe::spec),
+    family!("qwen3", qwen3::spec),
+    family!("qwen3_moe", qwen3_moe::spec),
+    family!("roberta", roberta::spec),
+    family!("seed_oss", seed_oss::spec),
+    family!("smollm3", smollm3::spec),
+    family!("stablelm", stablelm::spec),
+    family!("starcoder2", starcoder2::spec),
+    family!("xlm-roberta", roberta::spec),
 ];
 
 impl Spec {
-    /// Reads the architecture from a config.json, in the spelling of transformers 4 or 5.
+    /// Reads the architecture from a config.json, in the spelling of transformers 4 or 5; with the table of `--family`
+    /// where one is installed that is for it.
     ///
     /// # Errors
     /// An unknown `model_type`, activation or rope type; a missing or impossible value; a key which changes the result and
     /// is not implemented. The error names file, key and value.
     pub fn from_config(config: &Config) -> Result<Self> {
-        let fields = Fields::new(config.path(), config.map());
+        match FamilyTable::installed(config) {
+            Some(table) => table.spec(config),
+            None => Self::built_in(config.path(), config.map()),
+        }
+    }
+
+    /// Reads the architecture with one of [`FAMILIES`].
+    pub(crate) fn built_in(file: &Path, config: &Map<String, Value>) -> Result<Self> {
+        let fields = Fields::new(file, config);
         let model_type =
             fields.opt_text("model_type")?.ok_or_else(|| fields.missing("model_type"))?;
         let family =
@@ -133,8 +177,6 @@ impl Spec {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use serde_json::json;
 
     use super::*;

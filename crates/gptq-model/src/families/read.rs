@@ -127,7 +127,7 @@ pub(super) fn gated(f: &Fields<'_>, activation_key: &str, default: &str) -> Resu
 
 /// The activation named by `key` (transformers' ACT2FN), or `default`.
 pub(super) fn activation(f: &Fields<'_>, key: &str, default: &str) -> Result<Activation> {
-    Activation::from_name(f.opt_text(key)?.unwrap_or(default)).ok_or_else(|| {
+    Activation::from_name(f.text_or(key, default)?).ok_or_else(|| {
         f.bad(key, "silu, swish, gelu, gelu_python, gelu_new, gelu_fast, gelu_pytorch_tanh, quick_gelu, relu, relu2 or tanh")
     })
 }
