@@ -30,6 +30,13 @@ PARTS = {
         "size mismatch). It refuses asymmetric `gptq` (v1) of any tool but itself; such a checkpoint opens in "
         "transformers, and here as `gptq_v2` (`gptq quantize --format gptq_v2`, or `gptq convert --to gptq_v2`).",
     ),
+    "every_family": (
+        "Every family, in transformers",
+        "A random tiny model of each family is quantized by `gptq quantize` (4 bits, symmetric, groups of 32) and opened by "
+        "transformers. **Modules** counts the linears that are quantized there, which have to be those that are quantized "
+        "here; **reload equal** is the difference of the logits from those of `gptq convert --to hf`, which has the weights "
+        "rounded to f16.",
+    ),
     "theirs_in_ours": (
         "What GPTQModel writes, in gptq",
         "The same model is quantized by GPTQModel on CPU and opened by both.",

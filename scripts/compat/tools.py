@@ -117,9 +117,14 @@ def tiny_llama(dtype):
             linear.weight.data[:8, :32] = linear.weight.data[:8, :32].abs()
             linear.weight.data[8:16, :32] = -linear.weight.data[8:16, :32].abs()
     model.to(dtype).save_pretrained(directory)
+    byte_tokenizer(directory)
+    return directory
+
+
+def byte_tokenizer(directory):
+    """Writes a tokenizer of 256 single bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytewise = Tokenizer(models.BPE(vocab={symbol: code for code, symbol in enumerate(alphabet)}, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=bytewise, bos_token=alphabet[1]).save_pretrained(directory)
-    return directory
