@@ -31,6 +31,9 @@ struct Global {
     /// Threads to use; one per physical core by default. Results do not depend on it.
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Description of an architecture that is not built in, or differs from it (see `gptq families`).
+    #[arg(long, global = true, value_name = "FILE.toml")]
+    family: Option<std::path::PathBuf>,
     /// No progress, only errors.
     #[arg(long, short, global = true)]
     quiet: bool,

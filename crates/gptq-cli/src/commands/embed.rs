@@ -9,7 +9,7 @@ use gptq_compute::Tensor;
 use gptq_format::Tokenizer;
 use gptq_model::pooling::normalize;
 use gptq_model::{EncodeInput, Model, Pooling, SentencePooling, Session};
-use serde_json::json;
+use serde::Serialize;
 
 use super::{load, pool, progress, read_text};
 use crate::Global;
@@ -154,6 +154,16 @@ fn encode(
     Ok(())
 }
 
+/// A text's line on stdout.
+#[derive(Serialize)]
+struct Line<'a> {
+    index: usize,
+    text: &'a str,
+    /// Tokens that were computed, special ones included.
+    tokens: usize,
+    embedding: &'a [f32],
+}
+
 /// JSON lines, or for people the start of each vector and its similarity to the first text.
 struct Printer {
     lines: bool,
@@ -173,9 +183,7 @@ impl Printer {
         vector: &[f32],
     ) -> anyhow::Result<()> {
         let line = if self.lines {
-            let object =
-                json!({ "index": index, "text": text, "tokens": tokens, "embedding": vector });
-            serde_json::to_string(&object)?
+            serde_json::to_string(&Line { index, text, tokens, embedding: vector })?
         } else {
             self.human(text, vector)
         };

@@ -4,6 +4,7 @@ mod bench;
 mod convert;
 mod embed;
 mod eval;
+mod families;
 mod generate;
 mod inspect;
 mod logits;
@@ -19,7 +20,7 @@ use anyhow::Context;
 use gptq_compute::{Pool, physical_cores};
 use gptq_eval::EvalError;
 use gptq_format::{Checkpoint, hub};
-use gptq_model::{HeadBits, LoadOptions, Model, ModelError};
+use gptq_model::{FamilyTable, HeadBits, LoadOptions, Model, ModelError};
 use gptq_quantize::{Progress, QuantizeError};
 
 use crate::Global;
@@ -37,10 +38,14 @@ pub(crate) enum Command {
     Inspect(inspect::Args),
     Verify(verify::Args),
     Convert(convert::Args),
+    Families(families::Args),
 }
 
 impl Command {
     pub(crate) fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        if let Some(file) = &global.family {
+            FamilyTable::from_file(file)?.install();
+        }
         match self {
             Self::Quantize(args) => quantize::run(&args, global),
             Self::Eval(args) => eval::run(&args, global),
@@ -51,6 +56,7 @@ impl Command {
             Self::Inspect(args) => inspect::run(&args, global),
             Self::Verify(args) => return verify::run(&args, global),
             Self::Convert(args) => convert::run(&args, global),
+            Self::Families(args) => families::run(&args),
         }
         .map(|()| ExitCode::SUCCESS)
     }
