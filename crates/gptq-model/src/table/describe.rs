@@ -72,13 +72,20 @@ pub fn describe(model_type: &str) -> Option<Description> {
     for (names, changed) in queue {
         let (spec, new) = read(family, &changed);
         for (key, about) in new {
-            keys.entry(key).or_insert(about);
+            let known = keys.entry(key).or_insert_with(|| about.clone());
+            // A default that follows other keys is none to tell.
+            if known.default != about.default {
+                known.default = None;
+            }
         }
         let Ok(spec) = spec else { continue };
         let leaves = leaves(&spec);
         let paths: BTreeSet<&String> = original.keys().chain(leaves.keys()).collect();
         for path in paths.into_iter().filter(|path| original.get(*path) != leaves.get(*path)) {
-            decided.entry(path.clone()).or_default().extend(names.iter().cloned());
+            let known = decided.entry(path.clone()).or_default();
+            if !names.iter().any(|name| known.contains(name)) {
+                known.extend(names.iter().cloned());
+            }
         }
     }
     let table = without(FamilyTable::of(&spec), &decided)?;
