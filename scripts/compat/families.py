@@ -111,6 +111,7 @@ GEMMA = [
 
 FAMILIES = {
     "llama": dict(base=SMALL, axes=[*LLAMA, MLP_BIAS]),
+    "arcee": dict(base=SMALL, axes=[HEADS, HEAD_DIM, ROPES, PLAIN, TIED, BIAS, MLP_BIAS, EPS, SIZES]),
     "mistral": dict(base=SMALL, axes=[HEADS, HEAD_DIM, ROPES, GATE, TIED, EPS, SIZES, SLIDING]),
     "mixtral": dict(
         base={**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},

@@ -3,6 +3,7 @@
 //! Each family is one file that says how it differs from the others; what they share in reading a config is in
 //! `read.rs`. To add one: write the file, list it in [`FAMILIES`], copy a fixture to `testdata/fixtures`.
 
+mod arcee;
 mod baichuan;
 mod bert;
 mod bloom;
@@ -96,6 +97,7 @@ macro_rules! family {
 
 /// All supported architectures, by name.
 pub const FAMILIES: &[Family] = &[
+    family!("arcee", arcee::spec),
     family!("baichuan", baichuan::spec),
     family!("bert", bert::spec),
     family!("bloom", bloom::spec),
