@@ -147,7 +147,9 @@ pub fn add_norm(pool: &Pool, x: &mut Tensor, y: &Tensor, scale: f32, n: &Norm, o
 /// one norm nor as many as heads.
 #[track_caller]
 pub fn norm_heads(pool: &Pool, x: &mut Tensor, head_dim: usize, norms: &[Norm]) {
-    norms.iter().for_each(|n| check(n, head_dim));
+    for n in norms {
+        check(n, head_dim);
+    }
     let (rows, cols) = (x.rows(), x.cols());
     assert!(cols.is_multiple_of(head_dim), "{cols} columns are not heads of {head_dim}");
     let heads = cols / head_dim;

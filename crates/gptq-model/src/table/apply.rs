@@ -47,10 +47,9 @@ impl FamilyTable {
         if let Some(name) = &self.mlp.activation {
             activation(name)?;
         }
-        if let Some(prefix) = self.modules.prefix.as_ref().filter(|p| !p.is_empty()) {
-            if !prefix.ends_with('.') {
-                return Err(format!("modules.prefix is \"{prefix}\", expected \"{prefix}.\""));
-            }
+        let dotted = |prefix: &&String| prefix.is_empty() || prefix.ends_with('.');
+        if let Some(prefix) = self.modules.prefix.as_ref().filter(|prefix| !dotted(prefix)) {
+            return Err(format!("modules.prefix is \"{prefix}\", expected \"{prefix}.\""));
         }
         let finite = [
             ("attention.scale", self.attention.scale),

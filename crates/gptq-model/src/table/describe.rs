@@ -40,13 +40,16 @@ pub struct Key {
     pub required: bool,
 }
 
+/// What a family wants to know of each key.
+type AskedKeys = BTreeMap<String, Asked>;
+
 /// The description of a built-in family.
 pub fn describe(model_type: &str) -> Option<Description> {
     let family = FAMILIES.iter().find(|family| family.model_type == model_type)?;
     let (config, spec, mut asked) = sample(family)?;
     let original = leaves(&spec);
     let mut decided: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    let mut keys: BTreeMap<String, Asked> = asked.clone();
+    let mut keys: AskedKeys = asked.clone();
     let mut queue: Vec<(Vec<String>, Map<String, Value>)> = Vec::new();
     for (key, about) in &asked {
         for value in others(key, about, config.get(key)) {
@@ -88,7 +91,7 @@ pub fn describe(model_type: &str) -> Option<Description> {
             }
         }
     }
-    let table = without(FamilyTable::of(&spec), &decided)?;
+    let table = without(&FamilyTable::of(&spec), &decided)?;
     let table = FamilyTable {
         model_type: Some(model_type.to_owned()),
         base: model_type.to_owned(),
@@ -103,7 +106,7 @@ pub fn describe(model_type: &str) -> Option<Description> {
 }
 
 /// The smallest config that the family accepts, what it makes of it, and the keys that it asked for.
-fn sample(family: &Family) -> Option<(Map<String, Value>, Spec, BTreeMap<String, Asked>)> {
+fn sample(family: &Family) -> Option<(Map<String, Value>, Spec, AskedKeys)> {
     const MOST_KEYS: usize = 32;
     let mut config = Map::new();
     for _ in 0..MOST_KEYS {
@@ -119,7 +122,7 @@ fn sample(family: &Family) -> Option<(Map<String, Value>, Spec, BTreeMap<String,
     None
 }
 
-fn read(family: &Family, config: &Map<String, Value>) -> (Result<Spec>, BTreeMap<String, Asked>) {
+fn read(family: &Family, config: &Map<String, Value>) -> (Result<Spec>, AskedKeys) {
     let fields = Fields::new(Path::new("config.json"), config);
     let spec = family.build(&fields);
     (spec, fields.asked())
@@ -130,8 +133,12 @@ fn value_of(key: &str) -> Value {
     match key {
         "vocab_size" => json!(64_000),
         "num_hidden_layers" | "n_layer" | "n_layers" | "num_layers" => json!(4),
-        "num_attention_heads" | "n_head" | "n_heads" | "num_heads" => json!(8),
-        "num_experts" | "num_local_experts" => json!(8),
+        "num_attention_heads"
+        | "n_head"
+        | "n_heads"
+        | "num_heads"
+        | "num_experts"
+        | "num_local_experts" => json!(8),
         "num_experts_per_tok" => json!(2),
         "sliding_window" | "window_size" => json!(64),
         "attention_types" => json!([[["global", "local"], 2]]),
@@ -176,10 +183,10 @@ pub(super) fn sections(table: &FamilyTable) -> Map<String, Value> {
 
 /// The table without what the config decides.
 fn without(
-    table: FamilyTable,
+    table: &FamilyTable,
     decided: &BTreeMap<String, BTreeSet<String>>,
 ) -> Option<FamilyTable> {
-    let mut map = sections(&table);
+    let mut map = sections(table);
     for path in decided.keys() {
         let (section, key) = path.split_once('.')?;
         if let Some(Value::Object(values)) = map.get_mut(section) {
