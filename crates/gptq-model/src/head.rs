@@ -227,7 +227,7 @@ fn rounded(
     let read = |rows: Range<usize>, out: &mut [f32]| {
         store.read_rows_f32(&tensor, rows, out).map_err(ModelError::from)
     };
-    QuantizedMatrix::round_rows(pool, rows, width, &read).map(Some)
+    QuantizedMatrix::round_rows(pool, rows, width, read).map(Some)
 }
 
 /// The module that the bias of the head `name` is stored under: transformers ties the bias of `X.decoder` to a parameter

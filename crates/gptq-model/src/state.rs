@@ -189,7 +189,7 @@ pub(crate) fn check_spans(seqs: &[SeqSpan<'_>], rows: usize) -> Result<()> {
 /// decoding must not allocate. Collecting what comes out of a vector of the same element layout reuses its buffer.
 pub(crate) fn recycle<'a>(mut spans: Vec<SeqSpan<'_>>) -> Vec<SeqSpan<'a>> {
     spans.clear();
-    spans.into_iter().filter_map(|_| None).collect()
+    spans.into_iter().map_while(|_| None).collect()
 }
 
 #[cfg(test)]

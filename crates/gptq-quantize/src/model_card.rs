@@ -194,6 +194,7 @@ mod tests {
             cut: false,
             windows: 2,
             coverage: 1.0,
+            records: false,
         };
         let options = CalibrationOptions { nsamples: 2, seqlen: 8, seed: 3 };
         run.calibration =

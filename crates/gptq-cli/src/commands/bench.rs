@@ -166,7 +166,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         profile_steps,
         // Measured after the runs: the buffers must not count as the model's memory.
         bandwidth: read_bandwidth(&pool),
-        f32_rate: gemm_peak_rate(&pool),
+        f32_rate: gemm_peak_rate(&pool, 1536),
         int8_rate: int8_peak_rate(&pool),
     };
     if args.json { report.print_json(args, &pool) } else { report.print_tables() }

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use gptq_compute::Tensor;
 use gptq_format::Tokenizer;
 use gptq_model::pooling::normalize;
-use gptq_model::{EncodeInput, Model, Pooling, SentencePooling, Session};
+use gptq_model::{EncodeInput, HeadBits, Model, Pooling, SentencePooling, Session};
 use serde::Serialize;
 
 use super::{load, pool, progress, read_text};
@@ -79,13 +79,14 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     ensure!(args.batch_size > 0, "--batch-size must be at least 1");
     let texts = texts(args)?;
     let view = progress(global);
-    let (checkpoint, model) = load(&args.model, &view)?;
+    let pool = pool(global);
+    let (checkpoint, model) = load(&args.model, HeadBits::Stored, &pool, &view)?;
     let tokenizer = checkpoint.tokenizer().context("texts cannot be tokenized")?;
     view.finish();
     let how = settings(args, SentencePooling::from_dir(&checkpoint.path)?);
     let longest =
         args.max_tokens.or(how.max_tokens).unwrap_or(usize::MAX).min(model.spec().max_positions);
-    let mut session = Session::new(pool(global));
+    let mut session = Session::new(pool);
     let mut printer = Printer::new(args.json);
     let mut vectors = Tensor::default();
     for (batch, texts) in texts.chunks(args.batch_size).enumerate() {

@@ -144,7 +144,7 @@ pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
 
 /// Runs `kernel` with a given instruction set (tests compare all of them).
 ///
-/// Kernels are compiled without the extensions for byte products, which only [`dispatch_dot`]
+/// Kernels are compiled without the extensions for byte products, which only `dispatch_dot`
 /// needs.
 ///
 /// # Panics
@@ -266,7 +266,7 @@ pub trait Simd: Copy {
     }
     /// Adds to each lane of `acc` the products of its four bytes of `w`, unsigned and below
     /// 2^bits, with its four bytes of `x`, signed and at least -127. Exact. Kernels that use it are
-    /// run by [`dispatch_dot`] only.
+    /// run by `dispatch_dot` only.
     unsafe fn dot(bits: u32, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// Stores the low byte of each lane.
     unsafe fn store_low_bytes(p: *mut i8, v: Self::I);

@@ -89,8 +89,8 @@ impl<'a> Partial<'a> {
 /// Computes one chunk for the rows of `queries`.
 pub(super) struct Chunk<'a> {
     pub(super) queries: Queries<'a>,
-    /// Positions `chunk * CHUNK..(chunk + 1) * CHUNK`.
-    pub(super) chunk: usize,
+    /// Positions `index * CHUNK..(index + 1) * CHUNK`.
+    pub(super) index: usize,
     /// `[rows, CHUNK]`, any content.
     pub(super) strip: &'a mut [f32],
     pub(super) out: Partial<'a>,
@@ -111,13 +111,13 @@ impl Kernel for Chunk<'_> {
 
 #[inline(always)]
 unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
-    let Chunk { queries, chunk, strip, out } = task;
+    let Chunk { queries, index, strip, out } = task;
     let Queries { p, q, kv, kv_head, .. } = queries;
     let (rows, padded, len) = (queries.rows(), kv.padded_dim(), kv.len());
     assert!(strip.len() >= rows * CHUNK && out.outputs.len() >= rows * padded);
     let strip = strip.as_mut_ptr();
     let outputs = out.outputs.as_mut_ptr();
-    let base = chunk * CHUNK;
+    let base = index * CHUNK;
     let seen = queries.seen();
     // Blocks that any row sees, those of this chunk alone.
     let begin = (seen.start / BLOCK).max(base / BLOCK);

@@ -147,9 +147,9 @@ pub fn attention<S: Span>(pool: &Pool, q: &Tensor, spans: &[S], p: &AttnParams, 
             }
         };
         if work <= SERIAL {
-            (0..tasks).for_each(run)
+            (0..tasks).for_each(run);
         } else {
-            pool.run(tasks, &run)
+            pool.run(tasks, &run);
         }
         // What was cut into chunks is put together, in the order in which one task would have done it.
         let mut at = 0;
@@ -215,7 +215,7 @@ fn run_task(
             let buffer =
                 unsafe { partials.range(at + (split * p.kv_heads + kv_head) * size, size) };
             let out = Partial::new(buffer, rows, padded);
-            return dispatch(Chunk { queries, chunk: cut.first + split, strip, out });
+            return dispatch(Chunk { queries, index: cut.first + split, strip, out });
         }
         let (a, b) = buffers.split_at_mut(size);
         let seen = queries.seen();
@@ -223,11 +223,11 @@ fn run_task(
         for chunk in chunks.clone() {
             if chunk == chunks.start {
                 let out = Partial::new(a, rows, padded);
-                dispatch(Chunk { queries, chunk, strip, out });
+                dispatch(Chunk { queries, index: chunk, strip, out });
                 continue;
             }
             let out = Partial::new(b, rows, padded);
-            dispatch(Chunk { queries, chunk, strip, out });
+            dispatch(Chunk { queries, index: chunk, strip, out });
             let (mut into, next) = (Partial::new(a, rows, padded), Partial::new(b, rows, padded));
             dispatch(Merge { into: &mut into, next: &next, padded });
         }

@@ -36,7 +36,7 @@ impl QuantizedMatrix {
         pool: &Pool,
         out_features: usize,
         in_features: usize,
-        read: &(dyn Fn(Range<usize>, &mut [f32]) -> Result<(), E> + Sync),
+        read: impl Fn(Range<usize>, &mut [f32]) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
         assert!(in_features.is_multiple_of(CODES), "{in_features} inputs in 8 bits");
         let mut qweight = vec![0u32; in_features / CODES * out_features];
@@ -121,7 +121,7 @@ mod tests {
             }
             Ok(())
         };
-        let matrix = QuantizedMatrix::round_rows(&pool, n, k, &read).unwrap();
+        let matrix = QuantizedMatrix::round_rows(&pool, n, k, read).unwrap();
         let layer = Linear { weight: Matrix::Quantized(matrix), bias: None };
         let (mut y, mut scratch) = (Tensor::default(), Scratch::default());
         for c in 0..k {
@@ -143,7 +143,7 @@ mod tests {
     fn failures_are_passed_on() {
         let pool = Pool::new(2);
         let fail = |_: Range<usize>, _: &mut [f32]| Err(ComputeError::Bits { bits: 99 });
-        let error = QuantizedMatrix::round_rows(&pool, 100, 8, &fail).unwrap_err();
+        let error = QuantizedMatrix::round_rows(&pool, 100, 8, fail).unwrap_err();
         assert!(matches!(error, ComputeError::Bits { bits: 99 }));
     }
 }
