@@ -124,13 +124,18 @@ unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
     let end = seen.end.div_ceil(BLOCK).min((base + CHUNK) / BLOCK);
     for block in begin..end {
         let part = kv.part::<E>(block, kv_head);
+        let next = if block + 1 < end {
+            kv.part::<E>(block + 1, kv_head).keys
+        } else {
+            kv.part::<E>(begin, kv_head).values
+        };
         let at = block * BLOCK - base;
         product::<S, E>(
             rows,
             BLOCK / LANES,
             p.head_dim,
             |r| q.as_slice().as_ptr().add(queries.offset(r)),
-            (part.keys.as_ptr(), BLOCK),
+            (part.keys.as_ptr(), next.as_ptr(), BLOCK),
             |r| strip.add(r * CHUNK + at),
             false,
         );
@@ -150,6 +155,7 @@ unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
     }
     for block in begin..end {
         let part = kv.part::<E>(block, kv_head);
+        let next = kv.part::<E>((block + 1).min(end - 1), kv_head).values;
         let at = block * BLOCK - base;
         multiply::<S>(strip.add(at), rows, part.scales.1);
         product::<S, E>(
@@ -157,7 +163,7 @@ unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
             padded / LANES,
             BLOCK.min(len - block * BLOCK),
             |r| strip.add(r * CHUNK + at).cast_const(),
-            (part.values.as_ptr(), padded),
+            (part.values.as_ptr(), next.as_ptr(), padded),
             |r| outputs.add(r * padded),
             block > begin,
         );

@@ -4,15 +4,19 @@
 use super::storage::Element;
 use crate::arch::{LANES, Simd};
 
-/// C[r][..] (+)= Σ_k A[r][k] B[k][..] for `R` rows and `V` vectors.
+/// Bytes.
+const CACHE_LINE: usize = 64;
+
+/// C[r][..] (+)= Σ_k A[r][k] B[k][..] for `R` rows and `V` vectors. With `AHEAD`, memory at `ahead`
+/// is fetched as B is read; otherwise the pointer is not used.
 ///
 /// # Safety
 /// `a[r]` is valid for `k` elements, `b` for `k` rows of V·16 at stride `ldb`, `c[r]` for V·16.
 #[inline(always)]
-unsafe fn tile<S: Simd, E: Element, const R: usize, const V: usize>(
+unsafe fn tile<S: Simd, E: Element, const R: usize, const V: usize, const AHEAD: bool>(
     k: usize,
     a: [*const f32; R],
-    b: *const E::Item,
+    (b, ahead): (*const E::Item, *const E::Item),
     ldb: usize,
     c: [*mut f32; R],
     accumulate: bool,
@@ -30,6 +34,9 @@ unsafe fn tile<S: Simd, E: Element, const R: usize, const V: usize>(
         let mut lanes = [S::splat(0.0); V];
         for v in 0..V {
             lanes[v] = E::load::<S>(row.add(v * LANES));
+            if AHEAD && (v * LANES * E::SIZE).is_multiple_of(CACHE_LINE) {
+                S::prefetch(ahead.wrapping_add(i * ldb + v * LANES).cast());
+            }
         }
         for r in 0..R {
             let x = S::splat(*a[r].add(i));
@@ -46,7 +53,9 @@ unsafe fn tile<S: Simd, E: Element, const R: usize, const V: usize>(
 }
 
 /// The tile for any number of rows and vectors: C (+)= A B with row pointers `a(r)` and `c(r)` for
-/// r below `rows`, and B `[k, vectors * 16]` at stride `ldb`.
+/// r below `rows`, and B `[k, vectors * 16]` at stride `ldb`. What will be read next in the same
+/// shape is at `ahead`: a step of decoding finds the whole cache in memory, and the processor's own
+/// prefetch begins anew at each page.
 ///
 /// # Safety
 /// Row pointers of A are valid for `k` elements, those of C for `vectors * 16`, and B for `k` rows.
@@ -56,7 +65,7 @@ pub(super) unsafe fn product<S: Simd, E: Element>(
     vectors: usize,
     k: usize,
     a: impl Fn(usize) -> *const f32,
-    (b, ldb): (*const E::Item, usize),
+    (b, ahead, ldb): (*const E::Item, *const E::Item, usize),
     c: impl Fn(usize) -> *mut f32,
     accumulate: bool,
 ) {
@@ -65,7 +74,12 @@ pub(super) unsafe fn product<S: Simd, E: Element>(
             while rows - $row >= $r {
                 let a: [*const f32; $r] = std::array::from_fn(|i| a($row + i));
                 let c: [*mut f32; $r] = std::array::from_fn(|i| c($row + i).add($vector * LANES));
-                tile::<S, E, $r, $v>(k, a, b.add($vector * LANES), ldb, c, accumulate);
+                let b = (b.add($vector * LANES), ahead.wrapping_add($vector * LANES));
+                if $row == 0 {
+                    tile::<S, E, $r, $v, true>(k, a, b, ldb, c, accumulate);
+                } else {
+                    tile::<S, E, $r, $v, false>(k, a, b, ldb, c, accumulate);
+                }
                 $row += $r;
             }
         };
