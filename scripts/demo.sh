@@ -22,9 +22,9 @@ cargo build --release --quiet --locked
 rm -rf "$quantized" "$rounded"
 
 run inspect "$model"
-run quantize "$model" --output "$quantized" --bits $bits --group-size $group --no-sym --mse 2.4 \
+run quantize "$model" --output "$quantized" --bits $bits --group-size $group \
     --calibration self --nsamples 32 --seqlen 512 --json >.demo/gptq.json
-run quantize "$model" --output "$rounded" --bits $bits --group-size $group --no-sym --method rtn --json >.demo/rtn.json
+run quantize "$model" --output "$rounded" --bits $bits --group-size $group --method rtn --json >.demo/rtn.json
 
 # Text that neither run has seen: WikiText where it lies beside the checkout, else this project's own documents.
 text=../shared/text/wikitext2-test.txt

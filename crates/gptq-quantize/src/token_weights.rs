@@ -17,7 +17,8 @@ use gptq_compute::{Gram, Norm, NormKind, Pool, Tensor, norm};
 use gptq_model::Stage;
 
 /// What the first token of a window counts for in the inputs of a causal attention, as a share of
-/// the tokens of that window. Shares from 1/32 to 2 gave about the same perplexity; 1/4 the best.
+/// the tokens of that window. For SmolLM2-135M and windows of 2048 tokens, shares from 1/32 to 2 gave
+/// about the same perplexity; 1/4 the best.
 const SINK_SHARE: f32 = 0.25;
 
 /// The weights of the tokens in the Hessians.
