@@ -85,6 +85,18 @@ fn a_limit_spills_the_activations_and_changes_no_byte() {
 }
 
 #[test]
+fn half_precision_takes_half_the_memory_in_memory_and_on_disk() {
+    let world = with_text(World::with_model(BINARY, SHAPE));
+    let windows = "--nsamples 420 --seqlen 96";
+    let [half, _] = check(&world, &format!("{windows} --activation-dtype f16"));
+    let line = format!("quantize model --calibration text.txt --group-size 32 {windows}");
+    let whole = world.json(&format!("{line} -o whole --json -q"));
+    assert!(peak(&whole) > half + (60 << 20), "{} {half}", peak(&whole));
+    let weights = |name: &str| world.read(&format!("{name}/model.safetensors"));
+    assert!(weights("whole") != weights("free"), "nothing was rounded");
+}
+
+#[test]
 fn without_true_sequential_order_and_with_the_head() {
     let world = with_text(World::with_model(BINARY, SHAPE));
     check(&world, "--nsamples 220 --seqlen 97 --no-true-sequential --lm-head");

@@ -58,5 +58,5 @@ pub use profile::{Op, OpCost, Profile};
 pub use sampler::{Sampler, Sampling};
 pub use spec::Spec;
 pub use stages::{LinearSpec, Part, Stage, StageSpec};
-pub use state::{BlockState, Ctx, SeqSpan};
+pub use state::{ActivationType, BlockState, Ctx, SeqSpan};
 pub use table::FamilyTable;

@@ -8,7 +8,7 @@ use crate::Result;
 use crate::load::{LinearSource, Loader};
 use crate::spec::Moe;
 use crate::stages::{LinearSpec, Part};
-use crate::state::{Ctx, restore_tensor, save_tensor};
+use crate::state::{ActivationType, Ctx, restore_tensor, save_tensor};
 
 /// The linears that decide where a token goes. They stay floats.
 pub(crate) struct Router {
@@ -178,16 +178,21 @@ impl MoeState {
     }
 
     /// Most bytes that [`MoeState::save`] writes for `rows` rows.
-    pub(crate) fn saved_bytes(moe: &Moe, hidden: usize, rows: usize) -> usize {
+    pub(crate) fn saved_bytes(
+        moe: &Moe,
+        hidden: usize,
+        rows: usize,
+        kind: ActivationType,
+    ) -> usize {
         let lists = rows * moe.top_k * size_of::<(u32, f32)>() + rows * size_of::<f32>();
         let starts = (moe.count + 2) * size_of::<u64>();
-        2 * rows * hidden * size_of::<f32>() + lists + starts
+        2 * rows * hidden * kind.size() + lists + starts
     }
 
     /// Writes what the experts that are still to run need.
-    pub(crate) fn save(&self, to: &mut impl io::Write) -> io::Result<()> {
-        save_tensor(&self.input, to)?;
-        save_tensor(&self.sum, to)?;
+    pub(crate) fn save(&self, to: &mut impl io::Write, kind: ActivationType) -> io::Result<()> {
+        save_tensor(&self.input, to, kind)?;
+        save_tensor(&self.sum, to, kind)?;
         let starts: Vec<u64> = self.starts.iter().map(|&start| start as u64).collect();
         let pack = |&(row, weight): &(u32, f32)| u64::from(row) << 32 | u64::from(weight.to_bits());
         let routes: Vec<u64> = self.routes.iter().map(pack).collect();
@@ -199,9 +204,13 @@ impl MoeState {
     }
 
     /// Reads what [`MoeState::save`] wrote.
-    pub(crate) fn restore(&mut self, from: &mut impl io::Read) -> io::Result<()> {
-        restore_tensor(&mut self.input, from)?;
-        restore_tensor(&mut self.sum, from)?;
+    pub(crate) fn restore(
+        &mut self,
+        from: &mut impl io::Read,
+        kind: ActivationType,
+    ) -> io::Result<()> {
+        restore_tensor(&mut self.input, from, kind)?;
+        restore_tensor(&mut self.sum, from, kind)?;
         let mut lengths = [0u64; 3];
         from.read_exact(bytemuck::cast_slice_mut(&mut lengths))?;
         let [mut starts, mut routes] = [lengths[0], lengths[1]].map(|len| vec![0u64; len as usize]);

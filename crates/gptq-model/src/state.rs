@@ -5,6 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use gptq_compute::{LayerKv, Pool, Scratch, Span, Tensor};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use crate::moe::MoeState;
 use crate::profile::{Op, Profile};
@@ -62,6 +64,34 @@ impl Ctx {
     }
 }
 
+/// How activations are kept between the stages of a calibration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ActivationType {
+    /// As they were computed.
+    #[default]
+    F32,
+    /// Rounded to half precision, in half the memory. Magnitudes beyond 65504 do not fit.
+    F16,
+}
+
+impl ActivationType {
+    /// Its name on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+        }
+    }
+
+    /// Bytes of one element.
+    pub(crate) fn size(self) -> usize {
+        match self {
+            Self::F32 => size_of::<f32>(),
+            Self::F16 => size_of::<f16>(),
+        }
+    }
+}
+
 /// The activations of some rows (the tokens of one or several sequences) on their way through a block.
 #[derive(Default)]
 pub struct BlockState {
@@ -92,53 +122,92 @@ impl BlockState {
             + self.moe.bytes()
     }
 
-    /// Most bytes that [`BlockState::save`] writes for `rows` rows of a model; its buffers need as many.
-    pub fn saved_bytes(spec: &Spec, rows: usize) -> usize {
+    /// Most bytes that [`BlockState::save`] writes for `rows` rows of a model; with f32 its buffers need as many.
+    pub fn saved_bytes(spec: &Spec, rows: usize, kind: ActivationType) -> usize {
         let linears = (0..spec.layer_count()).flat_map(|layer| spec.stages(layer));
         let inputs = linears.filter_map(|stage| stage.linears.first().map(|l| l.in_features));
         // `shared` or the stage's input, and `carry`.
         let parallel = if spec.residual.parallel { 2 * spec.hidden } else { 0 };
         let width = spec.hidden + inputs.max().unwrap_or(0) + parallel;
-        let moe = spec.moe.as_ref().map_or(0, |moe| MoeState::saved_bytes(moe, spec.hidden, rows));
+        let moe =
+            spec.moe.as_ref().map_or(0, |moe| MoeState::saved_bytes(moe, spec.hidden, rows, kind));
         // Shapes of six tensors, lengths of three lists.
         let headers = (6 * 2 + 3) * size_of::<u64>();
-        rows * width * size_of::<f32>() + moe + headers
+        rows * width * kind.size() + moe + headers
     }
 
     /// Writes all of it, for [`BlockState::restore`] in the same process.
     ///
     /// # Errors
-    /// If writing fails.
-    pub fn save(&self, to: &mut impl io::Write) -> io::Result<()> {
+    /// If writing fails, or a number is too large for `kind` ([`io::ErrorKind::InvalidData`]).
+    pub fn save(&self, to: &mut impl io::Write, kind: ActivationType) -> io::Result<()> {
         for tensor in [&self.hidden, &self.input, &self.shared, &self.carry] {
-            save_tensor(tensor, to)?;
+            save_tensor(tensor, to, kind)?;
         }
-        self.moe.save(to)
+        self.moe.save(to, kind)
     }
 
-    /// Reads what [`BlockState::save`] wrote.
+    /// Reads what [`BlockState::save`] wrote with the same `kind`.
     ///
     /// # Errors
     /// If reading fails.
-    pub fn restore(&mut self, from: &mut impl io::Read) -> io::Result<()> {
+    pub fn restore(&mut self, from: &mut impl io::Read, kind: ActivationType) -> io::Result<()> {
         for tensor in [&mut self.hidden, &mut self.input, &mut self.shared, &mut self.carry] {
-            restore_tensor(tensor, from)?;
+            restore_tensor(tensor, from, kind)?;
         }
-        self.moe.restore(from)
+        self.moe.restore(from, kind)
     }
 }
 
-pub(crate) fn save_tensor(tensor: &Tensor, to: &mut impl io::Write) -> io::Result<()> {
+/// Numbers that are converted at a time.
+const PIECE: usize = 4096;
+
+pub(crate) fn save_tensor(
+    tensor: &Tensor,
+    to: &mut impl io::Write,
+    kind: ActivationType,
+) -> io::Result<()> {
     let shape = [tensor.rows() as u64, tensor.cols() as u64];
     to.write_all(bytemuck::cast_slice(&shape))?;
-    to.write_all(bytemuck::cast_slice(tensor.as_slice()))
+    if kind == ActivationType::F32 {
+        return to.write_all(bytemuck::cast_slice(tensor.as_slice()));
+    }
+    let mut halves = [f16::ZERO; PIECE];
+    for floats in tensor.as_slice().chunks(PIECE) {
+        let halves = &mut halves[..floats.len()];
+        halves.convert_from_f32_slice(floats);
+        // What is not finite already is reported where it was computed.
+        if let Some(at) =
+            (0..floats.len()).find(|&i| floats[i].is_finite() && !halves[i].is_finite())
+        {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("an activation of {:e} does not fit f16", floats[at]),
+            ));
+        }
+        to.write_all(bytemuck::cast_slice(halves))?;
+    }
+    Ok(())
 }
 
-pub(crate) fn restore_tensor(tensor: &mut Tensor, from: &mut impl io::Read) -> io::Result<()> {
+pub(crate) fn restore_tensor(
+    tensor: &mut Tensor,
+    from: &mut impl io::Read,
+    kind: ActivationType,
+) -> io::Result<()> {
     let mut shape = [0u64; 2];
     from.read_exact(bytemuck::cast_slice_mut(&mut shape))?;
     tensor.resize(shape[0] as usize, shape[1] as usize);
-    from.read_exact(bytemuck::cast_slice_mut(tensor.as_mut_slice()))
+    if kind == ActivationType::F32 {
+        return from.read_exact(bytemuck::cast_slice_mut(tensor.as_mut_slice()));
+    }
+    let mut halves = [f16::ZERO; PIECE];
+    for floats in tensor.as_mut_slice().chunks_mut(PIECE) {
+        let halves = &mut halves[..floats.len()];
+        from.read_exact(bytemuck::cast_slice_mut(halves))?;
+        halves.convert_to_f32_slice(floats);
+    }
+    Ok(())
 }
 
 /// The rows of one sequence in a [`BlockState`], and its keys and values in this block.
@@ -204,10 +273,22 @@ mod tests {
         let mut state = BlockState::new(tensor(3, 4, 1.0));
         (state.input, state.carry) = (tensor(2, 7, 100.0), tensor(3, 4, -9.0));
         state.moe.fill(&[(0, 0.25), (2, 0.75), (1, f32::MIN_POSITIVE)]);
+        // Every number of the state is a half precision number.
+        for kind in [ActivationType::F32, ActivationType::F16] {
+            comes_back(&state, kind);
+        }
+        state.hidden = tensor(1, 1, 7e4);
+        let error = state.save(&mut Vec::new(), ActivationType::F16).unwrap_err();
+        assert_eq!(error.to_string(), "an activation of 7e4 does not fit f16");
+    }
+
+    fn comes_back(state: &BlockState, kind: ActivationType) {
+        let tensor =
+            |rows: usize, cols: usize| Tensor::from_vec(rows, cols, vec![0.0; rows * cols]);
         let mut bytes = Vec::new();
-        state.save(&mut bytes).unwrap();
-        let mut back = BlockState::new(tensor(9, 1, 0.0));
-        back.restore(&mut bytes.as_slice()).unwrap();
+        state.save(&mut bytes, kind).unwrap();
+        let mut back = BlockState::new(tensor(9, 1));
+        back.restore(&mut bytes.as_slice(), kind).unwrap();
         for (got, want) in [
             (&back.hidden, &state.hidden),
             (&back.input, &state.input),
@@ -218,8 +299,8 @@ mod tests {
             assert_eq!(got.as_slice(), want.as_slice());
         }
         let mut again = Vec::new();
-        back.save(&mut again).unwrap();
+        back.save(&mut again, kind).unwrap();
         assert_eq!(bytes, again, "the experts' part too");
-        assert!(back.restore(&mut &bytes[..bytes.len() - 1]).is_err(), "a short file");
+        assert!(back.restore(&mut &bytes[..bytes.len() - 1], kind).is_err(), "a short file");
     }
 }

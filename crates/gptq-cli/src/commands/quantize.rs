@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use gptq_compute::Pool;
 use gptq_compute::sweep::ScaleSearch;
 use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic, Tokenizer};
-use gptq_model::{Model, SentencePooling, Session, Spec};
+use gptq_model::{ActivationType, Model, SentencePooling, Session, Spec};
 use gptq_quantize::calibration::SourceReport;
 use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
@@ -112,6 +112,10 @@ pub(crate) struct Args {
     /// q, k and v; inputs of the output and down projections count by direction, not by size.
     #[arg(long, value_enum, default_value_t = TokenWeightsArg::Balanced)]
     token_weights: TokenWeightsArg,
+    /// How the activations of the calibration tokens are kept between stages: f16 takes half the
+    /// memory and rounds them.
+    #[arg(long, value_enum, default_value_t = ActivationTypeArg::F32, value_name = "TYPE")]
+    activation_dtype: ActivationTypeArg,
     /// Calibration text (.txt, .jsonl, .parquet; several are mixed), or `self`: the model writes it.
     /// Encoders take each line (of .txt) or row as a window of its own, with its special tokens.
     #[arg(long, value_name = "FILE|self", default_value = "self", num_args = 1)]
@@ -197,6 +201,12 @@ enum TokenWeightsArg {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum ActivationTypeArg {
+    F32,
+    F16,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum FormatArg {
     Gptq,
     #[value(name = "gptq_v2")]
@@ -248,6 +258,10 @@ impl Args {
             token_weights: match self.token_weights {
                 TokenWeightsArg::Uniform => TokenWeights::Uniform,
                 TokenWeightsArg::Balanced => TokenWeights::Balanced,
+            },
+            activation_dtype: match self.activation_dtype {
+                ActivationTypeArg::F32 => ActivationType::F32,
+                ActivationTypeArg::F16 => ActivationType::F16,
             },
             format: match self.format {
                 FormatArg::Gptq => CheckpointFormat::Gptq,

@@ -6,9 +6,11 @@ use std::sync::Arc;
 
 use gptq_compute::{Gram, LayerKv, Tensor};
 use gptq_format::Checkpoint;
-use gptq_model::{Block, BlockState, Ctx, Embedder, HeadLayer, LinearSource, SeqSpan, Spec, Stage};
+use gptq_model::{
+    ActivationType, Block, BlockState, Ctx, Embedder, HeadLayer, LinearSource, SeqSpan, Spec, Stage,
+};
 
-use super::scratch::Scratch;
+use super::scratch::{Scratch, not_kept};
 use super::{MoeFallback, Phases};
 use crate::calibration::CalibrationSet;
 use crate::error::Result;
@@ -28,6 +30,8 @@ pub(crate) fn windows_per_chunk(seqlen: usize) -> usize {
 /// The state of each chunk.
 enum States {
     Memory(Vec<BlockState>),
+    /// As they are saved with this type: one chunk at a time is whole.
+    Packed(Vec<Vec<u8>>, ActivationType),
     /// One chunk at a time is in memory.
     Disk(Scratch),
 }
@@ -48,18 +52,19 @@ impl Activations {
         checkpoint: &Checkpoint,
         spec: &Arc<Spec>,
         set: &CalibrationSet,
-        weights: TokenWeights,
+        (weights, kind): (TokenWeights, ActivationType),
         spill: Option<&Path>,
     ) -> Result<Self> {
         // Copied: mapped, the rows that are looked up would stay resident for the whole run.
         let embedder = Embedder::load(checkpoint, spec, LinearSource::Copied)?;
         let per_chunk = windows_per_chunk(set.report.seqlen);
         let mut states = match spill {
-            None => States::Memory(Vec::new()),
+            None if kind == ActivationType::F32 => States::Memory(Vec::new()),
+            None => States::Packed(Vec::new(), kind),
             Some(directory) => {
                 let rows = set.windows.chunks(per_chunk).map(|w| w.iter().map(Vec::len).sum());
-                let slot = BlockState::saved_bytes(spec, rows.max().unwrap_or(0));
-                States::Disk(Scratch::create(directory, slot)?)
+                let slot = BlockState::saved_bytes(spec, rows.max().unwrap_or(0), kind);
+                States::Disk(Scratch::create(directory, slot, kind)?)
             }
         };
         let mut chunks: Vec<Vec<Range<usize>>> = Vec::new();
@@ -70,6 +75,11 @@ impl Activations {
             embedder.forward(ctx, &ids, &positions, &mut state.hidden)?;
             match &mut states {
                 States::Memory(all) => all.push(state),
+                States::Packed(all, kind) => {
+                    let mut packed = Vec::new();
+                    pack(&state, *kind, &mut packed)?;
+                    all.push(packed);
+                }
                 States::Disk(scratch) => scratch.store(chunks.len(), &state)?,
             }
             let mut start = 0;
@@ -92,24 +102,35 @@ impl Activations {
         mut visit: impl FnMut(&mut Ctx, &mut BlockState, &[Range<usize>], &mut Phases) -> Result<()>,
     ) -> Result<()> {
         let Self { chunks, states, .. } = self;
-        let scratch = match states {
+        let mut state = BlockState::default();
+        match states {
             States::Memory(all) => {
                 let mut all = all.iter_mut().zip(chunks);
-                return all.try_for_each(|(state, windows)| visit(ctx, state, windows, phases));
+                all.try_for_each(|(state, windows)| visit(ctx, state, windows, phases))
             }
-            States::Disk(scratch) => scratch,
-        };
-        let mut state = BlockState::default();
-        for (index, windows) in chunks.iter().enumerate() {
-            phases.time("scratch", || scratch.load(index, &mut state))?;
-            visit(ctx, &mut state, windows, phases)?;
-            if keep {
-                phases.time("scratch", || scratch.store(index, &state))?;
+            States::Packed(all, kind) => {
+                for (packed, windows) in all.iter_mut().zip(chunks) {
+                    phases.time("packing", || unpack(packed, *kind, &mut state))?;
+                    visit(ctx, &mut state, windows, phases)?;
+                    if keep {
+                        phases.time("packing", || pack(&state, *kind, packed))?;
+                    }
+                }
+                Ok(())
+            }
+            States::Disk(scratch) => {
+                for (index, windows) in chunks.iter().enumerate() {
+                    phases.time("scratch", || scratch.load(index, &mut state))?;
+                    visit(ctx, &mut state, windows, phases)?;
+                    if keep {
+                        phases.time("scratch", || scratch.store(index, &state))?;
+                    }
+                }
+                // The buffers make room for the factor.
+                *ctx = Ctx::new(Arc::clone(&ctx.pool));
+                Ok(())
             }
         }
-        // The buffers make room for the factor.
-        *ctx = Ctx::new(Arc::clone(&ctx.pool));
-        Ok(())
     }
 
     /// An empty sum over the inputs of `stage`.
@@ -256,6 +277,19 @@ impl Activations {
         })?;
         Ok(StageInputs { gram: sum.gram, expert: None })
     }
+}
+
+fn pack(state: &BlockState, kind: ActivationType, packed: &mut Vec<u8>) -> Result<()> {
+    packed.clear();
+    state.save(packed, kind).map_err(|error| not_kept(error, Path::new("memory")))?;
+    // Grown step by step, it may have room for twice as much.
+    packed.shrink_to_fit();
+    Ok(())
+}
+
+fn unpack(packed: &[u8], kind: ActivationType, state: &mut BlockState) -> Result<()> {
+    let mut bytes = packed;
+    state.restore(&mut bytes, kind).map_err(|error| not_kept(error, Path::new("memory")))
 }
 
 /// What the linears of a stage are solved against; by default they are rounded to nearest.

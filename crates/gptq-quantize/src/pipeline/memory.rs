@@ -2,7 +2,7 @@
 
 use gptq_format::{Checkpoint, DType, ModuleSettings};
 use gptq_model::spec::{GateUp, Mlp, Qkv};
-use gptq_model::{BlockState, LinearSpec, Spec};
+use gptq_model::{ActivationType, BlockState, LinearSpec, Spec};
 
 use super::activations::windows_per_chunk;
 use super::layout::{Layout, linear_shape};
@@ -35,6 +35,8 @@ pub(crate) struct Memory<'a> {
     /// Bytes of the activations of all tokens, and of a chunk.
     activations: u64,
     chunk: u64,
+    /// Bytes of a chunk in the scratch file.
+    slot: u64,
     /// Bytes of the buffers of a chunk on its way through a block.
     temporaries: u64,
 }
@@ -57,15 +59,19 @@ impl<'a> Memory<'a> {
         seqlen: usize,
     ) -> Self {
         let chunk_tokens = (windows_per_chunk(seqlen) * seqlen).min(tokens);
-        let state = |tokens| BlockState::saved_bytes(spec, tokens) as u64;
+        let kind = job.options.activation_dtype;
+        let state = |tokens, kind| BlockState::saved_bytes(spec, tokens, kind) as u64;
+        // Packed ones are whole one chunk at a time.
+        let whole = if kind == ActivationType::F32 { 0 } else { chunk_tokens };
         Self {
             job,
             spec,
             layout,
             tokens,
             chunk_tokens,
-            activations: state(tokens),
-            chunk: state(chunk_tokens),
+            activations: state(tokens, kind) + state(whole, ActivationType::F32),
+            chunk: state(chunk_tokens, ActivationType::F32),
+            slot: state(chunk_tokens, kind),
             temporaries: if tokens > 0 { temporaries(spec, chunk_tokens, seqlen) } else { 0 },
         }
     }
@@ -82,7 +88,7 @@ impl<'a> Memory<'a> {
 
     /// Bytes of the scratch file.
     pub(crate) fn scratch_bytes(&self) -> u64 {
-        self.tokens.div_ceil(self.chunk_tokens.max(1)) as u64 * self.chunk
+        self.tokens.div_ceil(self.chunk_tokens.max(1)) as u64 * self.slot
     }
 
     fn moments(&self, spill: bool) -> Vec<Moment> {

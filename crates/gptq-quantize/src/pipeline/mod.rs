@@ -186,8 +186,9 @@ impl Run<'_> {
                 let model = self.output.checkpoint();
                 let directory = spill.then(|| self.output.directory());
                 Some(self.phases.time("inputs", || {
-                    let weights = self.job.options.token_weights;
-                    Activations::embed(&mut ctx, model, self.spec, set, weights, directory)
+                    let QuantizeOptions { token_weights, activation_dtype, .. } = *self.job.options;
+                    let kept = (token_weights, activation_dtype);
+                    Activations::embed(&mut ctx, model, self.spec, set, kept, directory)
                 })?)
             }
             _ => None,

@@ -2,6 +2,7 @@
 
 use gptq_compute::sweep::ScaleSearch;
 use gptq_format::{Bits, CheckpointFormat, Dynamic, ModuleSettings, QuantizeConfig};
+use gptq_model::ActivationType;
 
 use crate::error::{QuantizeError, Result};
 use crate::order::OrderOptions;
@@ -97,6 +98,8 @@ pub struct QuantizeOptions {
     pub moe_fallback: MoeFallback,
     /// How much each calibration token counts.
     pub token_weights: TokenWeights,
+    /// How activations are kept between stages.
+    pub activation_dtype: ActivationType,
     /// Zero-point convention of the output.
     pub format: CheckpointFormat,
     /// Per-module overrides.
@@ -137,6 +140,7 @@ impl Default for QuantizeOptions {
             true_sequential: true,
             moe_fallback: MoeFallback::default(),
             token_weights: TokenWeights::default(),
+            activation_dtype: ActivationType::default(),
             format: CheckpointFormat::Gptq,
             dynamic: Dynamic::default(),
             max_shard_bytes: 4 << 30,

@@ -5,9 +5,9 @@ use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use gptq_format::FormatError;
-use gptq_model::BlockState;
+use gptq_model::{ActivationType, BlockState};
 
-use crate::error::Result;
+use crate::error::{QuantizeError, Result};
 
 /// Its name in the unfinished output directory.
 const NAME: &str = "activations.scratch";
@@ -18,12 +18,13 @@ pub(crate) struct Scratch {
     path: PathBuf,
     /// Bytes of a slot.
     slot: u64,
+    kind: ActivationType,
 }
 
 impl Scratch {
     /// Makes the file in `directory`, with slots of `slot` bytes. It loses its name at once, so that
     /// its space is free again however the process ends.
-    pub(crate) fn create(directory: &Path, slot: usize) -> Result<Self> {
+    pub(crate) fn create(directory: &Path, slot: usize, kind: ActivationType) -> Result<Self> {
         let path = directory.join(NAME);
         let file = OpenOptions::new()
             .read(true)
@@ -33,7 +34,7 @@ impl Scratch {
             .open(&path)
             .map_err(FormatError::io("create", &path))?;
         std::fs::remove_file(&path).map_err(FormatError::io("remove", &path))?;
-        Ok(Self { file, path, slot: slot as u64 })
+        Ok(Self { file, path, slot: slot as u64, kind })
     }
 
     /// Deletes what a process left that was killed before the file had lost its name.
@@ -52,9 +53,9 @@ impl Scratch {
         let mut file = &self.file;
         let mut write = || {
             file.seek(SeekFrom::Start(index as u64 * self.slot))?;
-            state.save(&mut file)
+            state.save(&mut file, self.kind)
         };
-        Ok(write().map_err(FormatError::io("write", &self.path))?)
+        write().map_err(|error| not_kept(error, &self.path))
     }
 
     /// The state of chunk `index`, into `state`.
@@ -62,10 +63,19 @@ impl Scratch {
         let mut file = &self.file;
         let mut read = || {
             file.seek(SeekFrom::Start(index as u64 * self.slot))?;
-            state.restore(&mut file)
+            state.restore(&mut file, self.kind)
         };
         Ok(read().map_err(FormatError::io("read", &self.path))?)
     }
+}
+
+/// Why a state could not be kept: it does not fit the type, or writing to `path` failed.
+pub(crate) fn not_kept(error: std::io::Error, path: &Path) -> QuantizeError {
+    if error.kind() == std::io::ErrorKind::InvalidData {
+        let reason = format!("{error}; use --activation-dtype f32");
+        return QuantizeError::Option { option: "activation-dtype", reason };
+    }
+    FormatError::io("write", path)(error).into()
 }
 
 #[cfg(test)]
@@ -79,7 +89,7 @@ mod tests {
         std::fs::write(folder.path().join(NAME), "left by a killed run").unwrap();
         Scratch::remove_left_over(folder.path()).unwrap();
         Scratch::remove_left_over(folder.path()).unwrap();
-        let scratch = Scratch::create(folder.path(), 4096).unwrap();
+        let scratch = Scratch::create(folder.path(), 4096, ActivationType::F32).unwrap();
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
         let state = |x: f32| BlockState::new(Tensor::from_vec(2, 3, vec![x; 6]));
         for index in [2, 0, 1, 0] {
