@@ -7,8 +7,8 @@ use crate::gemm::gemm_nt;
 use crate::matrix::{Linear, Matrix};
 use crate::pool::Pool;
 use crate::quantized::{
-    Activations, FloatTile, Heights, Int8Input, Int8Tile, Out, QuantizedMatrix, STRIP,
-    float_heights, int8_heights, pack_floats, token_floats,
+    Activations, FloatTile, INT8_TILES, Int8Input, Int8Tiles, Out, QuantizedMatrix, STRIP, Tiling,
+    pack_floats, token_floats,
 };
 use crate::tensor::{RawSlice, Tensor};
 
@@ -18,8 +18,8 @@ const TASKS: usize = 8;
 /// Tiles of f32 tokens that one task computes: their inputs stay in the second level cache while
 /// the strips pass by.
 const TILES: usize = 8;
-/// Tokens of one task in int8.
-const TOKENS: usize = 256;
+/// The same in int8.
+const INT8_PIECE: usize = 24;
 /// Floats of input from which on it is worth waking the threads to quantize them.
 const PARALLEL: usize = 32 << 10;
 
@@ -146,15 +146,6 @@ fn quantized(
     }
 }
 
-/// Tile `index` of `tokens` rows: first row, rows, height.
-fn tile(heights: Heights, tokens: usize, index: usize) -> (usize, usize, usize) {
-    let first = index * heights[0];
-    let rows = heights[0].min(tokens - first);
-    // The smallest height that holds the rest.
-    let height = heights.iter().copied().filter(|&h| h >= rows).min().unwrap_or(heights[0]);
-    (first, rows, height)
-}
-
 /// Quantized layers with equal input layouts.
 struct Pass<'a> {
     isa: Isa,
@@ -186,35 +177,34 @@ impl Pass<'_> {
     fn float(&self, buffer: &mut Vec<f32>) {
         let Some(Job { matrix: first, .. }) = &self.jobs[0] else { return };
         let (isa, x, tokens) = (self.isa, self.x, self.x.rows());
-        let heights = float_heights(isa);
-        let tiles = tokens.div_ceil(heights[0]);
+        let tiling = Tiling::float(isa, tokens);
+        let tiles = tiling.len();
         let layout = first.layout();
         let token_len = token_floats(layout);
         let matrices = || self.jobs.iter().flatten().map(|j| j.matrix);
-        let at = |index: usize| index * heights[0] * token_len;
         // A single token needs no packing unless its inputs move or are summed for zero points.
         let packed = if tokens == 1 && matrices().all(QuantizedMatrix::reads_plain_input) {
             x.as_slice()
         } else {
-            let (last, _, height) = tile(heights, tokens, tiles - 1);
-            let size = (last + height) * token_len;
+            let size = tiling.room() * token_len;
             if buffer.len() < size {
                 buffer.resize(size, 0.0);
             }
             let raw = RawSlice::new(buffer);
             let sums = matrices().any(QuantizedMatrix::is_asymmetric);
             self.pool.run(tiles, &|index| {
-                let rows = tile(heights, tokens, index);
+                let rows = tiling.tile(index);
                 // SAFETY: tiles occupy disjoint ranges.
-                let out = unsafe { raw.range(at(index), rows.2 * token_len) };
+                let out = unsafe { raw.range(rows.place * token_len, rows.height * token_len) };
                 pack_floats(layout, x, rows, sums, out);
             });
             buffer
         };
         self.spread(tiles.div_ceil(TILES), &|job, strip, piece| {
             for index in piece * TILES..((piece + 1) * TILES).min(tiles) {
-                let (first, rows, height) = tile(heights, tokens, index);
-                let (x, out) = (&packed[at(index)..], job.out(strip, first, rows));
+                let rows = tiling.tile(index);
+                let (x, height) = (&packed[rows.place * token_len..], rows.height);
+                let out = job.out(strip, rows.first, rows.rows);
                 // SAFETY: the elements of this strip and these rows belong to this task alone.
                 unsafe { FloatTile { matrix: job.matrix, strip, x, height, out }.run(isa) };
             }
@@ -227,16 +217,16 @@ impl Pass<'_> {
         let parallel = tokens > 1 && tokens * self.x.cols() >= PARALLEL;
         input.fill(isa, parallel.then_some(self.pool), first.layout(), self.x);
         let input = &*input;
-        let heights = int8_heights(isa);
-        self.spread(tokens.div_ceil(TOKENS), &|job, strip, piece| {
-            let start = piece * TOKENS;
-            let tokens = TOKENS.min(tokens - start);
-            for index in 0..tokens.div_ceil(heights[0]) {
-                let (first, rows, height) = tile(heights, tokens, index);
-                let (token, x) = (start + first, input);
-                let out = job.out(strip, token, rows);
+        let tiling = input.tiling();
+        let tiles = tiling.len();
+        self.spread(tiles.div_ceil(INT8_PIECE), &|job, strip, piece| {
+            let end = ((piece + 1) * INT8_PIECE).min(tiles);
+            for start in (piece * INT8_PIECE..end).step_by(INT8_TILES) {
+                let tiles = start..(start + INT8_TILES).min(end);
+                let (first, last) = (tiling.tile(tiles.start), tiling.tile(tiles.end - 1));
+                let out = job.out(strip, first.first, last.first + last.rows - first.first);
                 // SAFETY: the elements of this strip and these rows belong to this task alone.
-                unsafe { Int8Tile { matrix: job.matrix, strip, x, token, height, out }.run(isa) };
+                unsafe { Int8Tiles { matrix: job.matrix, strip, x: input, tiles, out }.run(isa) };
             }
         });
     }

@@ -41,6 +41,7 @@ impl Simd for Scalar {
 
     const WIDE: bool = false;
     const TALLEST: usize = 1;
+    const INT8_TALLEST: usize = 1;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> F {

@@ -105,7 +105,7 @@ unsafe fn strip<S: Simd, const BITS: u32, const MT: usize, const P: usize>(tile:
             v += P;
         }
     }
-    tile.out.write(&mut y);
+    tile.out.write(&mut y.0);
 }
 
 #[inline(always)]

@@ -1,8 +1,10 @@
 //! Activations as the tiles read them.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
-use super::{Group, Layout, PAD, QuantizedMatrix};
+use super::tile::{Rows, Tiling};
+use super::{Layout, PAD, QuantizedMatrix};
 use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_on};
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
@@ -11,9 +13,6 @@ use crate::tensor::{RawSlice, Tensor};
 /// by 0.22 % with 32, 0.45 % with 64 and 1.02 % with 128; tiles of many tokens cost 17 % more time
 /// with 32 than with 64, decoding nothing.
 pub(crate) const BLOCK: usize = 32;
-
-/// Tokens that a tile may read behind the last one, because it is higher than what is left.
-const SLACK: usize = 12;
 
 /// How quantized layers take their input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,8 +25,11 @@ pub enum Activations {
     Int8,
 }
 
+/// Tasks that inputs are quantized in, at least, where they are many enough for all threads.
+const FILLS: usize = 16;
+
 thread_local! {
-    /// The permuted inputs of one token.
+    /// The permuted inputs of a tile.
     static PERMUTED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -40,13 +42,12 @@ pub(crate) fn token_floats(layout: Layout<'_>) -> usize {
     layout.0.padded_in + layout.0.groups.len()
 }
 
-/// Packs rows `first..first + rows` of `x` for a tile of `height >= rows` tokens:
-/// `[padded_in, height]` inputs followed by `[groups, height]` sums, which only asymmetric matrices
+/// Packs the rows of `x` that belong to a tile: `[padded_in, height]` inputs followed by `[groups, height]` sums, which only asymmetric matrices
 /// read (`with_sums`). Missing rows are zero.
 pub(crate) fn pack_floats(
     layout: Layout<'_>,
     x: &Tensor,
-    (first, rows, height): (usize, usize, usize),
+    Rows { first, rows, height, .. }: Rows,
     with_sums: bool,
     out: &mut [f32],
 ) {
@@ -77,68 +78,84 @@ pub(crate) fn pack_floats(
     }
 }
 
-/// Inputs in int8, permuted, `[block][token]` of everything that belongs to a block.
-#[derive(Debug, Default)]
+/// Words of one token and block: its codes, four in a word, its scale and its centre.
+pub(super) const RECORD: usize = BLOCK / 4 + 2;
+
+/// Inputs in int8, permuted, in the order in which tiles read them: tile after tile, of which each
+/// is one run of memory.
+#[derive(Debug)]
 pub(crate) struct Int8Input {
-    /// `[block][token][BLOCK]`, each -127..=127.
-    pub(super) codes: Vec<i8>,
-    /// `[block][token]`: an input is its code times this.
-    pub(super) scales: Vec<f32>,
-    /// `[block][token]`: minus the sum of the codes times the centre of the weight codes.
-    pub(super) centres: Vec<i32>,
-    /// `[group][token]`: the sum of the inputs, as their codes have it.
-    pub(super) sums: Vec<f32>,
-    /// Tokens.
-    pub(super) stride: usize,
+    /// `[tile][block]` of, for all tokens of the tile, `[height][BLOCK]` codes, each -127..=127;
+    /// `[height]` f32 scales, an input being its code times this; `[height]` i32 centres, minus the
+    /// sum of the codes times the centre of the weight codes.
+    words: Vec<i32>,
+    /// `[tile][group][height]`: the sum of the inputs, as their codes have it.
+    sums: Vec<f32>,
+    tiling: Tiling,
+}
+
+impl Default for Int8Input {
+    fn default() -> Self {
+        Self { words: Vec::new(), sums: Vec::new(), tiling: Tiling::int8(Isa::Scalar, 0) }
+    }
 }
 
 impl Int8Input {
-    /// Quantizes all rows of `x`. One task per token where `pool` is given.
+    /// Quantizes all rows of `x`, on all threads where `pool` is given.
     pub(crate) fn fill(&mut self, isa: Isa, pool: Option<&Pool>, layout: Layout<'_>, x: &Tensor) {
         let m = layout.0;
-        let tokens = x.rows();
-        self.stride = tokens;
-        let (blocks, groups) = (m.blocks() * tokens + SLACK, m.groups.len() * tokens + SLACK);
-        // Never shrunk: what lies behind is read by tiles that are higher than the rows left, and
-        // not used.
-        grow(&mut self.codes, blocks * BLOCK);
-        grow(&mut self.scales, blocks);
-        grow(&mut self.centres, blocks);
-        grow(&mut self.sums, groups);
-        let slots = Slots {
-            codes: RawSlice::new(&mut self.codes),
-            scales: RawSlice::new(&mut self.scales),
-            centres: RawSlice::new(&mut self.centres),
-            sums: RawSlice::new(&mut self.sums),
-            stride: tokens,
+        let tiling = Tiling::int8(isa, x.rows());
+        self.tiling = tiling;
+        // Never shrunk. A tile with more room than tokens computes what lies there, for nothing.
+        grow(&mut self.words, tiling.room() * m.blocks() * RECORD);
+        grow(&mut self.sums, tiling.room() * m.groups.len());
+        let (words, sums) = (RawSlice::new(&mut self.words), RawSlice::new(&mut self.sums));
+        // A task takes a tile or a part of its groups, so that threads write no line in turns.
+        let pieces = match pool {
+            Some(_) => FILLS.div_ceil(tiling.len()).min(m.groups.len()),
+            None => 1,
         };
-        let one = |token: usize| {
-            let quantize = |row: &[f32]| {
-                assert_eq!(row.len(), m.padded_in, "input width");
-                dispatch_on(isa, Quantize { bits: m.bits, groups: &m.groups, row, slots, token });
+        let task = |index: usize| {
+            let (rows, piece) = (tiling.tile(index / pieces), index % pieces);
+            let groups = m.groups.len() * piece / pieces..m.groups.len() * (piece + 1) / pieces;
+            let inputs = m.groups[groups.start].first
+                ..m.groups.get(groups.end).map_or(m.padded_in, |g| g.first);
+            let quantize = |x: &[f32], stride: usize| {
+                let groups = groups.clone();
+                dispatch_on(isa, Quantize { matrix: m, groups, x, stride, words, sums, rows });
             };
             match &m.order {
-                None => quantize(x.row(token)),
+                None => {
+                    assert_eq!(x.cols(), m.padded_in, "input width");
+                    quantize(&x.as_slice()[rows.first * m.padded_in + inputs.start..], m.padded_in);
+                }
                 Some(order) => PERMUTED.with_borrow_mut(|permuted| {
                     permuted.clear();
-                    permuted.extend(order.iter().map(|&k| pick(x.row(token), k)));
-                    quantize(permuted);
+                    for i in 0..rows.rows {
+                        let row = x.row(rows.first + i);
+                        permuted.extend(order[inputs.clone()].iter().map(|&k| pick(row, k)));
+                    }
+                    quantize(permuted, inputs.len());
                 }),
             }
         };
+        let tasks = tiling.len() * pieces;
         match pool {
-            Some(pool) => pool.run(tokens, &one),
-            None => (0..tokens).for_each(one),
+            Some(pool) => pool.run(tasks, &task),
+            None => (0..tasks).for_each(task),
         }
     }
 
-    /// Asserts that tiles of `m` may read tokens below `end`.
-    pub(super) fn assert_holds(&self, m: &QuantizedMatrix, end: usize) {
-        assert!(end <= self.stride + SLACK);
-        let blocks = (m.blocks().max(1) - 1) * self.stride + end;
-        assert!(self.codes.len() >= blocks * BLOCK);
-        assert!(self.scales.len() >= blocks && self.centres.len() >= blocks);
-        assert!(self.sums.len() >= (m.groups.len().max(1) - 1) * self.stride + end);
+    /// How the tokens are cut into tiles.
+    pub(crate) fn tiling(&self) -> Tiling {
+        self.tiling
+    }
+
+    /// The records and the sums of a tile, filled for a matrix of this layout.
+    pub(super) fn tile(&self, m: &QuantizedMatrix, rows: Rows) -> (&[i32], &[f32]) {
+        let (record, groups) = (m.blocks() * RECORD, m.groups.len());
+        let words = &self.words[rows.place * record..][..rows.height * record];
+        (words, &self.sums[rows.place * groups..][..rows.height * groups])
     }
 }
 
@@ -148,24 +165,17 @@ fn grow<T: Default + Clone>(v: &mut Vec<T>, len: usize) {
     }
 }
 
-/// Where tokens are written, each by one task.
-#[derive(Clone, Copy)]
-struct Slots {
-    codes: RawSlice<i8>,
-    scales: RawSlice<f32>,
-    centres: RawSlice<i32>,
-    sums: RawSlice<f32>,
-    stride: usize,
-}
-
-/// Quantizes the padded inputs of one token.
+/// Quantizes some groups of the padded inputs of a tile.
 struct Quantize<'a> {
-    /// Of the weights.
-    bits: u32,
-    groups: &'a [Group],
-    row: &'a [f32],
-    slots: Slots,
-    token: usize,
+    /// That will be multiplied, or one of the same layout.
+    matrix: &'a QuantizedMatrix,
+    groups: Range<usize>,
+    /// The inputs of these groups, in rows at a distance of `stride`.
+    x: &'a [f32],
+    stride: usize,
+    words: RawSlice<i32>,
+    sums: RawSlice<f32>,
+    rows: Rows,
 }
 
 impl Kernel for Quantize<'_> {
@@ -173,25 +183,33 @@ impl Kernel for Quantize<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { bits, groups, row, slots, token } = self;
-        for (g, group) in groups.iter().enumerate() {
-            let inputs = &row[group.first..group.first + group.columns];
-            let mut total = 0.0;
-            for (block, inputs) in (group.block..).zip(inputs.chunks(BLOCK)) {
-                let at = block * slots.stride + token;
-                let to = slots.codes.at(at * BLOCK, BLOCK);
-                let (scale, sum) = if inputs.len() == BLOCK {
-                    quantize::<S>(inputs.as_ptr(), to)
-                } else {
-                    let mut padded = [0.0; BLOCK];
-                    padded[..inputs.len()].copy_from_slice(inputs);
-                    quantize::<S>(padded.as_ptr(), to)
-                };
-                *slots.scales.at(at, 1) = scale;
-                *slots.centres.at(at, 1) = -(sum as i32) << (bits - 1);
-                total += scale * sum;
+        let Self { matrix: m, groups, x, stride, words, sums, rows } = self;
+        let (first_record, height) = (rows.place * m.blocks() * RECORD, rows.height);
+        let start = m.groups[groups.start].first;
+        for g in groups {
+            let group = &m.groups[g];
+            let totals = sums.at(rows.place * m.groups.len() + g * height, height);
+            totals.write_bytes(0, height);
+            for at in (0..group.columns).step_by(BLOCK) {
+                let block = group.block + at / BLOCK;
+                let inputs = (group.columns - at).min(BLOCK);
+                let record = words.at(first_record + block * height * RECORD, height * RECORD);
+                let scales = record.add(height * (BLOCK / 4));
+                for i in 0..rows.rows {
+                    let inputs = &x[i * stride + group.first - start + at..][..inputs];
+                    let to = record.add(i * (BLOCK / 4)).cast();
+                    let (scale, sum) = if inputs.len() == BLOCK {
+                        quantize::<S>(inputs.as_ptr(), to)
+                    } else {
+                        let mut padded = [0.0; BLOCK];
+                        padded[..inputs.len()].copy_from_slice(inputs);
+                        quantize::<S>(padded.as_ptr(), to)
+                    };
+                    scales.add(i).cast::<f32>().write(scale);
+                    scales.add(height + i).write(-(sum as i32) << (m.bits - 1));
+                    *totals.add(i) += scale * sum;
+                }
             }
-            *slots.sums.at(g * slots.stride + token, 1) = total;
         }
     }
 }
@@ -202,12 +220,9 @@ const TINY: f32 = 1e-30;
 /// Quantizes one block; returns the scale and the sum of the codes.
 #[inline(always)]
 unsafe fn quantize<S: Simd>(x: *const f32, to: *mut i8) -> (f32, f32) {
-    let (mut largest, mut invalid) = (S::splat(0.0), S::splat(0.0));
+    let mut largest = S::splat(0.0);
     for i in 0..BLOCK / LANES {
-        let v = S::load(x.add(i * LANES));
-        largest = S::max(largest, S::abs(v));
-        // Zero, or NaN for what is not finite, which the maximum may lose.
-        invalid = S::add(invalid, S::sub(v, v));
+        largest = S::max(largest, S::abs(S::load(x.add(i * LANES))));
     }
     let largest = S::max_lane(largest);
     let inverse = if largest > TINY { 127.0 / largest } else { 0.0 };
@@ -217,5 +232,8 @@ unsafe fn quantize<S: Simd>(x: *const f32, to: *mut i8) -> (f32, f32) {
         sum = S::add(sum, v);
         S::store_low_bytes(to.add(i * LANES), S::to_i32(v));
     }
-    (largest / 127.0 + S::sum(invalid), S::sum(sum))
+    let sum = S::sum(sum);
+    // Where an input is infinite or NaN, which the maximum may lose, so is its product, and the sum
+    // is NaN: the scale must show it.
+    (largest * (1.0 / 127.0) + (sum - sum), sum)
 }

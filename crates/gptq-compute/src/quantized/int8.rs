@@ -3,159 +3,211 @@
 //! Per block of [`BLOCK`] inputs or a shorter end of a group, with activation codes a, their scale
 //! t, weight codes q with centre h, and per group the weight scale s and zero offset z:
 //!
-//! y += (s t) · (Σ a q - h Σ a), the bracket in integers;  per group  y -= (s z) · Σ t Σ a.
+//! y += s · (Σ t (Σ a q - h Σ a) - z Σ t Σ a), the inner bracket in integers. Of long groups, parts
+//! of [`CHUNK`] inputs are added to y as they are finished.
 //!
 //! Floats are added in this order with a single rounding on every instruction set and for every
 //! tile height, so all of them agree to the bit, and so do all thread counts.
 
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
 use super::float::{PREFETCH, spare_codes};
-use super::input::{BLOCK, Int8Input};
-use super::tile::{Out, Sums};
-use super::{
-    Group, QuantizedMatrix, SCALE_BYTES, STRIP, VECTORS, WORD_BYTES, unit_columns, unit_words,
-};
+use super::input::{BLOCK, Int8Input, RECORD};
+use super::tile::{Out, Rows, Sums};
+use super::{QuantizedMatrix, SCALE_BYTES, STRIP, VECTORS, WORD_BYTES, unit_columns, unit_words};
 use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_dot};
 
+/// Tiles that one call computes: they share a chunk of weights in the first level cache.
+pub(crate) const TILES: usize = 4;
+/// Tokens of so many tiles, at most.
+const TOKENS: usize = TILES * 6;
+/// Inputs after which sums are scaled and added to the result, at the latest. Their codes, in two
+/// vectors up to all of 8 bits, stay in the first level cache.
+const CHUNK: usize = 8 * BLOCK;
 /// Bytes of one word of the 16 outputs of a vector.
 const VECTOR_BYTES: usize = LANES * 4;
 
-/// Some tokens times one strip of outputs.
-#[derive(Clone, Copy)]
-pub(crate) struct Int8Tile<'a> {
+/// Some tiles of tokens times one strip of outputs.
+pub(crate) struct Int8Tiles<'a> {
     pub(crate) matrix: &'a QuantizedMatrix,
     pub(crate) strip: usize,
     pub(crate) x: &'a Int8Input,
-    /// First token.
-    pub(crate) token: usize,
-    pub(crate) height: usize,
+    /// At most [`TILES`] tiles of `x`.
+    pub(crate) tiles: Range<usize>,
+    /// Of all their rows.
     pub(crate) out: Out<'a>,
 }
 
-impl Int8Tile<'_> {
-    /// Computes the tile.
+impl Int8Tiles<'_> {
+    /// Computes the tiles.
     ///
     /// # Safety
     /// `out` must be valid for its rows and columns, which nobody else may touch.
     pub(crate) unsafe fn run(self, isa: Isa) {
         let m = self.matrix;
-        assert!(self.strip < m.strips() && self.out.rows <= self.height);
-        self.x.assert_holds(m, self.token + self.height);
-        macro_rules! heights {
-            ($bits:literal: $($mt:literal)*) => {
-                match self.height {
-                    $($mt => dispatch_dot(isa, Strip::<$bits, $mt>(self)),)*
-                    _ => unreachable!("heights() lists every tile"),
-                }
-            };
-        }
+        assert!(self.strip < m.strips() && self.out.rows <= TOKENS);
         match m.bits {
-            2 => heights!(2: 1 2 4 8),
-            3 => heights!(3: 1 2 4 8),
-            4 => heights!(4: 1 2 4 8),
-            _ => heights!(8: 1 2 4 8),
+            2 => dispatch_dot(isa, Strip::<2>(self)),
+            3 => dispatch_dot(isa, Strip::<3>(self)),
+            4 => dispatch_dot(isa, Strip::<4>(self)),
+            _ => dispatch_dot(isa, Strip::<8>(self)),
         }
     }
 }
 
-struct Strip<'a, const BITS: u32, const MT: usize>(Int8Tile<'a>);
+struct Strip<'a, const BITS: u32>(Int8Tiles<'a>);
 
-impl<const BITS: u32, const MT: usize> Kernel for Strip<'_, BITS, MT> {
+impl<const BITS: u32> Kernel for Strip<'_, BITS> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // Vectors of outputs at a time: as many as leave registers for codes. Decided in constants,
-        // so that the others are not even compiled.
-        if const { MT > S::TALLEST } {
-            unreachable!("heights() offers no taller ones");
-        } else if const { MT == 1 || S::WIDE && MT <= 4 } {
-            strip::<S, BITS, MT, 4>(self.0);
-        } else if const { S::WIDE || MT == 2 } {
-            strip::<S, BITS, MT, 2>(self.0);
-        } else {
-            strip::<S, BITS, MT, 1>(self.0);
+        let Int8Tiles { matrix: m, strip, x, tiles, out } = self.0;
+        let base = m.strip(strip).as_ptr();
+        let mut sums = MaybeUninit::<Sums<TOKENS>>::uninit();
+        // Only the rows in use: a single token should not pay for all.
+        sums.as_mut_ptr().cast::<[f32; STRIP]>().write_bytes(0, out.rows);
+        let y = std::slice::from_raw_parts_mut(sums.as_mut_ptr().cast::<[f32; STRIP]>(), out.rows);
+        for (g, group) in m.groups.iter().enumerate() {
+            let header = base.add(group.offset);
+            let codes = header.add(m.header_bytes());
+            let mut start = 0;
+            while start < group.columns {
+                let columns = (group.columns - start).min(CHUNK);
+                let last = start + columns == group.columns;
+                let mut row = 0;
+                for tile in tiles.clone() {
+                    let rows = x.tiling().tile(tile);
+                    let (records, totals) = x.tile(m, rows);
+                    assert!(row + rows.height <= y.len(), "rows of the tiles");
+                    let block = group.block + start / BLOCK;
+                    let chunk = Chunk {
+                        scales: header.cast(),
+                        zeros: (m.asymmetric && last).then(|| header.add(SCALE_BYTES).cast()),
+                        codes: codes
+                            .add(start / unit_columns(BITS) * unit_words(BITS) * WORD_BYTES),
+                        columns,
+                        x: records.as_ptr().add(block * rows.height * RECORD),
+                        totals: totals.as_ptr().add(g * rows.height),
+                        y: y.as_mut_ptr().add(row).cast(),
+                    };
+                    chunk.dispatch::<S, BITS>(rows);
+                    row += rows.height;
+                }
+                start += columns;
+            }
         }
+        out.write(y);
     }
 }
 
-#[inline(always)]
-unsafe fn strip<S: Simd, const BITS: u32, const MT: usize, const P: usize>(tile: Int8Tile<'_>) {
-    let m = tile.matrix;
-    let base = m.strip(tile.strip).as_ptr();
-    let mut y = Sums([[0.0; STRIP]; MT]);
-    for (g, group) in m.groups.iter().enumerate() {
-        let header = base.add(group.offset);
-        let codes = header.add(m.header_bytes());
+/// A part of a group, times the tokens of one tile.
+struct Chunk {
+    /// `[STRIP]`
+    scales: *const u16,
+    /// `[STRIP]`, with the last chunk of a group that has some.
+    zeros: Option<*const i8>,
+    codes: *const u8,
+    columns: usize,
+    /// Records of its blocks.
+    x: *const i32,
+    /// Sums of the inputs of the group, per token.
+    totals: *const f32,
+    /// `[token][STRIP]`
+    y: *mut f32,
+}
+
+impl Chunk {
+    /// Picks the tile, with as many vectors of outputs as leave registers for codes.
+    #[inline(always)]
+    unsafe fn dispatch<S: Simd, const BITS: u32>(self, rows: Rows) {
+        macro_rules! heights {
+            ($($mt:literal: $wide:literal, $narrow:literal;)*) => {
+                match rows.height {
+                    $($mt if const { $mt <= S::INT8_TALLEST } => {
+                        if const { S::WIDE } {
+                            self.run::<S, BITS, $mt, $wide>();
+                        } else {
+                            self.run::<S, BITS, $mt, $narrow>();
+                        }
+                    })*
+                    _ => unreachable!("the tilings offer no others"),
+                }
+            };
+        }
+        heights! { 1: 4, 4; 2: 4, 2; 3: 4, 1; 4: 2, 1; 5: 2, 1; 6: 2, 1; }
+    }
+
+    #[inline(always)]
+    unsafe fn run<S: Simd, const BITS: u32, const MT: usize, const P: usize>(self) {
         let mut v = 0;
         while v < VECTORS {
-            let mut s = [S::splat(0.0); P];
-            for p in 0..P {
-                s[p] = S::load_f16(header.cast::<u16>().add((v + p) * LANES));
-            }
-            let y = y.0.as_mut_ptr().cast::<f32>().add(v * LANES);
-            let codes = codes.add(v * VECTOR_BYTES);
-            blocks::<S, BITS, MT, P>(&tile, group, codes, s, y);
-            if m.asymmetric {
-                let sums = tile.x.sums.as_ptr().add(g * tile.x.stride + tile.token);
+            let codes = self.codes.add(v * VECTOR_BYTES);
+            let mut part = blocks::<S, BITS, MT, P>(self.columns, codes, self.x);
+            if let Some(zeros) = self.zeros {
                 for p in 0..P {
-                    let z = S::load_i8(header.add(SCALE_BYTES + (v + p) * LANES).cast());
-                    let minus = S::mul(S::mul(z, s[p]), S::splat(-1.0));
+                    let z = S::mul(S::load_i8(zeros.add((v + p) * LANES)), S::splat(-1.0));
                     for i in 0..MT {
-                        let to = y.add(i * STRIP + p * LANES);
-                        S::store(to, S::fused(minus, S::splat(*sums.add(i)), S::load(to)));
+                        part[p][i] = S::fused(z, S::splat(*self.totals.add(i)), part[p][i]);
                     }
+                }
+            }
+            for p in 0..P {
+                let s = S::load_f16(self.scales.add((v + p) * LANES));
+                for i in 0..MT {
+                    let to = self.y.add(i * STRIP + (v + p) * LANES);
+                    S::store(to, S::fused(s, part[p][i], S::load(to)));
                 }
             }
             v += P;
         }
     }
-    tile.out.write(&mut y);
 }
 
-/// Adds the blocks of one group to `y` `[MT][STRIP]`, for `P` vectors of outputs.
+/// Σ t (Σ a q - h Σ a) over the blocks of `columns` inputs, for `P` vectors of outputs.
 #[inline(always)]
 unsafe fn blocks<S: Simd, const BITS: u32, const MT: usize, const P: usize>(
-    tile: &Int8Tile<'_>,
-    group: &Group,
+    columns: usize,
     codes: *const u8,
-    s: [S::F; P],
-    y: *mut f32,
-) {
-    let (columns, words) = (unit_columns(BITS), unit_words(BITS));
-    let mut w = codes;
-    let mut left = group.columns;
-    let mut block = group.block;
+    x: *const i32,
+) -> [[S::F; MT]; P] {
+    let words = unit_words(BITS);
+    let (mut w, mut x) = (codes, x);
+    let mut part = [[S::splat(0.0); MT]; P];
+    let mut left = columns;
     while left > 0 {
         let inputs = left.min(BLOCK);
-        let at = block * tile.x.stride + tile.token;
-        let mut x = tile.x.codes.as_ptr().add(at * BLOCK);
+        let scales = x.add(MT * (BLOCK / 4)).cast::<f32>();
+        let centres = x.add(MT * (BLOCK / 4 + 1));
         let mut acc = [[S::splat_i32(0); MT]; P];
         for i in 0..MT {
-            let centre = S::splat_i32(*tile.x.centres.as_ptr().add(at + i));
+            let centre = S::splat_i32(*centres.add(i));
             for p in 0..P {
                 acc[p][i] = centre;
             }
         }
-        for _ in 0..inputs / columns {
+        let mut four = x.cast::<i8>();
+        for _ in 0..inputs / unit_columns(BITS) {
             for word in 0..words {
                 for p in 0..P {
                     S::prefetch(w.wrapping_add(word * WORD_BYTES + p * VECTOR_BYTES + PREFETCH));
                 }
             }
-            unit::<S, BITS, MT, P>(w, x, &mut acc);
-            x = x.add(columns);
+            unit::<S, BITS, MT, P>(w, four, &mut acc);
+            four = four.add(unit_columns(BITS));
             w = w.add(words * WORD_BYTES);
         }
         for i in 0..MT {
-            let t = S::splat(*tile.x.scales.as_ptr().add(at + i));
+            let t = S::splat(*scales.add(i));
             for p in 0..P {
-                let to = y.add(i * STRIP + p * LANES);
-                S::store(to, S::fused(S::to_f32(acc[p][i]), S::mul(s[p], t), S::load(to)));
+                part[p][i] = S::fused(S::to_f32(acc[p][i]), t, part[p][i]);
             }
         }
+        x = x.add(MT * RECORD);
         left -= inputs;
-        block += 1;
     }
+    part
 }
 
 /// Adds the products of the four inputs at `x`, `[MT]` tokens of [`BLOCK`] apart, with their codes,

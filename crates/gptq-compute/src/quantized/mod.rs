@@ -34,8 +34,8 @@ use half::f16;
 pub(crate) use float::FloatTile;
 pub use input::Activations;
 pub(crate) use input::{Int8Input, pack_floats, token_floats};
-pub(crate) use int8::Int8Tile;
-pub(crate) use tile::{Heights, Out, float_heights, int8_heights};
+pub(crate) use int8::{Int8Tiles, TILES as INT8_TILES};
+pub(crate) use tile::{Out, Rows, Tiling};
 
 use crate::arch::LANES;
 use crate::error::{ComputeError, Result};
