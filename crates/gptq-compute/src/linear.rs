@@ -1,6 +1,7 @@
 //! Linear layers, dense or quantized, one or several on the same input.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::arch::{Isa, isa};
 use crate::gemm::gemm_nt;
@@ -12,9 +13,8 @@ use crate::quantized::{
 };
 use crate::tensor::{RawSlice, Tensor};
 
-/// Tasks per thread: enough that a thread which the system takes away does not hold up the others,
-/// few enough that each streams a long run of weights.
-const TASKS: usize = 8;
+/// Ranges that the work is cut into, at most.
+const RANGES: usize = 64;
 /// Tiles of f32 tokens that one task computes: their inputs stay in the second level cache while
 /// the strips pass by.
 const TILES: usize = 8;
@@ -146,6 +146,10 @@ fn quantized(
     }
 }
 
+/// How much of a range has been handed out, on a cache line of its own.
+#[repr(align(64))]
+struct Cursor(AtomicUsize);
+
 /// Quantized layers with equal input layouts.
 struct Pass<'a> {
     isa: Isa,
@@ -159,16 +163,26 @@ struct Pass<'a> {
 impl Pass<'_> {
     /// Calls `task(job, strip, piece)` for all strips and all `pieces` of the tokens.
     fn spread(&self, pieces: usize, task: &(dyn Fn(&Job<'_>, usize, usize) + Sync)) {
-        // Neighbouring strips go to the same thread. Results do not depend on this.
-        let run = (self.strips * pieces / (self.pool.threads() * TASKS)).max(1);
-        let runs = self.strips.div_ceil(run);
-        self.pool.run(runs * pieces, &|index| {
-            let (first, piece) = (index / pieces * run, index % pieces);
-            for strip in first..(first + run).min(self.strips) {
-                // The ranges of the jobs cover all strips.
-                let job = self.jobs.iter().flatten().find(|j| j.strips.contains(&strip));
-                if let Some(job) = job {
-                    task(job, strip - job.strips.start, piece);
+        let items = self.strips * pieces;
+        let threads = self.pool.threads();
+        let ranges = threads.min(RANGES);
+        let taken = [const { Cursor(AtomicUsize::new(0)) }; RANGES];
+        // Each thread goes through a range of its own, so that it streams one long run of weights,
+        // and helps with the others after that. Results do not depend on who computes what.
+        self.pool.run(threads, &|own| {
+            for range in (own..own + ranges).map(|r| r % ranges) {
+                let (first, end) = (items * range / ranges, items * (range + 1) / ranges);
+                loop {
+                    let item = first + taken[range].0.fetch_add(1, Ordering::Relaxed);
+                    if item >= end {
+                        break;
+                    }
+                    let (strip, piece) = (item / pieces, item % pieces);
+                    // The ranges of the jobs cover all strips.
+                    let job = self.jobs.iter().flatten().find(|j| j.strips.contains(&strip));
+                    if let Some(job) = job {
+                        task(job, strip - job.strips.start, piece);
+                    }
                 }
             }
         });
@@ -204,7 +218,7 @@ impl Pass<'_> {
             for index in piece * TILES..((piece + 1) * TILES).min(tiles) {
                 let rows = tiling.tile(index);
                 let (x, height) = (&packed[rows.place * token_len..], rows.height);
-                let out = job.out(strip, rows.first, rows.rows);
+                let out = job.out(strip, rows.first, rows.tokens);
                 // SAFETY: the elements of this strip and these rows belong to this task alone.
                 unsafe { FloatTile { matrix: job.matrix, strip, x, height, out }.run(isa) };
             }
@@ -224,7 +238,7 @@ impl Pass<'_> {
             for start in (piece * INT8_PIECE..end).step_by(INT8_TILES) {
                 let tiles = start..(start + INT8_TILES).min(end);
                 let (first, last) = (tiling.tile(tiles.start), tiling.tile(tiles.end - 1));
-                let out = job.out(strip, first.first, last.first + last.rows - first.first);
+                let out = job.out(strip, first.first, last.first + last.tokens - first.first);
                 // SAFETY: the elements of this strip and these rows belong to this task alone.
                 unsafe { Int8Tiles { matrix: job.matrix, strip, x: input, tiles, out }.run(isa) };
             }

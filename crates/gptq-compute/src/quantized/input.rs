@@ -47,16 +47,16 @@ pub(crate) fn token_floats(layout: Layout<'_>) -> usize {
 pub(crate) fn pack_floats(
     layout: Layout<'_>,
     x: &Tensor,
-    Rows { first, rows, height, .. }: Rows,
+    Rows { first, tokens, height, .. }: Rows,
     with_sums: bool,
     out: &mut [f32],
 ) {
     let m = layout.0;
     let (inputs, sums) = out[..token_floats(layout) * height].split_at_mut(m.padded_in * height);
-    if rows < height {
+    if tokens < height {
         inputs.fill(0.0);
     }
-    for i in 0..rows {
+    for i in 0..tokens {
         let row = x.row(first + i);
         let cells = inputs[i..].iter_mut().step_by(height);
         match &m.order {
@@ -131,7 +131,7 @@ impl Int8Input {
                 }
                 Some(order) => PERMUTED.with_borrow_mut(|permuted| {
                     permuted.clear();
-                    for i in 0..rows.rows {
+                    for i in 0..rows.tokens {
                         let row = x.row(rows.first + i);
                         permuted.extend(order[inputs.clone()].iter().map(|&k| pick(row, k)));
                     }
@@ -195,7 +195,7 @@ impl Kernel for Quantize<'_> {
                 let inputs = (group.columns - at).min(BLOCK);
                 let record = words.at(first_record + block * height * RECORD, height * RECORD);
                 let scales = record.add(height * (BLOCK / 4));
-                for i in 0..rows.rows {
+                for i in 0..rows.tokens {
                     let inputs = &x[i * stride + group.first - start + at..][..inputs];
                     let to = record.add(i * (BLOCK / 4)).cast();
                     let (scale, sum) = if inputs.len() == BLOCK {
@@ -233,7 +233,7 @@ unsafe fn quantize<S: Simd>(x: *const f32, to: *mut i8) -> (f32, f32) {
         S::store_low_bytes(to.add(i * LANES), S::to_i32(v));
     }
     let sum = S::sum(sum);
-    // Where an input is infinite or NaN, which the maximum may lose, so is its product, and the sum
-    // is NaN: the scale must show it.
-    (largest * (1.0 / 127.0) + (sum - sum), sum)
+    // An input that is infinite or NaN makes the sum NaN, whatever the maximum is; the scale shows it.
+    let scale = if sum.is_nan() { sum } else { largest * (1.0 / 127.0) };
+    (scale, sum)
 }

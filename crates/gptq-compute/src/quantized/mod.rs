@@ -35,7 +35,7 @@ pub(crate) use float::FloatTile;
 pub use input::Activations;
 pub(crate) use input::{Int8Input, pack_floats, token_floats};
 pub(crate) use int8::{Int8Tiles, TILES as INT8_TILES};
-pub(crate) use tile::{Out, Rows, Tiling};
+pub(crate) use tile::{Out, Tiling};
 
 use crate::arch::LANES;
 use crate::error::{ComputeError, Result};

@@ -24,7 +24,7 @@ pub(crate) struct Rows {
     /// First token.
     pub(crate) first: usize,
     /// Tokens.
-    pub(crate) rows: usize,
+    pub(crate) tokens: usize,
     /// Tokens that the tile computes, some of them perhaps for nothing.
     pub(crate) height: usize,
     /// Where its tokens are stored: tokens, with the room that earlier tiles have, before it.
@@ -73,9 +73,9 @@ impl Tiling {
     }
 
     pub(crate) fn tile(&self, index: usize) -> Rows {
-        let rows = if index < self.full { self.rows } else { self.rows - 1 };
-        let first = index * rows + index.min(self.full) * (self.rows - rows);
-        Rows { first, rows, height: self.holding(rows), place: index * self.holding(self.rows) }
+        let tokens = if index < self.full { self.rows } else { self.rows - 1 };
+        let first = index * tokens + index.min(self.full) * (self.rows - tokens);
+        Rows { first, tokens, height: self.holding(tokens), place: index * self.holding(self.rows) }
     }
 
     /// The smallest height that holds so many tokens.
