@@ -271,6 +271,7 @@ impl<'a> Fields<'a> {
             if !off
                 && !seen.contains_key(key)
                 && !HARMLESS.contains(&key.as_str())
+                && !(key == "rope_parameters" && is_plain_rope(value))
                 && sounds_relevant(key)
             {
                 return Err(self.unhandled(key));
@@ -306,6 +307,14 @@ pub(crate) const ONLY: &str = "fixed";
 fn short(number: f64) -> String {
     let size = number.abs();
     if size != 0.0 && size < 1e-3 { format!("{number:e}") } else { number.to_string() }
+}
+
+/// GPTQModel 7 adds these parameters to the config of every model it saves, with positions of another kind too.
+fn is_plain_rope(value: &Value) -> bool {
+    value.as_object().is_some_and(|map| {
+        map.iter()
+            .all(|(key, value)| key == "rope_theta" || (key == "rope_type" && value == "default"))
+    })
 }
 
 fn sounds_relevant(key: &str) -> bool {
@@ -383,6 +392,20 @@ mod tests {
 
     fn finish(value: &Value) -> Result<()> {
         Fields::new(Path::new("config.json"), value.as_object().unwrap()).finish()
+    }
+
+    #[test]
+    fn a_plain_rope_is_no_effect_of_a_family_without_rope() {
+        finish(&json!({ "rope_parameters": { "rope_theta": 10000.0, "rope_type": "default" } }))
+            .unwrap();
+        for rope in [
+            json!({ "rope_type": "yarn" }),
+            json!({ "rope_type": "default", "factor": 2 }),
+            json!(2),
+        ] {
+            let error = finish(&json!({ "rope_parameters": rope })).unwrap_err().to_string();
+            assert!(error.contains("rope_parameters"), "{error}");
+        }
     }
 
     #[test]

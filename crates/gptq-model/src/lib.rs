@@ -39,6 +39,7 @@ pub mod spec;
 pub mod stages;
 pub mod state;
 pub mod table;
+mod unfused;
 
 pub use block::Block;
 pub use cache::Sequence;

@@ -9,7 +9,7 @@ use gptq_format::{Checkpoint, DType, FormatError, GptqLinear, TensorInfo, Tensor
 use crate::head::bias_owner;
 use crate::spec::{NormOver, NormSpec, QkNorm, Spec};
 use crate::stages::LinearSpec;
-use crate::{ModelError, Result};
+use crate::{ModelError, Result, unfused};
 
 /// Where a block's linears come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +49,7 @@ impl Spec {
         let base =
             [spec.base.as_str(), shorter, ""].into_iter().find(|base| has(base)).map(str::to_owned);
         spec.base = base.unwrap_or(spec.base);
+        unfused::adapt(&mut spec, tensors);
         // Encoders are saved with the head of their task, with another one, or without any.
         let lacks = |module: &str| {
             !["weight", "qweight"].iter().any(|end| tensors.contains(&format!("{module}.{end}")))

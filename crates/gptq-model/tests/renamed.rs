@@ -208,6 +208,47 @@ fn baichuan_is_llama_with_one_projection_and_unit_rows_in_the_second_version() {
     }
 }
 
+#[test]
+fn mixtral_under_the_names_of_transformers_5() {
+    let Some((tensors, expected)) = fixture("mixtral") else { return };
+    let names = [
+        ("block_sparse_moe", "mlp"),
+        (".w1.", ".gate_proj."),
+        (".w3.", ".up_proj."),
+        (".w2.", ".down_proj."),
+    ];
+    let renamed: Vec<Tensor> = tensors
+        .into_iter()
+        .map(|(name, shape, values)| {
+            (names.iter().fold(name, |name, (old, new)| name.replace(old, new)), shape, values)
+        })
+        .collect();
+    assert!(
+        renamed.iter().any(|tensor| tensor.0 == "model.layers.1.mlp.experts.2.down_proj.weight")
+    );
+    compare("mixtral", &source("mixtral"), &renamed, &expected, &[1.0; 256]);
+}
+
+#[test]
+fn gate_and_up_taken_apart() {
+    for family in ["phi3", "glm"] {
+        let Some((tensors, expected)) = fixture(family) else { continue };
+        let mut apart = Vec::new();
+        for (name, shape, values) in tensors {
+            if !name.contains("gate_up_proj") {
+                apart.push((name, shape, values));
+                continue;
+            }
+            let half = vec![shape[0] / 2, shape[1]];
+            let (gate, up) = values.split_at(values.len() / 2);
+            for (part, values) in [("gate_proj", gate), ("up_proj", up)] {
+                apart.push((name.replace("gate_up_proj", part), half.clone(), values.to_vec()));
+            }
+        }
+        compare(family, &source(family), &apart, &expected, &[1.0; 256]);
+    }
+}
+
 /// config.v4.json of a fixture.
 fn source(name: &str) -> Value {
     let path = fixtures::dir(name).unwrap().join("config.v4.json");
