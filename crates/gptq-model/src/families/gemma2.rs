@@ -1,14 +1,15 @@
 //! Gemma 2: Gemma with four norms per block, soft caps on scores and logits, its own score scale, and a window in every
 //! other block.
 
-use super::read::{inverse_root, sliding_layers, windowed};
+use super::read::{activation, inverse_root, sliding_layers, windowed};
 use super::{gemma, llama};
 use crate::Result;
 use crate::fields::Fields;
 use crate::spec::{Attention, Head, Residual, Spec};
 
 pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
-    let gemma = gemma::from_llama(f, llama::spec(f)?, "gemma2", "hidden_activation")?;
+    let activation = activation(f, "hidden_activation", gemma::TANH)?;
+    let gemma = gemma::from_llama(f, llama::spec(f)?, "gemma2", activation)?;
     let sliding = sliding_layers(f, gemma.layer_count(), |layer| layer % 2 == 0)?;
     Ok(Spec {
         attention: Attention {

@@ -2,7 +2,7 @@
 //! full one, and a rope of its own for each of the two kinds.
 
 use super::read::{
-    RopeDefaults, Sizes, USUAL, inverse_root, ropes_by_kind, sliding_layers, windowed,
+    RopeDefaults, Sizes, USUAL, activation, inverse_root, ropes_by_kind, sliding_layers, windowed,
     with_sliding_rope,
 };
 use super::{gemma, gemma2, llama};
@@ -15,7 +15,8 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
     let full = RopeDefaults { theta: ("rope_theta", 1e6), ..RopeDefaults::default() };
     let sliding = RopeDefaults { theta: ("rope_local_base_freq", 1e4), ..RopeDefaults::default() };
     let llama = llama::with_ropes(f, &sizes, ropes_by_kind(f, &sizes, full, sliding)?)?;
-    let gemma = gemma::from_llama(f, llama, "gemma3_text", "hidden_activation")?;
+    let activation = activation(f, "hidden_activation", gemma::TANH)?;
+    let gemma = gemma::from_llama(f, llama, "gemma3_text", activation)?;
     let layers = gemma.layer_count();
     let pattern =
         ["sliding_window_pattern", "_sliding_window_pattern"].into_iter().find(|key| f.has(key));

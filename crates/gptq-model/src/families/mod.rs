@@ -182,7 +182,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::spec::{Layer, Positions};
+    use crate::spec::{Layer, Mlp, Positions};
 
     fn read(changes: &Value) -> Result<Spec> {
         let mut config = json!({
@@ -265,6 +265,32 @@ mod tests {
                 "original_max_position_embeddings": 16 }),
             &["short_factor", "8 numbers"],
         );
+    }
+
+    /// What the classes of transformers 5.23 hold after reading such a config.json.
+    #[test]
+    fn the_gemmas_read_the_key_of_their_activation_as_transformers_does() {
+        use gptq_compute::Activation::{Gelu, GeluTanh, Relu, Silu};
+        let found = |family: &str, act: &str, activation: &str| {
+            let config =
+                json!({ "model_type": family, "hidden_act": act, "hidden_activation": activation });
+            let Mlp::Gated { activation, .. } = read(&config).unwrap().mlp else { panic!() };
+            activation
+        };
+        for (act, activation, first, later) in [
+            ("ABSENT", "ABSENT", GeluTanh, GeluTanh),
+            ("gelu", "ABSENT", GeluTanh, GeluTanh),
+            ("gelu", "gelu_pytorch_tanh", GeluTanh, GeluTanh),
+            ("ABSENT", "gelu", GeluTanh, Gelu),
+            ("silu", "ABSENT", Silu, GeluTanh),
+            ("silu", "relu", Silu, Relu),
+            ("gelu_pytorch_tanh", "gelu", GeluTanh, Gelu),
+        ] {
+            assert_eq!(found("gemma", act, activation), first, "{act} {activation}");
+            for family in ["gemma2", "gemma3_text"] {
+                assert_eq!(found(family, act, activation), later, "{family} {act} {activation}");
+            }
+        }
     }
 
     #[test]
