@@ -10,7 +10,7 @@ mod hf;
 use std::path::{Path, PathBuf};
 
 use gptq_format::fs::write_atomic;
-use gptq_format::{Checkpoint, CheckpointFormat, CheckpointKind, Tokenizer};
+use gptq_format::{Checkpoint, CheckpointFormat, CheckpointKind, Tokenizer, copy_sentence_files};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -104,7 +104,10 @@ fn write_side_files(checkpoint: &Checkpoint, config: &Value, to: &Path) -> Resul
     }
     match &checkpoint.kind {
         // Copied without a look: a tokenizer that cannot be read here may be readable elsewhere.
-        CheckpointKind::HuggingFace => Tokenizer::copy_files(&checkpoint.path, to)?,
+        CheckpointKind::HuggingFace => {
+            Tokenizer::copy_files(&checkpoint.path, to)?;
+            copy_sentence_files(&checkpoint.path, to)?;
+        }
         CheckpointKind::Gguf(_) => checkpoint.tokenizer()?.save(to)?,
     }
     Ok(())

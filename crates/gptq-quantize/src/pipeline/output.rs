@@ -3,7 +3,10 @@
 use std::path::Path;
 
 use gptq_format::fs::write_atomic;
-use gptq_format::{Checkpoint, FormatError, GptqLinear, OutputDir, ShardWriter};
+use gptq_format::{
+    Checkpoint, CheckpointKind, FormatError, GptqLinear, OutputDir, ShardWriter,
+    copy_sentence_files,
+};
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 
@@ -58,6 +61,9 @@ impl Output {
         }
         if let Some(tokenizer) = job.tokenizer {
             tokenizer.save(&path).map_err(FormatError::from)?;
+        }
+        if let CheckpointKind::HuggingFace = job.checkpoint.kind {
+            copy_sentence_files(&job.checkpoint.path, &path)?;
         }
         let mut writer = ShardWriter::create(&path, layout.plan.clone())?;
         for tensor in &layout.copied {
