@@ -472,7 +472,12 @@ impl Spec {
 
     /// Full name of block `layer`, for example `model.layers.3`.
     pub fn block_name(&self, layer: usize) -> String {
-        format!("{}{}.{layer}", self.base, self.blocks)
+        format!("{}.{layer}", self.blocks_name())
+    }
+
+    /// Name of the list of blocks, for example `model.layers`.
+    pub fn blocks_name(&self) -> String {
+        format!("{}{}", self.base, self.blocks)
     }
 
     /// The rope of block `layer`.

@@ -149,13 +149,21 @@ fn an_expert_without_tokens_falls_back_as_asked() {
 
 #[test]
 fn encoders_are_quantized_like_decoders() {
-    for name in ["bert", "bert_mlm", "roberta", "distilbert"] {
+    for (name, blocks) in [
+        ("bert", "encoder.layer"),
+        ("bert_mlm", "bert.encoder.layer"),
+        ("roberta", "encoder.layer"),
+        ("distilbert", "transformer.layer"),
+    ] {
         let Some(source) = fixtures::dir(name) else { continue };
         let folder = tempfile::tempdir().unwrap();
         let output = folder.path().join("out");
         let options = QuantizeOptions { bits: Bits::B8, ..Default::default() };
         let report = run(&source, &output, WINDOWS, options);
         assert_eq!(report.modules.len(), 2 * 6, "{name}");
+        // transformers does not find the blocks of an encoder by itself.
+        let config = Checkpoint::open(&output).unwrap().quantize_config.unwrap();
+        assert_eq!(config.other["block_name_to_quantize"], blocks, "{name}");
         assert!(report.modules.iter().all(|r| r.nsamples == (WINDOWS * LENGTH) as u64));
         let error = error_of(&source, &output);
         assert!(error < LARGEST_ERROR, "{name}: {error}");

@@ -13,6 +13,18 @@ use serde_json::json;
 use super::options::QuantizeOptions;
 use crate::error::{QuantizeError, Result};
 
+/// Names of a model's blocks that transformers (by optimum) finds by itself. Where they have another one, as in encoders,
+/// it needs to be told, and opens nothing otherwise.
+const GUESSED_BY_OPTIMUM: [&str; 7] = [
+    "transformer.h",
+    "model.decoder.layers",
+    "gpt_neox.layers",
+    "model.layers",
+    "h",
+    "decoder.layers",
+    "layers",
+];
+
 /// A tensor that is copied, in another float type where f16 is the common one.
 #[derive(Debug, Clone)]
 pub(crate) struct Copied {
@@ -47,6 +59,10 @@ impl Layout {
             return Err(QuantizeError::AlreadyQuantized { path, bits });
         }
         let mut config = options.config();
+        let blocks = spec.blocks_name();
+        if !GUESSED_BY_OPTIMUM.contains(&blocks.as_str()) {
+            config.other.insert("block_name_to_quantize".into(), json!(blocks));
+        }
         let mut modules = HashMap::new();
         for layer in 0..spec.layer_count() {
             for linear in spec.stages(layer).into_iter().flat_map(|s| s.linears) {
