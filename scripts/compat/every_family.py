@@ -1,93 +1,203 @@
-"""A tiny random model of every family: what `gptq quantize` writes opens in transformers and gives our logits.
+"""A tiny random model of every family, both ways: what `gptq quantize` writes opens in transformers and in GPTQModel, what
+GPTQModel writes of the same model opens in gptq, and the logits are equal.
 
-The other tool's dequantized weights, put into the float model, have to give what `gptq logits` gives of the quantized one,
-so that a name, a transposition or a bias that the two understand differently shows.
+A tool that does not open ours is excused only if it does not open GPTQModel's own checkpoint of the same model either, if
+GPTQModel cannot make one, or if the two tools want different names (then ours opens in the other one); the row quotes the
+messages. `every_family.py TOOL FAMILY DIR` opens one checkpoint in a process of its own.
 """
 
 import json
+import pathlib
+import shutil
+import subprocess
+import sys
 
 import torch
 import transformers
 from families import FAMILIES
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from safetensors import safe_open
-from tools import EXACT_TOLERANCE, WORK, Row, byte_tokenizer, gptq, our_weights, tokens
+from tools import EXACT_TOLERANCE, WORK, Row, byte_tokenizer, difference, gptq, our_logits, our_weights, tokens
 from transformers import GPTQConfig
-from variants import build, compare
+from variants import build
 
-HEAD = ["modules", "weights bit-equal", "logits, f32 arithmetic", "reload equal"]
+HEAD = [
+    "family", "modules", "reload equal", "ours in transformers", "ours in GPTQModel", "GPTQModel's in transformers",
+    "GPTQModel's in gptq",
+]  # fmt: skip
 OPTIONS = ["--bits", 4, "--group-size", 32, "--seqlen", 32, "--nsamples", 8]
-# Groups of 32 have to divide every input: experts and heads wider than those of variants.py.
+# Of a model whose weights were rounded to f16.
+RELOAD_TOLERANCE = 1e-2
+# GPTQModel makes the table of sines in f16.
+SINES_IN_F16 = {"gptj": 1e-3, "codegen": 1e-3}
+# Groups of 32 have to divide every input: experts wider than those of families.py.
 WIDER = {
     "qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
     "qwen3_moe": {"moe_intermediate_size": 64},
 }
+# Modules that these tools hold under other names than the checkpoint, and keep when they save.
+OTHER_NAMES = {
+    "mixtral": (
+        "The names that the model was published with (`block_sparse_moe.experts.0.w1`), which engines and transformers 4 read, "
+        "are kept; GPTQModel 7 reads and writes `mlp.experts.0.gate_proj` alone."
+    ),
+}
+
+
+def first_line(error):
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}".replace("|", "/")
+
+
+def token_rows(count):
+    """Rows of 32 token ids."""
+    noise = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 256, (32,), generator=noise).tolist() for _ in range(count)]
 
 
 def calibration():
     """Rows of token ids, which decoders join and encoders take one by one."""
-    noise = torch.Generator().manual_seed(3)
-    rows = (torch.randint(3, 256, (32,), generator=noise).tolist() for _ in range(16))
     path = WORK / "every-family.jsonl"
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in token_rows(16)))
     return path
 
 
-def logits_of(directory, name, found):
-    """What `gptq logits` gives, compared with `found`."""
-    error, message = compare(directory, {"input_ids": tokens()}, {name: found})
-    if error is None:
-        raise RuntimeError(message)
+def class_of(model_type):
+    return getattr(transformers, FAMILIES[model_type].get("class", "AutoModelForCausalLM"))
+
+
+def attention_of(model_type):
+    return FAMILIES[model_type].get("attention", "eager")
+
+
+def by_transformers(model_type, directory):
+    config = GPTQConfig(bits=4, backend="torch")  # all but the backend is taken from the checkpoint
+    return class_of(model_type).from_pretrained(
+        directory, dtype=torch.float32, device_map="cpu", quantization_config=config, attn_implementation=attention_of(model_type)
+    )
+
+
+def by_gptqmodel(model_type, directory):
+    opened = GPTQModel.load(
+        str(directory), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16, attn_implementation=attention_of(model_type)
+    )
+    return opened.model.float()
+
+
+TOOLS = {"transformers": by_transformers, "GPTQModel": by_gptqmodel}
+
+
+def quantized_modules(directory):
+    """The modules of a checkpoint that have a qweight."""
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        return {name.removesuffix(".qweight") for name in file.keys() if name.endswith(".qweight")}
+
+
+def opened(tool, model_type, directory):
+    """Difference of the logits in f32 arithmetic, after the modules and their dequantized weights proved to be ours."""
+    expected, weights, asked = our_logits(directory), our_weights(directory), quantized_modules(directory)
+    model = TOOLS[tool](model_type, directory)
+    linears = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
+    if set(linears) != asked:
+        odd = sorted(set(linears) ^ asked)[0]
+        raise RuntimeError(f"{len(set(linears) & asked)} of {len(asked)} modules are quantized there, not {odd}")
+    for name, linear in linears.items():
+        linear.scales = linear.scales.float()  # else the product is rounded to f16
+        exact, ours = linear.dequantize_weight().half(), weights[f"{name}.weight"]
+        # Conv1D stores [in, out], the others [out, in].
+        if not any(ours.shape == weight.shape and torch.equal(ours, weight) for weight in (exact, exact.T)):
+            raise RuntimeError(f"the weights of {name} differ")
+    with torch.no_grad():
+        error = difference(expected, model(tokens()).logits)
+    limit = SINES_IN_F16.get(model_type, EXACT_TOLERANCE) if tool == "GPTQModel" else EXACT_TOLERANCE
+    if not error <= limit:
+        raise RuntimeError(f"the logits differ by {error:.1e}")
     return error
 
 
+def attempt(open_one, *arguments):
+    """(cell, "") or ("no", message)"""
+    try:
+        return f"{open_one(*arguments):.1e}", ""
+    except Exception as error:  # whatever a tool raises is a finding, and the other families go on
+        return "no", first_line(error)
+
+
+def afresh(tool, model_type, directory):
+    """`opened` in another process: GPTQModel changes transformers' classes of a family when it has opened one of it."""
+    command = [sys.executable, __file__, tool, model_type, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    answer = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or [""])[-1].split(": ", 1)[-1])
+    return float(answer)
+
+
+def theirs(model_type, source):
+    """GPTQModel's own checkpoint of the same model."""
+    written = WORK / "every-family-gptqmodel"
+    shutil.rmtree(written, ignore_errors=True)
+    model = GPTQModel.load(str(source), QuantizeConfig(bits=4, group_size=32), device="cpu", dtype=torch.float16)
+    model.quantize(token_rows(16), batch_size=1)
+    model.save(str(written))
+    return written
+
+
+def reloaded(model_type, quantized):
+    """Difference from the f32 model of our dequantized weights, which are rounded to f16 there."""
+    expected = our_logits(quantized)
+    our_weights(quantized)
+    plain = class_of(model_type).from_pretrained(
+        WORK / "dequantized", dtype=torch.float32, attn_implementation=attention_of(model_type)
+    )
+    with torch.no_grad():
+        return difference(expected, plain(tokens()).logits)
+
+
 def check(model_type, texts):
+    """The row of one family."""
     source, quantized = WORK / "every-family", WORK / "every-family-quantized"
-    model = build(model_type, WIDER.get(model_type, {}), 0)
-    model.save_pretrained(source)
+    shutil.rmtree(source, ignore_errors=True)
+    build(model_type, WIDER.get(model_type, {}), 0).half().save_pretrained(source)
     byte_tokenizer(source)
     gptq("quantize", source, "--output", quantized, "--overwrite", "--calibration", texts, *OPTIONS)
-    with safe_open(quantized / "model.safetensors", "pt") as file:
-        asked = {name.removesuffix(".qweight") for name in file.keys() if name.endswith(".qweight")}
-
-    # What we read is what was saved: our dequantized copy, in f16, gives nearly the same logits.
-    plain = WORK / "dequantized"
-    gptq("convert", quantized, "--to", "hf", "--output", plain, "--overwrite")
-    task = getattr(transformers, FAMILIES[model_type].get("class", "AutoModelForCausalLM"))
-    reference = task.from_pretrained(plain, dtype=torch.float32, attn_implementation=model.config._attn_implementation)
-    with torch.no_grad():
-        reload = logits_of(quantized, "logits", reference(tokens()).logits)
-
-    config = GPTQConfig(bits=4, backend="torch")
-    opened = task.from_pretrained(quantized, dtype=torch.float16, device_map="cpu", quantization_config=config)
-    linears = {name: module for name, module in opened.named_modules() if hasattr(module, "qweight")}
-    if set(linears) != asked:
-        odd = sorted(set(linears) ^ asked)
-        raise RuntimeError(f"{len(linears)} of {len(asked)} modules are quantized there; {odd[0]} differs")
-    ours, equal, state = our_weights(quantized), True, dict(reference.state_dict())
-    for name, linear in linears.items():
-        linear.scales = linear.scales.float()
-        exact = linear.dequantize_weight().T.contiguous()
-        exact = exact.T.contiguous() if state[f"{name}.weight"].shape != exact.shape or is_conv1d(reference, name) else exact
-        equal &= torch.equal(ours[f"{name}.weight"], exact.half())
-        state[f"{name}.weight"] = exact
-    reference.load_state_dict(state)
-    with torch.no_grad():
-        exact = logits_of(quantized, "logits", reference(tokens()).logits)
-    return len(linears), equal, exact, reload
-
-
-def is_conv1d(model, name):
-    return type(model.get_submodule(name)).__name__ == "Conv1D"
+    reload = reloaded(model_type, quantized)
+    ours = {tool: attempt(opened, tool, model_type, quantized) for tool in TOOLS}
+    found, notes = [str(len(quantized_modules(quantized))), f"{reload:.1e}", *(cell for cell, _ in ours.values())], []
+    try:
+        written = theirs(model_type, source)
+    except Exception as error:
+        none = f"GPTQModel makes no checkpoint of it: {first_line(error)}"
+        notes += [f"not in {tool}: {message}. {none}" for tool, (_, message) in ours.items() if message]
+        return Row(model_type, [*found, "none", "none"], reload <= RELOAD_TOLERANCE, notes or [none])
+    there, their_message = attempt(afresh, "transformers", model_type, written)
+    here, our_message = attempt(opened, "GPTQModel", model_type, written)
+    ok = reload <= RELOAD_TOLERANCE and not our_message
+    if our_message:
+        notes.append(f"GPTQModel's in gptq: {our_message}")
+    message = ours["transformers"][1]
+    if message:
+        ok &= bool(their_message)
+        notes.append(f"not in transformers: {message}. GPTQModel's own: {their_message or 'opens'}")
+    message = ours["GPTQModel"][1]
+    if message:
+        excuse = OTHER_NAMES.get(model_type)
+        if not excuse and their_message and not ours["transformers"][1]:
+            excuse = f"GPTQModel's own does not open in transformers: {their_message}"
+        ok &= bool(excuse)
+        notes.append(f"not in GPTQModel: {message}. {excuse or ''}")
+    return Row(model_type, [*found, there, here], ok, notes)
 
 
 def rows():
     texts = calibration()
     for model_type in FAMILIES:
         try:
-            count, equal, exact, reload = check(model_type, texts)
-        except Exception as error:  # whatever a tool raises is a finding, and the other families go on
-            line = (str(error).splitlines() or [""])[0][:240]
-            yield Row(model_type, ["", "", "", ""], False, [f"{type(error).__name__}: {line}"])
-            continue
-        ok = equal and exact <= EXACT_TOLERANCE and reload <= 1e-2
-        yield Row(model_type, [str(count), "yes" if equal else "no", f"{exact:.1e}", f"{reload:.1e}"], ok, [])
+            yield check(model_type, texts)
+        except Exception as error:  # ours, or transformers without any quantization
+            yield Row(model_type, [""] * (len(HEAD) - 1), False, [first_line(error)])
+
+
+if __name__ == "__main__":
+    tool, model_type, directory = sys.argv[1:]
+    print(opened(tool, model_type, pathlib.Path(directory)))

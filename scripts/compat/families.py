@@ -148,7 +148,7 @@ FAMILIES = {
     ),  # fmt: skip
     "gemma": dict(
         base={**SMALL, "head_dim": 16},
-        axes=[GEMMA[0], axis("hidden_act", "gelu_pytorch_tanh", "gelu", "silu"), *GEMMA[2:], ROPES[:6]],
+        axes=[GEMMA[0], axis("hidden_act", "gelu_pytorch_tanh", "gelu", "silu"), axis("hidden_activation", "gelu_pytorch_tanh", "gelu"), *GEMMA[2:], ROPES[:6]],
     ),
     "gemma2": dict(
         base={**SMALL, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8},

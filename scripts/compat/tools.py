@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-WORK = ROOT / ".demo" / "compat"
+WORK = pathlib.Path(os.environ.get("GPTQ_COMPAT_WORK", ROOT / ".demo" / "compat"))
 WORK.mkdir(parents=True, exist_ok=True)
 GPTQ = pathlib.Path(os.environ.get("GPTQ_BINARY", ROOT / "target" / "release" / "gptq")).resolve()
 
