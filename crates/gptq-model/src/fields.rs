@@ -268,12 +268,9 @@ impl<'a> Fields<'a> {
                 Value::Object(map) => map.is_empty(),
                 Value::String(_) | Value::Bool(true) => false,
             };
-            if !off
-                && !seen.contains_key(key)
-                && !HARMLESS.contains(&key.as_str())
-                && !(key == "rope_parameters" && is_plain_rope(value))
-                && sounds_relevant(key)
-            {
+            let harmless = HARMLESS.contains(&key.as_str())
+                || (key == "rope_parameters" && is_plain_rope(value));
+            if !off && !seen.contains_key(key) && !harmless && sounds_relevant(key) {
                 return Err(self.unhandled(key));
             }
         }
