@@ -1,7 +1,8 @@
 #!/usr/bin/env sh
 # Checks gptq against the real tools: transformers with GPTQModel, and llama.cpp. Installs them into .demo/compat-venv
 # (5 GiB, and llama.cpp is compiled), so it takes tens of minutes and is not part of `make test`.
-# Arguments name the parts to run, all by default; only a whole run writes docs/reference/compat.md.
+# Arguments name the parts to run, all by default; their sections of docs/reference/compat.md are written anew, if the tools
+# are of the versions that it names. GPTQ_COMPAT_WORK is where checkpoints are made, .demo/compat by default.
 set -eu
 cd "$(dirname "$0")/.."
 
