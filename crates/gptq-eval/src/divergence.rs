@@ -1,10 +1,10 @@
 //! Statistics of the divergence from a reference over all scored tokens.
 
 use gptq_compute::Divergence;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Divergence of a model from its reference, D(reference ‖ model) in nats per token.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct DivergenceSummary {
     /// Mean.
     pub kl_mean: f64,

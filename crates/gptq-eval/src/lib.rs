@@ -9,6 +9,10 @@
 
 mod divergence;
 mod perplexity;
+mod recording;
 
 pub use divergence::DivergenceSummary;
-pub use perplexity::{EvalError, EvalOptions, Evaluation, Protocol, evaluate};
+pub use perplexity::{
+    EvalError, EvalOptions, Evaluation, Protocol, Reference, evaluate, evaluate_against, record,
+};
+pub use recording::Recording;

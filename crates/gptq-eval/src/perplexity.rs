@@ -1,10 +1,11 @@
 //! Perplexity by the two protocols in use.
 
 use gptq_compute::{Divergence, Tensor, cross_entropy, kl_divergence};
-use gptq_model::{Model, ModelError, Sequence, Session};
-use serde::Serialize;
+use gptq_model::{Ctx, HeadLayer, Model, ModelError, Sequence, Session};
+use serde::{Deserialize, Serialize};
 
 use crate::divergence::DivergenceSummary;
+use crate::recording::{Recorder, Recording};
 
 /// Tokens that run through the model at once: short windows are batched up to here.
 const BATCH_TOKENS: usize = 2048;
@@ -12,7 +13,7 @@ const BATCH_TOKENS: usize = 2048;
 const LOGIT_ROWS: usize = 256;
 
 /// How windows are cut and scored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Protocol {
     /// The GPTQ paper: non-overlapping windows of the joined text, all tokens of a window but its
     /// first.
@@ -56,7 +57,7 @@ pub struct EvalOptions {
 }
 
 /// The result.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// How windows were cut and scored.
     pub protocol: Protocol,
@@ -155,16 +156,108 @@ impl<'a> Runner<'a> {
 
     /// Logits of rows `first..first + count` of the last forward call.
     fn logits(&mut self, first: usize, count: usize) -> &Tensor {
-        let hidden = self.session.hidden();
-        self.rows.resize(count, hidden.cols());
-        for row in 0..count {
-            self.rows.row_mut(row).copy_from_slice(hidden.row(first + row));
-        }
+        copy_rows(self.session.hidden(), first, count, &mut self.rows);
         let (head, ctx) = (self.model.head(), &mut self.session.ctx);
         head.normalize(ctx, &self.rows, &mut self.normalized);
         head.logits(ctx, &self.normalized, &mut self.logits);
         &self.logits
     }
+}
+
+fn copy_rows(from: &Tensor, first: usize, count: usize, to: &mut Tensor) {
+    to.resize(count, from.cols());
+    for row in 0..count {
+        to.row_mut(row).copy_from_slice(from.row(first + row));
+    }
+}
+
+/// What a model is compared with.
+pub enum Reference<'a> {
+    /// A model, which runs beside.
+    Model(&'a Model, &'a mut Session),
+    /// What a model computed before ([`record`]), its head, and buffers for that.
+    Recording(&'a Recording, &'a HeadLayer, &'a mut Ctx),
+}
+
+/// The reference as the evaluation sees it.
+enum Expected<'a> {
+    Model(Runner<'a>),
+    Recording {
+        recording: &'a Recording,
+        head: &'a HeadLayer,
+        ctx: &'a mut Ctx,
+        rows: Tensor,
+        normalized: Tensor,
+        logits: Tensor,
+    },
+}
+
+impl<'a> Expected<'a> {
+    fn new(reference: Reference<'a>, batch: usize) -> Self {
+        match reference {
+            Reference::Model(model, session) => Self::Model(Runner::new(model, session, batch)),
+            Reference::Recording(recording, head, ctx) => {
+                let (rows, normalized, logits) = Default::default();
+                Self::Recording { recording, head, ctx, rows, normalized, logits }
+            }
+        }
+    }
+
+    fn forward(&mut self, windows: &[&[u32]]) -> Result<(), ModelError> {
+        match self {
+            Self::Model(runner) => runner.forward(windows),
+            Self::Recording { .. } => Ok(()),
+        }
+    }
+
+    /// Logits of `count` rows from `row` of window `window` on, which is row `of_batch` of the batch.
+    fn logits(&mut self, window: usize, row: usize, of_batch: usize, count: usize) -> &Tensor {
+        match self {
+            Self::Model(runner) => runner.logits(of_batch, count),
+            Self::Recording { recording, head, ctx, rows, normalized, logits } => {
+                copy_rows(recording.hidden(window), row, count, rows);
+                head.normalize(ctx, rows, normalized);
+                head.logits(ctx, normalized, logits);
+                logits
+            }
+        }
+    }
+}
+
+/// As [`evaluate`] without a reference, and keeps what later evaluations of other models on the same
+/// text compare with, if that takes at most `most_bytes` ([`Recording::bytes_for`]).
+///
+/// # Errors
+/// As [`evaluate`].
+pub fn record(
+    model: &Model,
+    session: &mut Session,
+    text: &[u32],
+    options: &EvalOptions,
+    most_bytes: usize,
+    progress: impl FnMut(usize, usize),
+) -> Result<(Evaluation, Option<Recording>), EvalError> {
+    let mut recorder = Recorder::new(model.spec(), text.len(), options, most_bytes);
+    let evaluation = run(model, session, None, text, options, recorder.as_mut(), progress)?;
+    Ok((evaluation, recorder.map(Recorder::finish)))
+}
+
+/// As [`evaluate`] against a [`Reference`] of either kind; the results are the same to the bit.
+///
+/// # Errors
+/// As [`evaluate`].
+///
+/// # Panics
+/// If the recording is of another text or of other windows.
+pub fn evaluate_against(
+    model: &Model,
+    session: &mut Session,
+    reference: Reference<'_>,
+    text: &[u32],
+    options: &EvalOptions,
+    progress: impl FnMut(usize, usize),
+) -> Result<Evaluation, EvalError> {
+    run(model, session, Some(reference), text, options, None, progress)
 }
 
 /// Scores `text` under `model`, and compares with a reference model where one is given. `progress`
@@ -178,6 +271,19 @@ pub fn evaluate(
     reference: Option<(&Model, &mut Session)>,
     text: &[u32],
     options: &EvalOptions,
+    progress: impl FnMut(usize, usize),
+) -> Result<Evaluation, EvalError> {
+    let reference = reference.map(|(model, session)| Reference::Model(model, session));
+    run(model, session, reference, text, options, None, progress)
+}
+
+fn run(
+    model: &Model,
+    session: &mut Session,
+    reference: Option<Reference<'_>>,
+    text: &[u32],
+    options: &EvalOptions,
+    mut recorder: Option<&mut Recorder>,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Evaluation, EvalError> {
     let EvalOptions { protocol, seqlen, max_windows, bos } = *options;
@@ -195,16 +301,16 @@ pub fn evaluate(
     if text.len() < seqlen {
         return Err(EvalError::TooShort { tokens: text.len(), seqlen });
     }
-    if let Some((reference, _)) = &reference
-        && reference.spec().vocab != model.spec().vocab
-    {
-        let (reference, model) = (reference.spec().vocab, model.spec().vocab);
-        return Err(EvalError::Vocabulary { reference, model });
+    if let Some(reference) = &reference {
+        let (reference, model) = (reference.vocab(), model.spec().vocab);
+        if reference != model {
+            return Err(EvalError::Vocabulary { reference, model });
+        }
     }
-    let total = (text.len() / seqlen).min(max_windows.unwrap_or(usize::MAX));
+    let total = windows(text.len(), seqlen, max_windows);
     let batch = (BATCH_TOKENS / seqlen).max(1);
     let mut runner = Runner::new(model, session, batch);
-    let mut reference = reference.map(|(m, s)| Runner::new(m, s, batch));
+    let mut reference = reference.map(|reference| Expected::new(reference, batch));
     let mut scores = Scores::default();
     let mut reference_scores = Scores::default();
     let mut divergences: Vec<Divergence> = Vec::new();
@@ -223,6 +329,9 @@ pub fn evaluate(
             reference.forward(&windows)?;
         }
         for window in 0..count {
+            if let Some(recorder) = &mut recorder {
+                recorder.add(runner.session.hidden(), window * seqlen);
+            }
             // The logits at a position score the token behind it.
             let end = window * seqlen + seqlen - 1;
             let mut row = window * seqlen + first - 1;
@@ -234,7 +343,8 @@ pub fn evaluate(
                 let error = |which| EvalError::NotFinite { window: start + window, which };
                 scores.add(&cross_entropy(&pool, logits, targets)).ok_or_else(|| error("model"))?;
                 if let Some(reference) = &mut reference {
-                    let expected = reference.logits(row, rows);
+                    let within = row - window * seqlen;
+                    let expected = reference.logits(start + window, within, row, rows);
                     reference_scores
                         .add(&cross_entropy(&pool, expected, targets))
                         .ok_or_else(|| error("reference"))?;
@@ -256,6 +366,20 @@ pub fn evaluate(
         reference_perplexity: reference.map(|_| reference_scores.perplexity().0),
         divergence: DivergenceSummary::new(&divergences),
     })
+}
+
+/// Windows that are cut from `tokens` tokens.
+pub(crate) fn windows(tokens: usize, seqlen: usize, most: Option<usize>) -> usize {
+    (tokens / seqlen.max(1)).min(most.unwrap_or(usize::MAX))
+}
+
+impl Reference<'_> {
+    fn vocab(&self) -> usize {
+        match self {
+            Self::Model(model, _) => model.spec().vocab,
+            Self::Recording(recording, ..) => recording.vocab,
+        }
+    }
 }
 
 /// Sums of negative log-likelihoods.

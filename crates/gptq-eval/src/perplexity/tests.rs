@@ -58,6 +58,33 @@ fn a_model_does_not_diverge_from_itself() {
 }
 
 #[test]
+fn a_recording_is_as_good_as_the_model() {
+    let Some((reference, expected)) = load("llama") else { return };
+    let Some((model, _)) = load("llama_f16") else { return };
+    let ids = expected.tokens("input_ids").1;
+    let session = || Session::new(Arc::new(Pool::new(2)));
+    for protocol in [Protocol::Gptq, Protocol::LlamaCpp] {
+        let options = EvalOptions { protocol, seqlen: 16, max_windows: Some(2), bos: Some(3) };
+        let (mut a, mut b) = (session(), session());
+        let beside =
+            evaluate(&model, &mut a, Some((&reference, &mut b)), &ids, &options, |_, _| {})
+                .unwrap();
+        let bytes = Recording::bytes_for(reference.spec(), ids.len(), &options);
+        assert_eq!(bytes, 2 * 16 * reference.spec().hidden * 4);
+        let (alone, recording) =
+            record(&reference, &mut b, &ids, &options, bytes, |_, _| {}).unwrap();
+        assert_eq!(Some(alone.perplexity), beside.reference_perplexity);
+        let recording = recording.unwrap();
+        let kept = Reference::Recording(&recording, reference.head(), &mut b.ctx);
+        let again = evaluate_against(&model, &mut a, kept, &ids, &options, |_, _| {}).unwrap();
+        assert_eq!(again, beside, "{protocol:?}");
+        assert!(again.divergence.unwrap().kl_mean > 0.0);
+        let none = record(&reference, &mut b, &ids, &options, bytes - 1, |_, _| {}).unwrap().1;
+        assert!(none.is_none(), "too large to keep");
+    }
+}
+
+#[test]
 fn short_texts_and_windows_are_refused() {
     let Some((model, expected)) = load("llama") else { return };
     let ids = expected.tokens("input_ids").1;
