@@ -66,11 +66,13 @@ pub fn model_card(report: &QuantReport, details: &CardDetails<'_>) -> String {
         let names: Vec<String> = calibration
             .sources
             .iter()
-            .map(
-                |source| {
-                    if source.kind == "self" { SELF_TEXT.to_owned() } else { cell(&source.name) }
-                },
-            )
+            .map(|source| {
+                let name = if source.kind == "self" { SELF_TEXT } else { &cell(&source.name) };
+                // Of one source the windows are those of the whole.
+                let mixed = calibration.sources.len() > 1;
+                let share = if mixed { format!(" ({})", source.windows) } else { String::new() };
+                format!("{name}{share}")
+            })
             .collect();
         line(&format!(
             "| calibration | {}: {} windows of {} tokens, seed {} (fingerprint `{}`) |",
@@ -191,10 +193,9 @@ mod tests {
             documents: 1,
             characters: 10,
             tokens: 8,
-            cut: false,
             windows: 2,
             coverage: 1.0,
-            records: false,
+            ..SourceReport::default()
         };
         let options = CalibrationOptions { nsamples: 2, seqlen: 8, seed: 3 };
         run.calibration =

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::calibration::CalibrationReport;
+use crate::pipeline::MixedReport;
 
 /// What happened to one linear.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -121,6 +122,9 @@ pub struct QuantReport {
     pub totals: Totals,
     /// Bits per quantized weight, with codes, scales, zeros and group indices.
     pub bits_per_weight: f64,
+    /// How bits were chosen for a size; `null` where all modules have what the settings say.
+    #[serde(default)]
+    pub mixed_precision: Option<MixedReport>,
     /// What deserves a look, in sentences (see [`warnings`]).
     pub warnings: Vec<String>,
     /// One record per quantized linear, in the order of the work.
@@ -237,6 +241,7 @@ pub(crate) mod tests {
             peak_rss_bytes: Some(1 << 30),
             totals: Totals::default(),
             bits_per_weight: 4.15,
+            mixed_precision: None,
             warnings: Vec::new(),
             modules: vec![record(0, "mlp.up_proj", 0.5)],
         }

@@ -1,6 +1,7 @@
 //! One file per verb, and what they share.
 
 mod bench;
+mod calibration;
 mod convert;
 mod embed;
 mod eval;

@@ -2,26 +2,22 @@
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
-use gptq_compute::Pool;
 use gptq_compute::sweep::ScaleSearch;
-use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic, Tokenizer};
-use gptq_model::{ActivationType, Model, SentencePooling, Session, Spec};
-use gptq_quantize::calibration::SourceReport;
-use gptq_quantize::pipeline::Job;
+use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic};
+use gptq_model::{ActivationType, SentencePooling, Spec};
+use gptq_quantize::pipeline::{Job, MixedReport, apply_target, sensitivity};
 use gptq_quantize::{
-    CalibrationOptions, CalibrationReport, CalibrationSet, CalibrationSource, Method, MoeFallback,
-    Plan, QuantizeOptions, SelfCalibration, TokenWeights, Windows, plan, quantize_as_planned,
-    self_calibrate,
+    CalibrationOptions, Method, MoeFallback, Plan, QuantizeOptions, TokenWeights, Windows, plan,
+    quantize_as_planned,
 };
 use serde_json::json;
 
-use super::{explain, open, pool, progress};
+use super::{calibration, open, pool, progress};
 use crate::Global;
-use crate::output::progress::{ProgressView, catch_interrupts};
+use crate::output::progress::catch_interrupts;
 use crate::output::table::{Align, Table, colour_allowed};
 use crate::output::{json as json_output, plot, size};
 
@@ -43,6 +39,11 @@ pub(crate) struct Args {
     /// Bits per weight: 2, 3, 4 or 8.
     #[arg(long, default_value = "4", value_parser = parse_bits)]
     bits: Bits,
+    /// Mixed precision: bits of each module chosen so that the divergence from the original is least
+    /// and quantized weights take at most so many bits each, scales, zeros and group indices included.
+    /// The same bits for linears that engines fuse; written as rules of `dynamic`.
+    #[arg(long, value_name = "BITS", conflicts_with = "bits")]
+    pub(super) target_bpw: Option<f64>,
     /// Inputs that share a scale: a multiple of 8, or -1 for the whole row.
     #[arg(long, default_value_t = 128, allow_negative_numbers = true, value_name = "N")]
     group_size: i64,
@@ -116,9 +117,11 @@ pub(crate) struct Args {
     /// memory and rounds them.
     #[arg(long, value_enum, default_value_t = ActivationTypeArg::F32, value_name = "TYPE")]
     activation_dtype: ActivationTypeArg,
-    /// Calibration text (.txt, .jsonl, .parquet; several are mixed), or `self`: the model writes it.
-    /// Encoders take each line (of .txt) or row as a window of its own, with its special tokens.
-    #[arg(long, value_name = "FILE|self", default_value = "self", num_args = 1)]
+    /// Calibration text (.txt, .jsonl, .parquet), or `self`: the model writes it. Given several
+    /// times, windows are drawn from each in proportion to the weights: `--calibration a.txt
+    /// --calibration self@0.5` takes two thirds from the file. Encoders take each line (of .txt) or
+    /// row as a window of its own, with its special tokens.
+    #[arg(long, value_name = "FILE|self[@WEIGHT]", default_value = "self", num_args = 1)]
     calibration: Vec<String>,
     /// Calibration windows. [default: 128; of encoders, whose windows are short, 1024]
     #[arg(long, value_name = "N", hide_default_value = true)]
@@ -219,7 +222,7 @@ pub(super) fn parse_bits(text: &str) -> Result<Bits, String> {
 }
 
 impl Args {
-    fn options(&self) -> anyhow::Result<QuantizeOptions> {
+    pub(super) fn options(&self) -> anyhow::Result<QuantizeOptions> {
         let dynamic = match &self.dynamic {
             None => Dynamic::default(),
             Some(path) => {
@@ -268,6 +271,7 @@ impl Args {
                 FormatArg::GptqV2 => CheckpointFormat::GptqV2,
             },
             dynamic,
+            mixed: None,
             max_shard_bytes: self.max_shard_size,
             lm_head: self.lm_head,
             max_memory: self.max_memory,
@@ -303,12 +307,24 @@ impl Args {
         })
     }
 
-    /// Kind, number and length of the windows for a model.
-    fn windows(
+    /// The calibration windows for a model.
+    pub(super) fn calibration(
         &self,
         checkpoint: &Checkpoint,
-        spec: &Spec,
-    ) -> anyhow::Result<(Windows, CalibrationOptions)> {
+    ) -> anyhow::Result<calibration::Request> {
+        let (kind, windows) = self.windows(checkpoint)?;
+        Ok(calibration::Request {
+            sources: self.calibration.clone(),
+            kind,
+            windows,
+            temperature: self.calibration_temperature,
+            top_k: self.calibration_top_k,
+        })
+    }
+
+    /// Kind, number and length of the windows for a model.
+    fn windows(&self, checkpoint: &Checkpoint) -> anyhow::Result<(Windows, CalibrationOptions)> {
+        let spec = Spec::for_checkpoint(checkpoint)?;
         if spec.attention.causal {
             let nsamples = self.nsamples.unwrap_or(128);
             let options = CalibrationOptions { nsamples, seqlen: self.seqlen, seed: self.seed };
@@ -327,7 +343,7 @@ impl Args {
 
 pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let view = progress(global);
-    let options = args.options()?;
+    let mut options = args.options()?;
     options.check()?;
     // With --overwrite it may be the output that is to be replaced.
     let resume = args.resume && !args.overwrite;
@@ -344,11 +360,35 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             Ok(tokenizer) => tokenizer,
             Err(error) => bail!("calibration needs the model's tokenizer: {error}"),
         };
-        Some(calibrate(args, &options, &checkpoint, tokenizer, &pool, &view)?)
+        let target = calibration::Target {
+            model: &args.model,
+            checkpoint: &checkpoint,
+            tokenizer,
+            pool: &pool,
+            options: &options,
+            // Bits are chosen from what real windows show.
+            dry_run: args.dry_run && args.target_bpw.is_none(),
+        };
+        Some(calibration::load(&args.calibration(&checkpoint)?, &target, &view)?)
     } else {
         None
     };
     let output = args.output.clone().unwrap_or_else(|| "dry-run".into());
+    if let Some(target) = args.target_bpw {
+        let job = Job {
+            checkpoint: &checkpoint,
+            tokenizer: tokenizer.as_ref().ok(),
+            model: &args.model,
+            calibration: calibration.as_ref(),
+            options: &options,
+            output: &output,
+            plots: None,
+            pool: &pool,
+        };
+        let mut chosen = options.clone();
+        apply_target(&job, &sensitivity(&job, &view)?, target, &mut chosen)?;
+        options = chosen;
+    }
     let job = Job {
         checkpoint: &checkpoint,
         tokenizer: tokenizer.as_ref().ok(),
@@ -372,6 +412,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 "quantize_config": plan.config.to_json(),
                 "threads": pool.threads(),
                 "plan": plan.summary,
+                "mixed_precision": options.mixed,
                 "totals": { "blocks": plan.blocks, "modules": plan.modules },
             }))?;
         }
@@ -392,63 +433,9 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
 }
 
 /// Whether a run into `output` has come to its end: only then does the directory have its name.
-fn is_finished(output: &Path) -> bool {
+pub(super) fn is_finished(output: &Path) -> bool {
     output.join("quant_report.json").exists()
         && !gptq_format::OutputDir::partial_path(output).is_ok_and(|partial| partial.exists())
-}
-
-/// Reads the calibration data, or lets the model write them.
-fn calibrate(
-    args: &Args,
-    options: &QuantizeOptions,
-    checkpoint: &Checkpoint,
-    tokenizer: &Tokenizer,
-    pool: &Arc<Pool>,
-    view: &ProgressView,
-) -> anyhow::Result<CalibrationSet> {
-    use gptq_quantize::Progress;
-    let spec = Spec::for_checkpoint(checkpoint)?;
-    let (kind, windows) = args.windows(checkpoint, &spec)?;
-    let vocab = spec.vocab;
-    if args.calibration.iter().any(|c| c == "self") {
-        if args.calibration.len() > 1 {
-            bail!("--calibration self cannot be mixed with files yet; give one or the other");
-        }
-        // The plan depends on the number of tokens alone.
-        let drawn = vec![vec![0; windows.seqlen]; windows.nsamples];
-        let name = || "self".to_owned();
-        let source = SourceReport { name: name(), kind: name(), ..SourceReport::default() };
-        let report = CalibrationReport::new(vec![source], &drawn, &windows, vocab);
-        let planned = CalibrationSet::from_windows(drawn, report);
-        if args.dry_run {
-            return Ok(planned);
-        }
-        // What cannot be done is refused before the model writes.
-        plan(&Job {
-            checkpoint,
-            tokenizer: Some(tokenizer),
-            model: &args.model,
-            calibration: Some(&planned),
-            options,
-            output: Path::new(""),
-            plots: None,
-            pool,
-        })?;
-        view.phase("load");
-        // Opened again: its pages leave memory when the text is written.
-        let own = Checkpoint::open(&checkpoint.path)?;
-        let model = Model::load(&own)?;
-        let mut session = Session::new(Arc::clone(pool));
-        let mut writer = SelfCalibration::new(windows);
-        writer.temperature = args.calibration_temperature;
-        writer.top_k = args.calibration_top_k;
-        return self_calibrate(&model, &mut session, tokenizer, &writer, view)
-            .map_err(|error| explain(checkpoint, error));
-    }
-    view.phase("calibration");
-    let sources =
-        args.calibration.iter().map(CalibrationSource::file).collect::<Result<Vec<_>, _>>()?;
-    Ok(CalibrationSet::load(&sources, tokenizer, vocab, kind, &windows)?)
 }
 
 #[allow(clippy::print_stderr)] // The plan is for people, not data.
@@ -464,6 +451,9 @@ fn show_plan(plan: &Plan, job: &Job<'_>) {
         o.bits.as_u32(),
         plan.bits_per_weight
     );
+    if let Some(mixed) = &o.mixed {
+        eprintln!("Bits  {}", mixed_precision(mixed));
+    }
     if let Some(c) = job.calibration {
         let names: Vec<&str> = c.report.sources.iter().map(|s| s.name.as_str()).collect();
         eprintln!(
@@ -501,6 +491,23 @@ fn show_plan(plan: &Plan, job: &Job<'_>) {
     }
 }
 
+/// Which share of the weights got how many bits.
+fn mixed_precision(mixed: &MixedReport) -> String {
+    let all: u64 = mixed.groups.iter().map(|group| group.weights).sum();
+    let share = |bits: u32| {
+        let of = mixed.groups.iter().filter(|group| group.bits == bits);
+        let weights: u64 = of.map(|group| group.weights).sum();
+        let percent = 100.0 * weights as f64 / all.max(1) as f64;
+        (weights > 0).then(|| format!("{bits} bits {percent:.1} %"))
+    };
+    let shares: Vec<String> = [2, 3, 4, 8].into_iter().filter_map(share).collect();
+    format!(
+        "{} of the weights · expected divergence {:.4} nats per token",
+        shares.join(", "),
+        mixed.expected_kl
+    )
+}
+
 #[allow(clippy::print_stderr)] // As above.
 fn eprint_summary(report: &gptq_quantize::QuantReport, output: &Path) {
     eprintln!(
@@ -512,6 +519,6 @@ fn eprint_summary(report: &gptq_quantize::QuantReport, output: &Path) {
     );
 }
 
-fn plots(modules: &[gptq_quantize::ModuleRecord]) -> Vec<(&'static str, String)> {
+pub(super) fn plots(modules: &[gptq_quantize::ModuleRecord]) -> Vec<(&'static str, String)> {
     vec![("loss.svg", plot::loss_by_layer(modules)), ("error.svg", plot::error_map(modules))]
 }

@@ -164,9 +164,8 @@ impl<'a> Collector<'a> {
             characters: self.characters,
             tokens: self.tokens.len(),
             cut: self.cut,
-            windows: 0,
-            coverage: 0.0,
             records: self.record.is_some(),
+            ..SourceReport::default()
         };
         Ok((Documents { tokens: self.tokens, ends: self.ends }, report))
     }

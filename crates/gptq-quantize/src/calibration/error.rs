@@ -26,6 +26,16 @@ pub enum CalibrationError {
         /// Tokens per window asked for.
         seqlen: usize,
     },
+    /// A weight is not a positive number, or too small for a window.
+    #[error("calibration source `{name}`: weight {weight} {reason}")]
+    Weight {
+        /// The source as the user named it.
+        name: String,
+        /// Its weight.
+        weight: f64,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The file is gzip or zstd compressed.
     #[error("calibration file `{}` is {format} compressed; decompress it first", path.display())]
     Compressed {

@@ -23,6 +23,7 @@ mod error;
 mod jsonl;
 mod parquet;
 mod report;
+mod share;
 mod source;
 mod text;
 mod windows;
@@ -34,6 +35,7 @@ use gptq_format::Tokenizer;
 pub use error::CalibrationError;
 pub(crate) use report::SELF;
 pub use report::{CalibrationReport, SourceReport};
+pub use share::{shares, split_weight};
 pub use source::{CalibrationSource, SourceKind};
 
 use collect::Collector;
@@ -77,18 +79,38 @@ pub struct CalibrationSet {
 }
 
 impl CalibrationSet {
-    /// Reads `sources` and draws `options.nsamples` windows, an equal share from each source (the
-    /// first ones give the remainder). `vocab_size` is the model's: every token has to have an
-    /// embedding.
+    /// Reads `sources` and draws `options.nsamples` windows, from each source as many as its weight
+    /// asks for ([`shares`]). `vocab_size` is the model's: every token has to have an embedding.
     ///
     /// Of very long sources only the beginning is read, as much as 64 times the tokens that are
     /// drawn (but never less than 16 Mi tokens); the report says so.
     ///
     /// # Errors
     /// If a file cannot be read or is malformed (naming file and line), holds a token outside the
-    /// vocabulary, or is shorter than one window.
+    /// vocabulary, is shorter than one window, or has a weight too small for a window.
     pub fn load(
         sources: &[CalibrationSource],
+        tokenizer: &Tokenizer,
+        vocab_size: usize,
+        kind: Windows,
+        options: &CalibrationOptions,
+    ) -> Result<Self, CalibrationError> {
+        let weights = sources.iter().map(|source| {
+            let name = source.path().display().to_string();
+            (name, source.weight())
+        });
+        let shares = shares(&weights.collect::<Vec<_>>(), options.nsamples)?;
+        Self::load_shares(sources, &shares, tokenizer, vocab_size, kind, options)
+    }
+
+    /// As [`CalibrationSet::load`] with the number of windows of each source given, which
+    /// `options.nsamples` is the sum of.
+    ///
+    /// # Errors
+    /// As [`CalibrationSet::load`].
+    pub fn load_shares(
+        sources: &[CalibrationSource],
+        shares: &[usize],
         tokenizer: &Tokenizer,
         vocab_size: usize,
         kind: Windows,
@@ -106,8 +128,7 @@ impl CalibrationSet {
         let mut generator = SplitMix64::new(seed);
         let mut windows = Vec::new();
         let mut reports = Vec::with_capacity(sources.len());
-        for (index, source) in sources.iter().enumerate() {
-            let share = nsamples / sources.len() + usize::from(index < nsamples % sources.len());
+        for (source, &share) in sources.iter().zip(shares) {
             let record = (kind == Windows::Records).then_some(seqlen);
             let mut collector =
                 Collector::new(source.path(), tokenizer, vocab_size, budget, record);
@@ -134,12 +155,29 @@ impl CalibrationSet {
                     .collect(),
             };
             report.windows = drawn.len();
+            report.weight = source.weight();
             report.coverage = windows::coverage(tokens.len(), &drawn);
             windows.extend(drawn.into_iter().map(|range| tokens[range].to_vec()));
             reports.push(report);
         }
         let report = CalibrationReport::new(reports, &windows, options, vocab_size);
         Ok(Self { windows, report })
+    }
+
+    /// The windows of `self` followed by those of `other`, both drawn for a model of `vocab_size`
+    /// tokens with the same length and seed.
+    #[must_use]
+    pub fn followed_by(mut self, other: Self, vocab_size: usize) -> Self {
+        self.windows.extend(other.windows);
+        let mut sources = self.report.sources;
+        sources.extend(other.report.sources);
+        let options = CalibrationOptions {
+            nsamples: self.windows.len(),
+            seqlen: self.report.seqlen,
+            seed: self.report.seed,
+        };
+        let report = CalibrationReport::new(sources, &self.windows, &options, vocab_size);
+        Self { windows: self.windows, report }
     }
 
     /// Windows that came about in another way, such as the model's own samples.

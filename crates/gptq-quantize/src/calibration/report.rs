@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{CalibrationOptions, windows};
 
 /// What one source gave.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SourceReport {
     /// File name, or `self` for text that the model wrote.
     pub name: String,
@@ -21,6 +21,9 @@ pub struct SourceReport {
     pub tokens: usize,
     /// Whether reading stopped before the end because there was far more than is drawn.
     pub cut: bool,
+    /// Its weight among the sources: windows are shared in proportion.
+    #[serde(default = "one")]
+    pub weight: f64,
     /// Windows drawn from it.
     pub windows: usize,
     /// Share of its tokens that are in at least one window, in 0..=1.
@@ -28,6 +31,28 @@ pub struct SourceReport {
     /// Each window is a document by itself (encoders) and not a cut through all of them.
     #[serde(default)]
     pub records: bool,
+}
+
+impl Default for SourceReport {
+    /// Of a nameless source of weight 1 that gave nothing.
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            kind: String::new(),
+            documents: 0,
+            characters: 0,
+            tokens: 0,
+            cut: false,
+            weight: one(),
+            windows: 0,
+            coverage: 0.0,
+            records: false,
+        }
+    }
+}
+
+fn one() -> f64 {
+    1.0
 }
 
 /// What the calibration windows are made of.

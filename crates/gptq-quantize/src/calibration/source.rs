@@ -49,10 +49,11 @@ impl SourceKind {
 }
 
 /// One calibration file and the way it is read.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct CalibrationSource {
     path: PathBuf,
     kind: SourceKind,
+    weight: f64,
 }
 
 impl CalibrationSource {
@@ -74,7 +75,18 @@ impl CalibrationSource {
         }
         let kind =
             SourceKind::from_extension(&path).unwrap_or_else(|| SourceKind::from_content(&start));
-        Ok(Self { path, kind })
+        Ok(Self { path, kind, weight: 1.0 })
+    }
+
+    /// The same file with `weight` instead of 1: windows are shared among sources in proportion.
+    #[must_use]
+    pub fn with_weight(self, weight: f64) -> Self {
+        Self { weight, ..self }
+    }
+
+    /// Its weight among several sources.
+    pub fn weight(&self) -> f64 {
+        self.weight
     }
 
     /// The file.

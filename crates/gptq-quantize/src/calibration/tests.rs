@@ -147,6 +147,46 @@ fn several_sources_share_the_windows() {
 }
 
 #[test]
+fn weights_decide_how_many_windows_a_source_gives() {
+    let bench = Bench::new();
+    let paths = [bench.file("a.txt", "a".repeat(500)), bench.file("b.txt", "b".repeat(500))];
+    let options = CalibrationOptions { nsamples: 10, seqlen: 10, seed: 0 };
+    let load = |weights: [f64; 2]| {
+        let sources = paths.iter().zip(weights);
+        let sources: Vec<_> =
+            sources.map(|(p, w)| CalibrationSource::file(p).unwrap().with_weight(w)).collect();
+        CalibrationSet::load(&sources, &bench.tokenizer, VOCAB, Windows::Cuts, &options)
+    };
+    let set = load([3.0, 7.0]).unwrap();
+    let firsts: Vec<u32> = set.windows.iter().map(|window| window[0]).collect();
+    assert_eq!(firsts, [[64; 3].as_slice(), &[65; 7]].concat());
+    let told: Vec<_> = set.report.sources.iter().map(|s| (s.weight, s.windows)).collect();
+    assert_eq!(told, [(3.0, 3), (7.0, 7)]);
+    // Scale does not matter, equal weights are the default.
+    assert_eq!(load([0.3, 0.7]).unwrap().windows, set.windows);
+    let paths = [paths[0].as_path(), &paths[1]];
+    assert_eq!(
+        load([2.0, 2.0]).unwrap().windows,
+        bench.load_all(&paths, &options).unwrap().windows
+    );
+    let message = load([1.0, 0.01]).unwrap_err().to_string();
+    assert!(message.contains("b.txt") && message.contains("--nsamples"), "{message}");
+}
+
+#[test]
+fn sets_follow_each_other() {
+    let bench = Bench::new();
+    let (a, b) = (bench.file("a.txt", "a".repeat(50)), bench.file("b.txt", "b".repeat(50)));
+    let options = CalibrationOptions { nsamples: 2, seqlen: 10, seed: 0 };
+    let one = |path| bench.load_all(&[path], &options).unwrap();
+    let both = one(&a).followed_by(one(&b), VOCAB);
+    assert_eq!(both.windows.len(), 4);
+    assert_eq!((both.report.windows, both.report.tokens), (4, 40));
+    assert_eq!((both.report.distinct_tokens, both.report.sources.len()), (2, 2));
+    assert_ne!(both.report.fingerprint, one(&a).report.fingerprint);
+}
+
+#[test]
 fn little_text_is_noted_and_too_little_refused() {
     let bench = Bench::new();
     let path = bench.file("a.txt", "x".repeat(250));

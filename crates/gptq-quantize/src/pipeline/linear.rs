@@ -143,7 +143,7 @@ impl Run<'_> {
     }
 }
 
-fn pack(
+pub(super) fn pack(
     linear: &LinearSpec,
     settings: &ModuleSettings,
     solution: Solution,

@@ -6,6 +6,7 @@ mod journal;
 mod layout;
 mod linear;
 mod memory;
+mod mixed;
 mod options;
 mod output;
 mod plan;
@@ -20,6 +21,7 @@ use gptq_compute::Pool;
 use gptq_format::{Checkpoint, FormatError, Tokenizer};
 use gptq_model::{Block, Ctx, Embedder, HeadLayer, LinearRows, LinearSource, Spec, load_linear};
 
+pub use mixed::{MixedGroup, MixedReport, Sensitivity, apply as apply_target, sensitivity};
 pub use options::{Method, MoeFallback, QuantizeOptions};
 pub use plan::{Plan, plan};
 
@@ -144,6 +146,7 @@ pub fn quantize_as_planned(
             output_bytes: tensors,
         },
         bits_per_weight: layout.bits_per_weight(),
+        mixed_precision: job.options.mixed.clone(),
         warnings: report::warnings(&modules),
         modules,
     };

@@ -104,6 +104,8 @@ pub struct QuantizeOptions {
     pub format: CheckpointFormat,
     /// Per-module overrides.
     pub dynamic: Dynamic,
+    /// How `bits` and `dynamic` were chosen for a size, for the report ([`super::apply_target`]).
+    pub mixed: Option<super::MixedReport>,
     /// Largest size of one safetensors file, in bytes.
     pub max_shard_bytes: u64,
     /// Quantize the head too, which must not be tied to the embedding.
@@ -143,6 +145,7 @@ impl Default for QuantizeOptions {
             activation_dtype: ActivationType::default(),
             format: CheckpointFormat::Gptq,
             dynamic: Dynamic::default(),
+            mixed: None,
             max_shard_bytes: 4 << 30,
             lm_head: false,
             max_memory: None,

@@ -1,0 +1,85 @@
+//! Chosen bits as rules of `dynamic`, which engines read.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use gptq_format::Bits;
+use gptq_model::Spec;
+use serde_json::{Map, Value, json};
+
+use super::groups::{Family, Group};
+
+/// The width of most weights; of equally many the smaller.
+pub(super) fn most_common(groups: &[Group], widths: &[Bits]) -> Option<Bits> {
+    let mut counts: BTreeMap<u32, (u64, Bits)> = BTreeMap::new();
+    for (group, &bits) in groups.iter().zip(widths) {
+        counts.entry(bits.as_u32()).or_insert((0, bits)).0 += group.weights;
+    }
+    // The later of equal maxima is taken: the smaller width comes last.
+    counts.into_values().rev().max_by_key(|(weights, _)| *weights).map(|(_, bits)| bits)
+}
+
+/// `given`, followed by a rule for each kind of group and each width but `base`.
+pub(super) fn rules(
+    spec: &Spec,
+    groups: &[Group],
+    widths: &[Bits],
+    base: Bits,
+    given: &Map<String, Value>,
+) -> Map<String, Value> {
+    let mut kinds: Vec<(Family, u32, Vec<&Group>)> = Vec::new();
+    for (group, &bits) in groups.iter().zip(widths).filter(|(_, bits)| **bits != base) {
+        let bits = bits.as_u32();
+        match kinds.iter_mut().find(|(family, b, members)| {
+            *family == group.family && *b == bits && members[0].names == group.names
+        }) {
+            Some((.., members)) => members.push(group),
+            None => kinds.push((group.family, bits, vec![group])),
+        }
+    }
+    let mut rules = given.clone();
+    for (family, bits, members) in kinds {
+        rules.insert(pattern(spec, family, &members), json!({ "bits": bits }));
+    }
+    rules
+}
+
+/// A pattern for the linears of some groups of the same kind, and for what engines call them after
+/// fusing them.
+fn pattern(spec: &Spec, family: Family, groups: &[&Group]) -> String {
+    let layers: Vec<String> = groups.iter().map(|group| group.layer.to_string()).collect();
+    let first = spec.block_name(groups[0].layer);
+    let stem = first.rsplit_once('.').map_or(first.as_str(), |(stem, _)| stem);
+    let mut text = format!("+:{}\\.{}\\.", escape(stem), any(&layers));
+    let names = &groups[0].names;
+    if family == Family::Experts {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{}\\.", any(&names.iter().map(|n| escape(n)).collect::<Vec<_>>()));
+        return text;
+    }
+    // Siblings have the same parent; engines put the fused linear beside them.
+    let parent = names[0].rsplit_once('.').map_or("", |(parent, _)| parent);
+    let inside =
+        |name: &String| escape(name.strip_prefix(parent).unwrap_or(name).trim_start_matches('.'));
+    let mut inner: Vec<String> = names.iter().map(inside).collect();
+    let fused = match family {
+        Family::Qkv => "qkv_proj",
+        Family::Up | Family::SharedUp => "gate_up_proj",
+        _ => "",
+    };
+    if inner.len() > 1 && !fused.is_empty() {
+        inner.push(fused.to_owned());
+    }
+    if !parent.is_empty() {
+        let _ = write!(text, "{}\\.", escape(parent));
+    }
+    text + &any(&inner) + "$"
+}
+
+fn any(parts: &[String]) -> String {
+    if let [one] = parts { one.clone() } else { format!("(?:{})", parts.join("|")) }
+}
+
+fn escape(name: &str) -> String {
+    name.replace('.', "\\.")
+}
