@@ -12,7 +12,7 @@ use gptq_quantize::{Progress, rss};
 use serde_json::{Value, json};
 
 use super::runtime::{ActivationsArg, HeadBitsArg};
-use super::{explain, load, pool, progress, read_text};
+use super::{bos_of, explain, load, pool, progress, read_text};
 use crate::Global;
 use crate::output::json as json_output;
 use crate::output::table::{Align, Table, colour_allowed};
@@ -50,10 +50,19 @@ pub(crate) struct Args {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum ProtocolArg {
+pub(super) enum ProtocolArg {
     Gptq,
     #[value(name = "llama.cpp")]
     LlamaCpp,
+}
+
+impl From<ProtocolArg> for Protocol {
+    fn from(arg: ProtocolArg) -> Self {
+        match arg {
+            ProtocolArg::Gptq => Self::Gptq,
+            ProtocolArg::LlamaCpp => Self::LlamaCpp,
+        }
+    }
 }
 
 pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
@@ -65,22 +74,15 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let tokenizer = checkpoint.tokenizer().context("the text cannot be tokenized")?;
     let reference =
         args.reference.as_deref().map(|r| load(r, HeadBits::Stored, &pool, &view)).transpose()?;
-    let protocol = match args.protocol {
-        ProtocolArg::Gptq => Protocol::Gptq,
-        ProtocolArg::LlamaCpp => Protocol::LlamaCpp,
-    };
+    let protocol: Protocol = args.protocol.into();
     view.phase("tokenize");
     let tokens = tokenizer.encode(&text, false).map_err(anyhow::Error::from)?;
     drop(text);
-    // llama.cpp puts the beginning-of-text token where encoding with special tokens does.
-    let bos = tokenizer
-        .bos_id()
-        .filter(|id| tokenizer.encode("a", true).is_ok_and(|ids| ids.first() == Some(id)));
     let options = EvalOptions {
         protocol,
         seqlen: args.seqlen.unwrap_or(protocol.default_seqlen()),
         max_windows: args.max_windows,
-        bos,
+        bos: bos_of(&tokenizer),
     };
     if options.max_windows == Some(0) {
         bail!("--max-windows 0 leaves nothing to score");

@@ -11,6 +11,7 @@ mod inspect;
 mod logits;
 mod quantize;
 mod runtime;
+mod sweep;
 mod verify;
 
 use std::path::PathBuf;
@@ -39,6 +40,7 @@ pub(crate) enum Command {
     Inspect(inspect::Args),
     Verify(verify::Args),
     Convert(convert::Args),
+    Sweep(Box<sweep::Args>),
     Families(families::Args),
 }
 
@@ -57,6 +59,7 @@ impl Command {
             Self::Inspect(args) => inspect::run(&args, global),
             Self::Verify(args) => return verify::run(&args, global),
             Self::Convert(args) => convert::run(&args, global),
+            Self::Sweep(args) => sweep::run(&args, global),
             Self::Families(args) => families::run(&args),
         }
         .map(|()| ExitCode::SUCCESS)
@@ -132,6 +135,13 @@ fn model_error(error: &anyhow::Error) -> Option<&ModelError> {
         (Some(EvalError::Model(inner)), _) | (_, Some(QuantizeError::Model(inner))) => Some(inner),
         _ => error.downcast_ref(),
     }
+}
+
+/// The beginning-of-text token, where encoding with special tokens puts it: llama.cpp's protocol does
+/// as well.
+fn bos_of(tokenizer: &gptq_format::Tokenizer) -> Option<u32> {
+    let puts = |id: &u32| tokenizer.encode("a", true).is_ok_and(|ids| ids.first() == Some(id));
+    tokenizer.bos_id().filter(puts)
 }
 
 /// A whole text file.

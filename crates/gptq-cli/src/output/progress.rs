@@ -64,8 +64,10 @@ impl ProgressView {
         matches!(self.mode, Mode::Bars { .. })
     }
 
-    /// Takes the bars away, so that what follows starts on a clean line.
+    /// Takes the bars away, so that what follows starts on a clean line; no block is being quantized
+    /// any more.
     pub(crate) fn finish(&self) {
+        IN_BLOCKS.store(false, Ordering::SeqCst);
         if let Mode::Bars { blocks, phase } = &self.mode {
             for bar in [phase, blocks].into_iter().filter_map(OnceLock::get) {
                 bar.finish_and_clear();

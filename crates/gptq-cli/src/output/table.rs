@@ -21,8 +21,13 @@ pub(crate) struct Table {
 impl Table {
     /// A table with these column headings.
     pub(crate) fn new<const N: usize>(columns: [(&str, Align); N]) -> Self {
-        let columns = columns.map(|(heading, align)| (heading.to_owned(), align)).into();
-        Self { columns, rows: Vec::new() }
+        Self::of(columns)
+    }
+
+    /// As [`Table::new`] for any number of columns.
+    pub(crate) fn of<'c>(columns: impl IntoIterator<Item = (&'c str, Align)>) -> Self {
+        let columns = columns.into_iter().map(|(heading, align)| (heading.to_owned(), align));
+        Self { columns: columns.collect(), rows: Vec::new() }
     }
 
     /// Adds a row; cells beyond the headings are dropped, missing ones stay empty.

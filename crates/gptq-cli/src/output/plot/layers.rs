@@ -1,53 +1,52 @@
-//! Two plots of a quantization run as SVG files, drawn without help: the loss per layer, and a map
-//! of the relative output error over layers and modules.
+//! Plots over the layers of a run: the loss, and a map of the relative output error over layers and
+//! modules.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 
 use gptq_quantize::report::ModuleRecord;
+
+use super::svg::{BOTTOM, CHART_WIDTH, LEFT, LEGEND_WIDTH, Svg, TOP, chart_height, escape};
 
 /// The loss over the layers, a line for each kind of module, with a logarithmic axis. Losses that
 /// are not positive and finite leave a gap.
 pub(crate) fn loss_by_layer(records: &[ModuleRecord]) -> String {
-    let kinds = Kinds::of(records, |record| record.loss);
+    lines(&Kinds::of(records, |record| record.loss))
+}
+
+/// The sum of the losses of each layer, a line for each run.
+pub(crate) fn loss_by_run(runs: &[(&str, &[ModuleRecord])]) -> String {
+    let layers = |records: &[ModuleRecord]| records.iter().map(|r| r.layer + 1).max().unwrap_or(0);
+    let values = runs.iter().map(|(name, records)| {
+        let mut sums = vec![0.0; layers(records)];
+        for record in *records {
+            sums[record.layer] += record.loss;
+        }
+        let valid = |sum: &f64| sum.is_finite() && *sum > 0.0;
+        ((*name).to_owned(), sums.into_iter().map(|sum| Some(sum).filter(valid)).collect())
+    });
+    let values: Vec<(String, Vec<Option<f64>>)> = values.collect();
+    lines(&Kinds { layers: runs.iter().map(|(_, r)| layers(r)).max().unwrap_or(0), values })
+}
+
+fn lines(kinds: &Kinds) -> String {
+    let height = chart_height(kinds.values.len());
     let mut svg =
-        Svg::new("Loss per layer", LEFT + CHART_WIDTH + LEGEND_WIDTH, TOP + CHART_HEIGHT + BOTTOM);
+        Svg::new("Loss per layer", LEFT + CHART_WIDTH + LEGEND_WIDTH, TOP + height + BOTTOM);
     let Some((low, high)) = kinds.decades() else {
         return svg.empty();
     };
     let x = |layer: usize| LEFT + CHART_WIDTH * (layer as f64 + 0.5) / kinds.layers as f64;
-    let y = |value: f64| TOP + CHART_HEIGHT * (high - value.log10()) / (high - low);
-    svg.decades(low, high, y);
-    svg.layer_labels(kinds.layers, TOP + CHART_HEIGHT, x);
+    let y = |value: f64| TOP + height * (high - value.log10()) / (high - low);
+    decades(&mut svg, low, high, y);
+    layer_labels(&mut svg, kinds.layers, TOP + height, x);
     for (index, (kind, values)) in kinds.values.iter().enumerate() {
-        let colour = LINE_COLOURS[index % LINE_COLOURS.len()];
-        // Beyond the colours, dashes tell the lines apart.
-        let dash = ["", " stroke-dasharray=\"5 3\"", " stroke-dasharray=\"2 2\""]
-            [(index / LINE_COLOURS.len()) % 3];
-        let (mut path, mut pen) = (String::new(), 'M');
-        let mut dots = String::new();
-        for (layer, value) in values.iter().enumerate() {
-            let Some(value) = value else {
-                pen = 'M';
-                continue;
-            };
-            let (x, y) = (x(layer), y(*value));
-            // Writing to a string cannot fail.
-            let _ = write!(path, "{pen}{x:.1} {y:.1}");
-            let name = escape(kind);
-            let _ = writeln!(
-                dots,
-                "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"2.2\" fill=\"{colour}\"><title>layer {} {name}: {value:.3e}</title></circle>",
-                layer + 1
-            );
-            pen = 'L';
-        }
-        svg.push(&format!("<path d=\"{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.6\"{dash}/>\n{dots}"));
-        let (left, row) = (LEFT + CHART_WIDTH + 16.0, TOP + 10.0 + index as f64 * 18.0);
-        svg.push(&format!(
-            "<path d=\"M{left} {row}h18\" stroke=\"{colour}\" stroke-width=\"2.4\"{dash}/>\n"
-        ));
-        svg.text(left + 24.0, row + 4.0, "start", kind);
+        let point = |(layer, value): (usize, &Option<f64>)| {
+            let value = (*value)?;
+            let label = format!("layer {} {kind}: {value:.3e}", layer + 1);
+            Some((x(layer), y(value), label))
+        };
+        let points: Vec<_> = values.iter().enumerate().map(point).collect();
+        svg.series(index, kind, &points);
     }
     svg.finish()
 }
@@ -84,7 +83,7 @@ pub(crate) fn error_map(records: &[ModuleRecord]) -> String {
             ));
         }
     }
-    svg.layer_labels(kinds.layers, bottom, x);
+    layer_labels(&mut svg, kinds.layers, bottom, x);
     let (left, height) = (LEFT_OF_MAP + CHART_WIDTH + 24.0, (bottom - TOP).max(MIN_SCALE));
     for step in 0..SCALE_STEPS {
         let share = step as f64 / (SCALE_STEPS - 1) as f64;
@@ -161,88 +160,30 @@ fn kind(module: &str) -> String {
     parts.join(".")
 }
 
-struct Svg {
-    body: String,
-}
-
-impl Svg {
-    fn new(title: &str, width: f64, height: f64) -> Self {
-        let title = escape(title);
-        let body = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" height=\"{height}\" \
-             font-family=\"system-ui, sans-serif\" font-size=\"12\" fill=\"#333\">\n\
-             <rect width=\"{width}\" height=\"{height}\" fill=\"#fff\"/>\n\
-             <text x=\"16\" y=\"24\" font-size=\"15\" font-weight=\"600\">{title}</text>\n"
-        );
-        Self { body }
-    }
-
-    fn push(&mut self, element: &str) {
-        self.body.push_str(element);
-    }
-
-    fn text(&mut self, x: f64, y: f64, anchor: &str, text: &str) {
-        let text = escape(text);
-        self.push(&format!(
-            "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{text}</text>\n"
-        ));
-    }
-
-    /// Grid lines and labels at whole decades of `low..=high`; where there are few, also at 2 and
-    /// 5.
-    fn decades(&mut self, low: f64, high: f64, y: impl Fn(f64) -> f64) {
-        let steps: &[f64] = if high - low <= 2.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
-        let every = ((high - low) / 10.0).ceil().max(1.0) as usize;
-        for decade in (low as i32..=high as i32).step_by(every) {
-            for step in steps {
-                let value = step * 10f64.powi(decade);
-                if value.log10() > high {
-                    continue;
-                }
-                let y = y(value);
-                self.push(&format!(
-                    "<path d=\"M{LEFT} {y:.1}h{CHART_WIDTH}\" stroke=\"#e4e4e4\"/>\n"
-                ));
-                self.text(LEFT - 8.0, y + 4.0, "end", &format!("{value:.0e}"));
+/// Grid lines and labels at whole decades of `low..=high`; where there are few, also at 2 and
+/// 5.
+fn decades(svg: &mut Svg, low: f64, high: f64, y: impl Fn(f64) -> f64) {
+    let steps: &[f64] = if high - low <= 2.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+    let every = ((high - low) / 10.0).ceil().max(1.0) as usize;
+    for decade in (low as i32..=high as i32).step_by(every) {
+        for step in steps {
+            let value = step * 10f64.powi(decade);
+            if value.log10() > high {
+                continue;
             }
+            svg.level(y(value), &format!("{value:.0e}"));
         }
-    }
-
-    /// Layer numbers, from 1, under the chart: at most some twenty.
-    fn layer_labels(&mut self, layers: usize, bottom: f64, x: impl Fn(usize) -> f64) {
-        let every = layers.div_ceil(20).max(1);
-        for layer in (0..layers).step_by(every) {
-            self.text(x(layer), bottom + 16.0, "middle", &(layer + 1).to_string());
-        }
-        let middle = if layers == 0 { LEFT } else { f64::midpoint(x(0), x(layers - 1)) };
-        self.text(middle, bottom + 34.0, "middle", "layer");
-    }
-
-    fn empty(mut self) -> String {
-        self.text(LEFT, TOP + 20.0, "start", "no values");
-        self.finish()
-    }
-
-    fn finish(mut self) -> String {
-        self.push("</svg>\n");
-        self.body
     }
 }
 
-/// Text as XML wants it. Control characters have no place in XML and become spaces.
-fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            c if c.is_control() => escaped.push(' '),
-            c => escaped.push(c),
-        }
+/// Layer numbers, from 1, under the chart: at most some twenty.
+fn layer_labels(svg: &mut Svg, layers: usize, bottom: f64, x: impl Fn(usize) -> f64) {
+    let every = layers.div_ceil(20).max(1);
+    for layer in (0..layers).step_by(every) {
+        svg.text(x(layer), bottom + 16.0, "middle", &(layer + 1).to_string());
     }
-    escaped
+    let middle = if layers == 0 { LEFT } else { f64::midpoint(x(0), x(layers - 1)) };
+    svg.text(middle, bottom + 34.0, "middle", "layer");
 }
 
 /// The colour at `share` (0 dark, 1 light) of a scale of even steps in lightness, after
@@ -261,18 +202,7 @@ fn viridis(share: f64) -> String {
 const VIRIDIS: [[u8; 3]; 5] =
     [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 
-/// Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out, being too
-/// light for lines.
-const LINE_COLOURS: [&str; 7] =
-    ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333"];
-
-const LEFT: f64 = 64.0;
 const LEFT_OF_MAP: f64 = 180.0;
-const TOP: f64 = 44.0;
-const BOTTOM: f64 = 48.0;
-const CHART_WIDTH: f64 = 620.0;
-const CHART_HEIGHT: f64 = 320.0;
-const LEGEND_WIDTH: f64 = 190.0;
 const CELL_HEIGHT: f64 = 26.0;
 const MIN_SCALE: f64 = 120.0;
 const SCALE_STEPS: usize = 40;

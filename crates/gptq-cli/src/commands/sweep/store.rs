@@ -1,0 +1,163 @@
+//! The directory of a sweep: finished rows, each a file that says by its name what it is the result
+//! of, so that no row is run twice and none is taken for another.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use anyhow::Context;
+use gptq_format::Checkpoint;
+use gptq_format::fs::{read_json_if_exists, write_atomic};
+use gptq_quantize::calibration::split_weight;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::rows::{MIX, Row};
+use super::texts::EvalSettings;
+
+/// Where results are kept.
+#[derive(Debug)]
+pub(super) struct Store {
+    directory: PathBuf,
+    /// What all rows have in common: this program and the model.
+    model: String,
+    /// What is measured.
+    evaluation: String,
+}
+
+impl Store {
+    /// Of a sweep over `checkpoint` into `directory`, which need not exist.
+    ///
+    /// # Errors
+    /// If a file of the model or a text cannot be read.
+    pub(super) fn new(
+        directory: &Path,
+        name: &str,
+        checkpoint: &Checkpoint,
+        settings: &EvalSettings,
+        texts: &[PathBuf],
+    ) -> anyhow::Result<Self> {
+        let mut model = format!("{} {name}", env!("CARGO_PKG_VERSION"));
+        let tensors = &checkpoint.tensors;
+        let mut files: Vec<&Path> = Vec::new();
+        for tensor in tensors.names() {
+            let file = tensors.info(tensor)?.file.as_path();
+            if !files.contains(&file) {
+                files.push(file);
+            }
+        }
+        files.sort_unstable();
+        for file in files {
+            write_identity(&mut model, file)?;
+        }
+        let mut evaluation = format!("{settings:?}");
+        for text in texts {
+            write_identity(&mut evaluation, text)?;
+        }
+        Ok(Self { directory: directory.to_owned(), model, evaluation })
+    }
+
+    /// Makes the directories.
+    ///
+    /// # Errors
+    /// If that fails.
+    pub(super) fn create(&self) -> anyhow::Result<()> {
+        for part in ["rows", "checkpoints", "plots"] {
+            let path = self.directory.join(part);
+            std::fs::create_dir_all(&path)
+                .with_context(|| format!("cannot create {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// What tells the checkpoint of a row from all others, in 16 hexadecimal digits.
+    ///
+    /// # Errors
+    /// If a calibration file cannot be read.
+    pub(super) fn checkpoint_id(&self, row: &Row) -> anyhow::Result<String> {
+        let mut text = format!("{}\n{:?}", self.model, row.line);
+        for (option, value) in &row.settings {
+            let files: Vec<&str> = match option.as_str() {
+                "calibration" => value.split(MIX).map(|source| split_weight(source).0).collect(),
+                "dynamic" => vec![value],
+                _ => continue,
+            };
+            for file in files.into_iter().filter(|file| *file != "self") {
+                write_identity(&mut text, Path::new(file))?;
+            }
+        }
+        Ok(hash(&text))
+    }
+
+    /// The same for what is measured on a checkpoint; of no checkpoint: on the original.
+    pub(super) fn result_id(&self, checkpoint_id: &str) -> String {
+        hash(&format!("{}\n{}\n{checkpoint_id}", self.model, self.evaluation))
+    }
+
+    /// The checkpoint of a row while it is there.
+    pub(super) fn checkpoint(&self, name: &str, id: &str) -> PathBuf {
+        self.directory.join("checkpoints").join(format!("{name}-{id}"))
+    }
+
+    /// A finished result, whatever its row was called then.
+    ///
+    /// # Errors
+    /// If it is there and cannot be read.
+    pub(super) fn read<T: DeserializeOwned>(&self, id: &str) -> anyhow::Result<Option<T>> {
+        let rows = self.directory.join("rows");
+        let Ok(entries) = std::fs::read_dir(&rows) else { return Ok(None) };
+        let end = format!("-{id}.json");
+        let names = entries.filter_map(|entry| Some(entry.ok()?.path()));
+        let Some(path) = names.filter(|p| p.to_string_lossy().ends_with(&end)).min() else {
+            return Ok(None);
+        };
+        let Some(value) = read_json_if_exists(&path)? else { return Ok(None) };
+        let result = serde_json::from_value(value);
+        result.map(Some).with_context(|| format!("{} is not a result of a sweep", path.display()))
+    }
+
+    /// Keeps a result: afterwards the file is there whole, or not at all.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub(super) fn write(
+        &self,
+        name: &str,
+        id: &str,
+        result: &impl Serialize,
+    ) -> anyhow::Result<()> {
+        let path = self.directory.join("rows").join(format!("{name}-{id}.json"));
+        let text = serde_json::to_string_pretty(result).context("cannot write a row as JSON")?;
+        Ok(write_atomic(&path, (text + "\n").as_bytes())?)
+    }
+}
+
+/// Name, size and time of a file.
+fn write_identity(text: &mut String, file: &Path) -> anyhow::Result<()> {
+    let meta =
+        std::fs::metadata(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let time = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+    let time = time.map_or(0, |time| time.as_nanos());
+    // Writing to a string cannot fail.
+    let _ = write!(text, "\n{} {} {time}", file.display(), meta.len());
+    Ok(())
+}
+
+/// 64-bit FNV-1a.
+fn hash(text: &str) -> String {
+    let value = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("{value:016x}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hash_is_the_published_one() {
+        assert_eq!(hash(""), "cbf29ce484222325");
+        assert_eq!(hash("a"), "af63dc4c8601ec8c");
+    }
+}

@@ -1,0 +1,8 @@
+//! Plots as SVG files, drawn without help: over the layers of a run, and over the runs of a sweep.
+
+mod curves;
+mod layers;
+mod svg;
+
+pub(crate) use curves::{Curves, Point, curves};
+pub(crate) use layers::{error_map, loss_by_layer, loss_by_run};

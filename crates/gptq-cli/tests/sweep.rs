@@ -1,0 +1,279 @@
+//! `gptq sweep`, weighted calibration sources and mixed precision on tiny models.
+
+#![allow(missing_docs)]
+
+use gptq_testkit::World;
+use serde_json::Value;
+
+fn world() -> World {
+    World::new(env!("CARGO_BIN_EXE_gptq"))
+}
+
+const CALIBRATION: &str = "--calibration text.txt --nsamples 4 --seqlen 64";
+const EVAL: &str = "--eval text.txt --eval-seqlen 64 --max-windows 4";
+
+fn names(results: &Value) -> Vec<&str> {
+    results["rows"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap()).collect()
+}
+
+/// The rows of a sweep that were run, by what is announced of them.
+fn announced(stderr: &str) -> usize {
+    stderr.lines().filter(|line| line.starts_with("row ")).count()
+}
+
+#[test]
+fn a_row_is_what_quantize_and_eval_do() {
+    let world = world();
+    let line = format!(
+        "sweep model -o out --method gptq,rtn --bits 4,3 --group-size 32 --sym asym {CALIBRATION} {EVAL} --keep --json -q"
+    );
+    let results = world.json(&line);
+    assert_eq!(names(&results), ["gptq-4bit", "gptq-3bit", "rtn-4bit", "rtn-3bit"]);
+    for row in results["rows"].as_array().unwrap() {
+        let name = row["name"].as_str().unwrap();
+        let command = row["command"].as_str().unwrap().strip_prefix("gptq ").unwrap();
+        world.ok(&format!("{} -q", command.replace("DIR", &format!("alone-{name}"))));
+        let kept = row["checkpoint"].as_str().unwrap();
+        for file in ["model.safetensors", "config.json", "quantize_config.json", "quant_log.jsonl"]
+        {
+            let (one, other) = (
+                world.read(&format!("{kept}/{file}")),
+                world.read(&format!("alone-{name}/{file}")),
+            );
+            // The log has times.
+            assert!(file.ends_with("jsonl") || one == other, "{name}: {file}");
+        }
+        let eval = world.json(&format!(
+            "eval alone-{name} --perplexity text.txt --seqlen 64 --max-windows 4 --reference model --json -q"
+        ));
+        for key in
+            ["perplexity", "perplexity_stderr", "kl_mean", "kl_99_9", "top1_agreement", "tokens"]
+        {
+            assert_eq!(row["evaluations"][0][key], eval[key], "{name}: {key}");
+        }
+        let (original, expected) =
+            (&results["original"][0]["perplexity"], &eval["reference_perplexity"]);
+        assert_eq!(original, expected);
+    }
+    for file in [
+        "results.md",
+        "plots/perplexity-text.svg",
+        "plots/kl-text.svg",
+        "plots/loss.svg",
+        "plots/loss-gptq-3bit.svg",
+        "plots/error-gptq-3bit.svg",
+    ] {
+        assert!(world.path("out").join(file).exists(), "{file}");
+    }
+    assert_eq!(world.read_json("out/results.json")["rows"], results["rows"]);
+    let table = String::from_utf8(world.read("out/results.md")).unwrap();
+    assert!(table.contains("| gptq-3bit |") && table.contains("| original |"), "{table}");
+}
+
+#[test]
+fn finished_rows_are_not_run_again() {
+    let world = world();
+    let line = format!("sweep model -o out --bits 4,3 --method rtn {EVAL}");
+    let first = world.gptq(&line);
+    assert_eq!(announced(&String::from_utf8_lossy(&first.stderr)), 2);
+    assert_eq!(std::fs::read_dir(world.path("out/checkpoints")).unwrap().count(), 0, "not kept");
+    let again = world.gptq(&line);
+    assert_eq!(announced(&String::from_utf8_lossy(&again.stderr)), 0);
+    assert_eq!(again.stdout, first.stdout, "the same table, with the times of the first run");
+
+    // One row more is one run more; the others are found under their new names.
+    let more = format!("sweep model -o out --bits 4,3,2 --method rtn --set sym=true,false {EVAL}");
+    let planned = world.json(&format!("{more} --dry-run --json -q"));
+    assert_eq!(planned["rows"].as_array().unwrap().len(), 6);
+    let one = format!("sweep model -o out --bits 4,3,2 --method rtn {EVAL}");
+    let planned = world.json(&format!("{one} --dry-run --json -q"));
+    let done: Vec<bool> =
+        planned["rows"].as_array().unwrap().iter().map(|r| r["done"].as_bool().unwrap()).collect();
+    assert_eq!(done, [true, true, false]);
+    assert_eq!(announced(&String::from_utf8_lossy(&world.gptq(&one).stderr)), 1);
+
+    // A row whose file is lost runs again; one whose text has changed as well.
+    for entry in std::fs::read_dir(world.path("out/rows")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.file_name().unwrap().to_string_lossy().starts_with("rtn-3bit") {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+    assert_eq!(announced(&String::from_utf8_lossy(&world.gptq(&one).stderr)), 1);
+    let text = world.read("text.txt");
+    world.write("text.txt", [b"A new beginning. ".as_slice(), &text].concat());
+    assert_eq!(announced(&String::from_utf8_lossy(&world.gptq(&one).stderr)), 3);
+}
+
+#[test]
+fn a_checkpoint_that_was_not_measured_yet_is_not_made_again() {
+    let world = world();
+    world.ok(&format!("sweep model -o out --bits 4 {CALIBRATION} {EVAL} --keep -q"));
+    let rows = world.path("out/rows");
+    for entry in std::fs::read_dir(&rows).unwrap() {
+        std::fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    let kept = std::fs::read_dir(world.path("out/checkpoints")).unwrap().next().unwrap().unwrap();
+    let weights = kept.path().join("model.safetensors");
+    let before = std::fs::metadata(&weights).unwrap().modified().unwrap();
+    world.ok(&format!("sweep model -o out --bits 4 {CALIBRATION} {EVAL} --keep -q"));
+    assert_eq!(std::fs::metadata(&weights).unwrap().modified().unwrap(), before);
+}
+
+#[test]
+fn rows_come_from_files_and_wrong_ones_are_named() {
+    let world = world();
+    world.write(
+        "rows.toml",
+        "defaults = { group-size = 32, nsamples = 4, seqlen = 64 }\n\
+         [[row]]\nname = \"paper\"\nscale-search = \"minmax\"\nsigned-scales = false\n\
+         calibration = [[\"text.txt@3\", \"self\"]]\n\
+         [[row]]\nmethod = \"rtn\"\n",
+    );
+    let results =
+        world.json(&format!("sweep model -o out --rows rows.toml --bits 4 {EVAL} --json -q"));
+    assert_eq!(names(&results)[1], "rtn-4bit");
+    let sources = &results["rows"][0]["calibration"]["sources"];
+    assert_eq!((&sources[0]["windows"], &sources[1]["windows"]), (&3.into(), &1.into()));
+    assert_eq!((&sources[0]["weight"], &sources[1]["kind"]), (&3.0.into(), &"self".into()));
+    for (line, expected) in [
+        ("sweep model -o bad --bits 5", "5bit"),
+        ("sweep model -o bad --set bitz=4", "bitz"),
+        ("sweep model -o bad --set output=x", "sweep itself"),
+        ("sweep model -o bad --bits 4 --group-size 12", "group_size"),
+        ("sweep model -o bad --method rtn --eval missing.txt", "missing.txt"),
+        ("sweep model -o bad --rows text.txt", "text.txt"),
+        ("sweep model -o bad --method rtn --target-bpw 3.5", "target_bpw"),
+    ] {
+        let stderr = world.fails(&format!("{line} -q"));
+        assert!(stderr.contains(expected), "gptq {line}: {stderr}");
+    }
+}
+
+#[test]
+fn every_key_is_documented() {
+    let world = world();
+    let line = format!("sweep model --target-bpw 5 --group-size 32 {CALIBRATION} {EVAL} --json -q");
+    let results = world.json(&format!("{line} -o out"));
+    let planned = world.json(&format!("{line} --dry-run"));
+    let text = include_str!("../../../docs/reference/json.md");
+    let mut found = Vec::new();
+    keys(&results, &mut found);
+    keys(&planned, &mut found);
+    for key in found {
+        let named = [format!("`{key}"), format!(".{key}`")];
+        assert!(named.iter().any(|name| text.contains(name)), "{key} is not in json.md");
+    }
+}
+
+/// Every key, of nested objects too; those of settings are options, whose documentation is elsewhere.
+fn keys(value: &Value, found: &mut Vec<String>) {
+    match value {
+        Value::Object(map) => {
+            for (key, inner) in map {
+                found.push(key.clone());
+                if key != "settings" {
+                    keys(inner, found);
+                }
+            }
+        }
+        Value::Array(list) => list.iter().for_each(|inner| keys(inner, found)),
+        _ => {}
+    }
+}
+
+#[test]
+fn weighted_sources_share_the_windows() {
+    let world = world();
+    let own =
+        "--calibration text.txt@3 --calibration self@1 --nsamples 8 --seqlen 32 --group-size 16";
+    for (out, threads) in [("a", 1), ("b", 3)] {
+        world.ok(&format!("quantize model -o {out} {own} --threads {threads} -q"));
+    }
+    assert_eq!(world.read("a/model.safetensors"), world.read("b/model.safetensors"));
+    let report = world.read_json("a/quant_report.json");
+    let sources = report["calibration"]["sources"].as_array().unwrap();
+    let told: Vec<_> = sources
+        .iter()
+        .map(|s| (s["name"].as_str().unwrap(), s["windows"].as_u64().unwrap()))
+        .collect();
+    assert_eq!(told, [("text.txt", 6), ("self", 2)]);
+    assert_eq!(report["calibration"]["windows"], 8);
+    let card = String::from_utf8(world.read("a/README.md")).unwrap();
+    assert!(card.contains("text.txt (6)"), "{card}");
+    for (line, expected) in [
+        ("--calibration self --calibration self@2", "twice"),
+        ("--calibration text.txt@0", "positive"),
+        ("--calibration text.txt --calibration self@0.001 --nsamples 8", "none of 8"),
+    ] {
+        let stderr = world.fails(&format!("quantize model -o c {line} -q"));
+        assert!(stderr.contains(expected), "{line}: {stderr}");
+    }
+}
+
+#[test]
+fn bits_are_chosen_for_a_size() {
+    let world = world();
+    let line = format!("quantize model {CALIBRATION} --group-size 32 -q");
+    // What the ends of the range take, with their scales and indices.
+    let size = |settings: &str, out: &str| {
+        world.json(&format!("{line} {settings} -o {out} --json"))["bits_per_weight"]
+            .as_f64()
+            .unwrap()
+    };
+    let (three, four) = (size("--bits 3", "three"), size("--bits 4", "four"));
+    let target = f64::midpoint(three, four);
+    for (out, threads) in [("one", 1), ("two", 3)] {
+        let reached = size(&format!("--target-bpw {target} --threads {threads}"), out);
+        assert!(reached <= target && reached > target - 0.6, "{three} {four} {target} {reached}");
+    }
+    assert_eq!(world.read("one/model.safetensors"), world.read("two/model.safetensors"));
+    assert_eq!(world.read("one/config.json"), world.read("two/config.json"));
+
+    let report = world.read_json("one/quant_report.json");
+    let mixed = &report["mixed_precision"];
+    assert_eq!(mixed["bits_per_weight"], report["bits_per_weight"]);
+    assert!(mixed["expected_kl"].as_f64().unwrap() > 0.0);
+    // Two blocks of q/k/v, o, gate/up and down.
+    assert_eq!(mixed["groups"].as_array().unwrap().len(), 8);
+    for group in mixed["groups"].as_array().unwrap() {
+        for module in group["modules"].as_array().unwrap() {
+            let written = report["modules"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|m| m["layer"] == group["layer"] && m["module"] == *module);
+            assert_eq!(written.unwrap()["bits"], group["bits"], "{module}");
+        }
+    }
+    // Readers take the bits from the rules.
+    let inspect = world.json("inspect one --json");
+    let seen: Vec<u64> = inspect["modules"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| m["bits"].as_u64().unwrap())
+        .collect();
+    assert!(seen.iter().any(|&bits| bits != seen[0]), "{seen:?}");
+    assert!(inspect["quantization"]["bits_per_weight"].as_f64().unwrap() <= target);
+    world.ok("verify one -q");
+    world.ok("eval one --perplexity text.txt --seqlen 64 --max-windows 2 -q");
+
+    // Rules of the user hold, and what they name is no longer free.
+    world.write("rules.json", r#"{"model\\.layers\\.0\\.mlp\\.down_proj": {"bits": 8}, "-:model\\.layers\\.1\\.mlp": {}}"#);
+    let report = world.json(&format!("{line} --target-bpw 6 --dynamic rules.json -o ruled --json"));
+    assert!(report["bits_per_weight"].as_f64().unwrap() <= 6.0);
+    assert_eq!(report["mixed_precision"]["groups"].as_array().unwrap().len(), 5);
+    let down = |r: &Value| {
+        let of = |m: &&Value| m["layer"] == 0 && m["module"] == "mlp.down_proj";
+        r["modules"].as_array().unwrap().iter().find(of).unwrap()["bits"].as_u64()
+    };
+    assert_eq!(down(&report), Some(8));
+
+    for (settings, expected) in
+        [("--target-bpw 1.5", "cannot be reached"), ("--target-bpw 4 --method rtn", "gptq")]
+    {
+        let stderr = world.fails(&format!("{line} {settings} -o none"));
+        assert!(stderr.contains(expected), "{settings}: {stderr}");
+    }
+}
