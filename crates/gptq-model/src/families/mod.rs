@@ -272,8 +272,9 @@ mod tests {
     fn the_gemmas_read_the_key_of_their_activation_as_transformers_does() {
         use gptq_compute::Activation::{Gelu, GeluTanh, Relu, Silu};
         let found = |family: &str, act: &str, activation: &str| {
-            let config =
-                json!({ "model_type": family, "hidden_act": act, "hidden_activation": activation });
+            let window = if family == "gemma" { json!("ABSENT") } else { json!(8) };
+            let config = json!({ "model_type": family, "hidden_act": act,
+                "hidden_activation": activation, "sliding_window": window });
             let Mlp::Gated { activation, .. } = read(&config).unwrap().mlp else { panic!() };
             activation
         };
