@@ -3,13 +3,13 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::arch::{Isa, isa};
+use crate::arch::{Isa, has_pairs, isa};
 use crate::gemm::gemm_nt;
 use crate::matrix::{Linear, Matrix};
 use crate::pool::Pool;
 use crate::quantized::{
-    Activations, FloatTile, INT8_TILES, Int8Input, Int8Tiles, Out, QuantizedMatrix, STRIP, Tiling,
-    pack_floats, token_floats,
+    Activations, FloatTile, INT8_TILES, Int8Input, Int8Tiles, Out, Packing, QuantizedMatrix, STRIP,
+    Tiling, pack_floats, token_floats,
 };
 use crate::tensor::{RawSlice, Tensor};
 
@@ -141,7 +141,11 @@ fn quantized(
     }
     let pass = Pass { isa, pool, x, jobs: &list, strips };
     match scratch.activations {
-        Activations::F32 => pass.float(&mut scratch.floats),
+        Activations::F32 => pass.float(Packing::Exact, &mut scratch.floats),
+        Activations::Bf16 => {
+            let packing = if has_pairs(isa) { Packing::Pairs } else { Packing::Rounded };
+            pass.float(packing, &mut scratch.floats);
+        }
         Activations::Int8 => pass.int8(&mut scratch.int8),
     }
 }
@@ -188,16 +192,17 @@ impl Pass<'_> {
         });
     }
 
-    fn float(&self, buffer: &mut Vec<f32>) {
+    fn float(&self, packing: Packing, buffer: &mut Vec<f32>) {
         let Some(Job { matrix: first, .. }) = &self.jobs[0] else { return };
         let (isa, x, tokens) = (self.isa, self.x, self.x.rows());
         let tiling = Tiling::float(isa, tokens);
         let tiles = tiling.len();
         let layout = first.layout();
-        let token_len = token_floats(layout);
+        let token_len = token_floats(layout, packing);
         let matrices = || self.jobs.iter().flatten().map(|j| j.matrix);
         // A single token needs no packing unless its inputs move or are summed for zero points.
-        let packed = if tokens == 1 && matrices().all(QuantizedMatrix::reads_plain_input) {
+        let plain = tokens == 1 && packing == Packing::Exact;
+        let packed = if plain && matrices().all(QuantizedMatrix::reads_plain_input) {
             x.as_slice()
         } else {
             let size = tiling.room() * token_len;
@@ -210,17 +215,18 @@ impl Pass<'_> {
                 let rows = tiling.tile(index);
                 // SAFETY: tiles occupy disjoint ranges.
                 let out = unsafe { raw.range(rows.place * token_len, rows.height * token_len) };
-                pack_floats(layout, x, rows, sums, out);
+                pack_floats(layout, x, rows, packing, sums, out);
             });
             buffer
         };
+        let pairs = packing == Packing::Pairs;
         self.spread(tiles.div_ceil(TILES), &|job, strip, piece| {
             for index in piece * TILES..((piece + 1) * TILES).min(tiles) {
                 let rows = tiling.tile(index);
                 let (x, height) = (&packed[rows.place * token_len..], rows.height);
                 let out = job.out(strip, rows.first, rows.tokens);
                 // SAFETY: the elements of this strip and these rows belong to this task alone.
-                unsafe { FloatTile { matrix: job.matrix, strip, x, height, out }.run(isa) };
+                unsafe { FloatTile { matrix: job.matrix, strip, x, pairs, height, out }.run(isa) };
             }
         });
     }

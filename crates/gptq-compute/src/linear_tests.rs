@@ -1,7 +1,7 @@
 //! Properties of quantized products: every instruction set, width, group, tail and batch against
 //! an oracle in f64.
 
-use half::f16;
+use half::{bf16, f16};
 
 use crate::arch::Isa;
 use crate::linear::linear_on;
@@ -33,6 +33,11 @@ impl Case {
     /// `x` as the kernels take it.
     fn input(&self, activations: Activations, x: &[f32]) -> Vec<f64> {
         let mut taken: Vec<f64> = x.iter().map(|&v| f64::from(v)).collect();
+        if activations == Activations::Bf16 {
+            for (taken, &x) in taken.iter_mut().zip(x) {
+                *taken = bf16::from_f32(x).to_f64();
+            }
+        }
         if activations == Activations::Int8 {
             for block in self.groups.iter().flat_map(|g| g.chunks(32)) {
                 let largest = block.iter().fold(0.0f32, |m, &k| m.max(x[k].abs()));
@@ -131,7 +136,7 @@ const SHAPES: [(usize, usize, usize); 9] = [
     (576, 16, 128),
 ];
 
-/// Runs `check` on every width, shape, column order and symmetry, in both compute modes.
+/// Runs `check` on every width, shape, column order and symmetry, in all compute modes.
 fn each_case(seed: u64, check: impl Fn(&mut Random, &Case, &Case, usize, Activations, &str)) {
     let mut r = Random(seed);
     for bits in [2, 3, 4, 8] {
@@ -140,7 +145,7 @@ fn each_case(seed: u64, check: impl Fn(&mut Random, &Case, &Case, usize, Activat
                 let one = case(&mut r, bits, k, n, group, act_order, sym);
                 // Another layer on the same input, with other tails and symmetry.
                 let other = case(&mut r, bits, k, 2 * n, group, act_order, !sym);
-                for activations in [Activations::F32, Activations::Int8] {
+                for activations in [Activations::F32, Activations::Bf16, Activations::Int8] {
                     let name = format!(
                         "{activations:?} {bits} bits {k}x{n} group {group} act-order {act_order} sym {sym} seed {seed:x}"
                     );

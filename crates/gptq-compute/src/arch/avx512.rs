@@ -27,6 +27,15 @@ pub(super) unsafe fn enter_vnni<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx512>()
 }
 
+/// Compiles and runs a kernel with AVX-512 and products of bfloat16.
+///
+/// # Safety
+/// The processor must have the features.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")]
+pub(super) unsafe fn enter_bf16<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<Avx512>()
+}
+
 /// Value of each code less 2^(bits-1), by the low four bits of the index: `vpermps` looks at
 /// these alone, so neither a mask nor a sign extension is needed. Narrower codes repeat.
 const fn table(bits: u32) -> [f32; 16] {
@@ -41,6 +50,20 @@ const fn table(bits: u32) -> [f32; 16] {
 }
 
 static TABLES: [[f32; 16]; 3] = [table(2), table(3), table(4)];
+
+/// The same in bfloat16, by the low five bits of the index, as `vpermw` takes it.
+const fn pairs(bits: u32) -> [u16; 32] {
+    let (mut t, values) = ([0; 32], table(bits));
+    let mut i = 0;
+    while i < 32 {
+        // Exact: the other half of the bits is zero.
+        t[i] = (values[i % 16].to_bits() >> 16) as u16;
+        i += 1;
+    }
+    t
+}
+
+static PAIRS: [[u16; 32]; 3] = [pairs(2), pairs(3), pairs(4)];
 
 impl Simd for Avx512 {
     type F = __m512;
@@ -204,6 +227,23 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn dot(_: u32, acc: __m512i, w: __m512i, x: __m512i) -> __m512i {
         _mm512_dpbusd_epi32(acc, w, x)
+    }
+    #[inline(always)]
+    unsafe fn pair(bits: u32, w: __m512i, shift: u32) -> __m512i {
+        if bits == 8 {
+            let (low, high) = (Self::code(8, w, shift), Self::code(8, w, shift + 16));
+            let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(low));
+            return _mm512_mask_blend_epi16(0xAAAA_AAAA, low, _mm512_castps_si512(high));
+        }
+        let index = if shift == 0 { w } else { Self::shr(w, shift) };
+        let table = _mm512_loadu_si512(PAIRS[bits as usize - 2].as_ptr().cast());
+        _mm512_permutexvar_epi16(index, table)
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(acc: __m512, w: __m512i, x: __m512i) -> __m512 {
+        // Both are the 64 bytes of a register.
+        let pairs = |v: __m512i| std::mem::transmute::<__m512i, __m512bh>(v);
+        _mm512_dpbf16_ps(acc, pairs(w), pairs(x))
     }
     #[inline(always)]
     unsafe fn store_low_bytes(p: *mut i8, v: __m512i) {

@@ -40,6 +40,8 @@ pub enum Isa {
     Avx512,
     /// AVX-512 with the byte products of VNNI.
     Avx512Vnni,
+    /// The same, with products of bfloat16.
+    Avx512Bf16,
     /// NEON, as every 64-bit ARM has it.
     Neon,
     /// NEON with the byte products of the dotprod extension.
@@ -48,12 +50,13 @@ pub enum Isa {
 
 impl Isa {
     /// All, slower ones first.
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Scalar,
         Self::Avx2,
         Self::AvxVnni,
         Self::Avx512,
         Self::Avx512Vnni,
+        Self::Avx512Bf16,
         Self::Neon,
         Self::NeonDot,
     ];
@@ -66,6 +69,7 @@ impl Isa {
             Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512vnni",
+            Self::Avx512Bf16 => "avx512bf16",
             Self::Neon => "neon",
             Self::NeonDot => "neondot",
         }
@@ -94,6 +98,10 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => {
                 Self::Avx512.is_available() && is_x86_feature_detected!("avx512vnni")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => {
+                Self::Avx512Vnni.is_available() && is_x86_feature_detected!("avx512bf16")
             }
             #[cfg(target_arch = "aarch64")]
             Self::Neon => true,
@@ -158,7 +166,7 @@ pub fn dispatch_on<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         Isa::Avx2 | Isa::AvxVnni => unsafe { avx2::enter(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx512::enter(kernel) },
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => unsafe { avx512::enter(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon | Isa::NeonDot => unsafe { neon::enter(kernel) },
@@ -182,11 +190,30 @@ pub(crate) fn dispatch_dot<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         Isa::Avx512 => unsafe { avx2::enter(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni => unsafe { avx512::enter_vnni(kernel) },
+        Isa::Avx512Vnni | Isa::Avx512Bf16 => unsafe { avx512::enter_vnni(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::NeonDot => unsafe { neon::enter_dot(kernel) },
         _ => dispatch_on(isa, kernel),
+    }
+}
+
+/// Whether kernels may use [`Simd::dot_pairs`], and [`dispatch_pairs`] run them: where it is one
+/// instruction, and in scalar code, to be compared with.
+pub(crate) fn has_pairs(isa: Isa) -> bool {
+    matches!(isa, Isa::Scalar | Isa::Avx512Bf16)
+}
+
+/// Runs a kernel that multiplies pairs of bfloat16 ([`has_pairs`]).
+#[inline]
+pub(crate) fn dispatch_pairs<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    assert!(has_pairs(isa));
+    match isa {
+        // SAFETY: `isa()` and the tests hand out available instruction sets only.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16 => unsafe { avx512::enter_bf16(kernel) },
+        // SAFETY: scalar code runs everywhere.
+        _ => unsafe { kernel.run::<Scalar>() },
     }
 }
 
@@ -273,6 +300,24 @@ pub trait Simd: Copy {
     /// 2^bits, with its four bytes of `x`, signed and at least -127. Exact. Kernels that use it are
     /// run by `dispatch_dot` only.
     unsafe fn dot(bits: u32, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// What [`Simd::code`] gives for the codes at `shift` and at `shift + 16`, in bfloat16, in the
+    /// low and in the high half of each lane.
+    #[inline(always)]
+    unsafe fn pair(bits: u32, w: Self::I, shift: u32) -> Self::I {
+        let (low, high) = (Self::code(bits, w, shift), Self::code(bits, w, shift + 16));
+        let top = Self::and(Self::bits(high), Self::splat_i32(0xFFFF_0000_u32 as i32));
+        Self::or(Self::shr(Self::bits(low), 16), top)
+    }
+    /// acc + the products of both pairs of bfloat16 in each lane; the order of the two additions
+    /// and their rounding are up to the processor. Kernels that use it are run by `dispatch_pairs`
+    /// only.
+    #[inline(always)]
+    unsafe fn dot_pairs(acc: Self::F, w: Self::I, x: Self::I) -> Self::F {
+        let top = Self::splat_i32(0xFFFF_0000_u32 as i32);
+        let low = |v| Self::from_bits(Self::shl(v, 16));
+        let high = |v| Self::from_bits(Self::and(v, top));
+        Self::fma(high(w), high(x), Self::fma(low(w), low(x), acc))
+    }
     /// Stores the low byte of each lane.
     unsafe fn store_low_bytes(p: *mut i8, v: Self::I);
     unsafe fn store_i32(p: *mut u32, v: Self::I);

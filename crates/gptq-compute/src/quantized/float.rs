@@ -1,4 +1,6 @@
-//! y = x Wᵀ with activations in f32: codes become floats in registers.
+//! y = x Wᵀ with activations in f32: codes become floats in registers. With activations in
+//! bfloat16, they become pairs of these where the processor multiplies pairs; elsewhere the rounded
+//! activations are taken as f32.
 //!
 //! Within a group, codes less their centre times activations accumulate in f32; at its end the zero
 //! point and the scale are applied once:  y += s · (Σ x q - z Σ x).  The order of all additions is
@@ -6,7 +8,7 @@
 
 use super::tile::{Out, Sums};
 use super::{QuantizedMatrix, SCALE_BYTES, STRIP, VECTORS, WORD_BYTES, unit_columns, unit_words};
-use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_on};
+use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_on, dispatch_pairs};
 
 /// How far ahead of the codes to prefetch, in bytes: covers the latency of memory at the bandwidth
 /// of one core.
@@ -23,6 +25,10 @@ pub(crate) struct FloatTile<'a> {
     ///
     /// [`FloatInput`]: super::FloatInput
     pub(crate) x: &'a [f32],
+    /// `x` is packed as [`Packing::Pairs`].
+    ///
+    /// [`Packing::Pairs`]: super::Packing::Pairs
+    pub(crate) pairs: bool,
     pub(crate) height: usize,
     pub(crate) out: Out<'a>,
 }
@@ -36,11 +42,13 @@ impl FloatTile<'_> {
         let m = self.matrix;
         assert!(self.strip < m.strips() && self.out.rows <= self.height);
         let sums = if m.asymmetric { m.groups.len() } else { 0 };
-        assert!(self.x.len() >= (m.padded_in + sums) * self.height);
+        let inputs = if self.pairs { m.padded_in / 2 } else { m.padded_in };
+        assert!(self.x.len() >= (inputs + sums) * self.height);
         macro_rules! heights {
             ($bits:literal: $($mt:literal)*) => {
                 match self.height {
-                    $($mt => dispatch_on(isa, Strip::<$bits, $mt>(self)),)*
+                    $($mt if self.pairs => dispatch_pairs(isa, Strip::<$bits, $mt, true>(self)),)*
+                    $($mt => dispatch_on(isa, Strip::<$bits, $mt, false>(self)),)*
                     _ => unreachable!("heights() lists every tile"),
                 }
             };
@@ -54,9 +62,9 @@ impl FloatTile<'_> {
     }
 }
 
-struct Strip<'a, const BITS: u32, const MT: usize>(FloatTile<'a>);
+struct Strip<'a, const BITS: u32, const MT: usize, const PAIRS: bool>(FloatTile<'a>);
 
-impl<const BITS: u32, const MT: usize> Kernel for Strip<'_, BITS, MT> {
+impl<const BITS: u32, const MT: usize, const PAIRS: bool> Kernel for Strip<'_, BITS, MT, PAIRS> {
     type Output = ();
 
     #[inline(always)]
@@ -66,29 +74,33 @@ impl<const BITS: u32, const MT: usize> Kernel for Strip<'_, BITS, MT> {
         if const { MT > S::TALLEST } {
             unreachable!("heights() offers no taller ones");
         } else if const { MT == 1 || S::WIDE && MT <= 4 } {
-            strip::<S, BITS, MT, 4>(self.0);
+            strip::<S, BITS, MT, 4, PAIRS>(self.0);
         } else if const { S::WIDE || MT == 2 } {
-            strip::<S, BITS, MT, 2>(self.0);
+            strip::<S, BITS, MT, 2, PAIRS>(self.0);
         } else {
-            strip::<S, BITS, MT, 1>(self.0);
+            strip::<S, BITS, MT, 1, PAIRS>(self.0);
         }
     }
 }
 
 #[inline(always)]
-unsafe fn strip<S: Simd, const BITS: u32, const MT: usize, const P: usize>(tile: FloatTile<'_>) {
+unsafe fn strip<S: Simd, const BITS: u32, const MT: usize, const P: usize, const PAIRS: bool>(
+    tile: FloatTile<'_>,
+) {
     let m = tile.matrix;
     let base = m.strip(tile.strip).as_ptr();
-    let sums = tile.x.as_ptr().wrapping_add(m.padded_in * MT);
+    // Inputs of one word of `x`.
+    let wide = if PAIRS { 2 } else { 1 };
+    let sums = tile.x.as_ptr().wrapping_add(m.padded_in / wide * MT);
     let mut y = Sums([[0.0; STRIP]; MT]);
     for (g, group) in m.groups.iter().enumerate() {
         let header = base.add(group.offset);
-        let x = tile.x.as_ptr().add(group.first * MT);
+        let x = tile.x.as_ptr().add(group.first / wide * MT);
         let units = group.columns / unit_columns(BITS);
         let mut v = 0;
         while v < VECTORS {
             let codes = header.add(m.header_bytes() + v * VECTOR_BYTES);
-            let mut part = products::<S, BITS, MT, P>(codes, units, x);
+            let mut part = products::<S, BITS, MT, P, PAIRS>(codes, units, x);
             for p in 0..P {
                 if m.asymmetric {
                     let z = S::load_i8(header.add(SCALE_BYTES + (v + p) * LANES).cast());
@@ -122,6 +134,20 @@ unsafe fn multiply<S: Simd, const MT: usize, const P: usize>(
     }
 }
 
+#[inline(always)]
+unsafe fn multiply_pairs<S: Simd, const MT: usize, const P: usize>(
+    part: &mut [[S::F; MT]; P],
+    codes: [S::I; P],
+    x: *const f32,
+) {
+    for i in 0..MT {
+        let v = S::splat_i32(*x.add(i).cast::<i32>());
+        for p in 0..P {
+            part[p][i] = S::dot_pairs(part[p][i], codes[p], v);
+        }
+    }
+}
+
 /// Repeats an expression for each literal, so that shifts are constants of the instruction.
 macro_rules! unroll {
     ($j:ident in [$($n:literal)*] $body:block) => {{ $({ const $j: u32 = $n; $body })* }};
@@ -129,7 +155,7 @@ macro_rules! unroll {
 
 /// Σ x q over the units of one group, for `P` vectors of outputs.
 #[inline(always)]
-unsafe fn products<S: Simd, const BITS: u32, const MT: usize, const P: usize>(
+unsafe fn products<S: Simd, const BITS: u32, const MT: usize, const P: usize, const PAIRS: bool>(
     codes: *const u8,
     units: usize,
     x: *const f32,
@@ -146,11 +172,22 @@ unsafe fn products<S: Simd, const BITS: u32, const MT: usize, const P: usize>(
         // Input k of a word sits in byte k mod 4 at bit k div 4 times the width of its place.
         macro_rules! step {
             ($a:expr, $place:literal, $j:expr, $at:expr) => {{
-                let mut code = [S::splat(0.0); P];
-                for p in 0..P {
-                    code[p] = S::code(BITS, $a[p], 8 * ($j % 4) + $place * ($j / 4));
+                let shift = 8 * ($j % 4) + $place * ($j / 4);
+                if !PAIRS {
+                    let mut code = [S::splat(0.0); P];
+                    for p in 0..P {
+                        code[p] = S::code(BITS, $a[p], shift);
+                    }
+                    multiply::<S, MT, P>(&mut part, code, x.add(($at + $j as usize) * MT));
+                } else if $j % 4 < 2 {
+                    // The input two places on is 16 bits further; both come with the first.
+                    let mut codes = $a;
+                    for p in 0..P {
+                        codes[p] = S::pair(BITS, $a[p], shift);
+                    }
+                    let pair = ($at + $j as usize) / 4 * 2 + $j as usize % 4;
+                    multiply_pairs::<S, MT, P>(&mut part, codes, x.add(pair * MT));
                 }
-                multiply::<S, MT, P>(&mut part, code, x.add(($at + $j as usize) * MT));
             }};
         }
         let mut a = [S::splat_i32(0); P];
@@ -185,7 +222,7 @@ unsafe fn products<S: Simd, const BITS: u32, const MT: usize, const P: usize>(
                 unroll!(J in [0 1 2 3 4 5 6 7] { step!(d, 4, J, 24); });
             }
         }
-        x = x.add(unit_columns(BITS) * MT);
+        x = x.add(unit_columns(BITS) / if PAIRS { 2 } else { 1 } * MT);
         w = w.add(unit_words(BITS) * WORD_BYTES);
     }
     part

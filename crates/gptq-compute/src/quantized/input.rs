@@ -3,6 +3,8 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use half::bf16;
+
 use super::tile::{Rows, Tiling};
 use super::{Layout, PAD, QuantizedMatrix};
 use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_on};
@@ -20,6 +22,9 @@ pub enum Activations {
     /// As f32: exact up to rounding.
     #[default]
     F32,
+    /// Rounded to bfloat16, products and sums in f32: twice as fast as f32 where the processor
+    /// multiplies bfloat16.
+    Bf16,
     /// Rounded to int8 with one scale per token and block of 32 inputs: faster, at the cost of some
     /// tenths of a percent in perplexity.
     Int8,
@@ -37,42 +42,62 @@ fn pick(row: &[f32], k: u32) -> f32 {
     if k == PAD { 0.0 } else { row[k as usize] }
 }
 
-/// Floats of one token of [`pack_floats`]: the padded inputs and their sum per group.
-pub(crate) fn token_floats(layout: Layout<'_>) -> usize {
-    layout.0.padded_in + layout.0.groups.len()
+/// How [`pack_floats`] gives the inputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Packing {
+    /// As they are.
+    Exact,
+    /// Rounded to bfloat16, as f32.
+    Rounded,
+    /// Rounded to bfloat16, two in the place of an f32: of each four inputs 0 and 2, then 1 and 3,
+    /// the first in the low half. So codes lie that are 16 bits apart in a lane.
+    Pairs,
 }
 
-/// Packs the rows of `x` that belong to a tile: `[padded_in, height]` inputs followed by `[groups, height]` sums, which only asymmetric matrices
-/// read (`with_sums`). Missing rows are zero.
+/// Words of one token of [`pack_floats`]: the padded inputs and their sum per group.
+pub(crate) fn token_floats(layout: Layout<'_>, packing: Packing) -> usize {
+    let inputs = layout.0.padded_in / if packing == Packing::Pairs { 2 } else { 1 };
+    inputs + layout.0.groups.len()
+}
+
+/// Packs the rows of `x` that belong to a tile: `[padded_in, height]` inputs, or half as many pairs,
+/// followed by `[groups, height]` sums, which only asymmetric matrices read (`with_sums`). Missing
+/// rows are zero.
 pub(crate) fn pack_floats(
     layout: Layout<'_>,
     x: &Tensor,
     Rows { first, tokens, height, .. }: Rows,
+    packing: Packing,
     with_sums: bool,
     out: &mut [f32],
 ) {
     let m = layout.0;
-    let (inputs, sums) = out[..token_floats(layout) * height].split_at_mut(m.padded_in * height);
+    let len = token_floats(layout, packing);
+    let (inputs, sums) = out[..len * height].split_at_mut((len - m.groups.len()) * height);
     if tokens < height {
         inputs.fill(0.0);
+        sums.fill(0.0);
     }
     for i in 0..tokens {
         let row = x.row(first + i);
-        let cells = inputs[i..].iter_mut().step_by(height);
-        match &m.order {
-            None => cells.zip(row).for_each(|(c, v)| *c = *v),
-            Some(order) => cells.zip(order.iter()).for_each(|(c, &k)| *c = pick(row, k)),
+        let input = |k: usize| {
+            let v = m.order.as_ref().map_or_else(|| row[k], |order| pick(row, order[k]));
+            if packing == Packing::Exact { v } else { bf16::from_f32(v).to_f32() }
+        };
+        if packing == Packing::Pairs {
+            let pair = |low: f32, high: f32| f32::from_bits(low.to_bits() >> 16 | high.to_bits());
+            for (q, cells) in inputs.chunks_exact_mut(2 * height).enumerate() {
+                let four = [0, 1, 2, 3].map(|j| input(4 * q + j));
+                cells[i] = pair(four[0], four[2]);
+                cells[height + i] = pair(four[1], four[3]);
+            }
+        } else {
+            let cells = inputs[i..].iter_mut().step_by(height);
+            cells.enumerate().for_each(|(k, cell)| *cell = input(k));
         }
-    }
-    if !with_sums {
-        return;
-    }
-    for (sum, group) in sums.chunks_exact_mut(height).zip(m.groups.iter()) {
-        let cells = group.first * height..(group.first + group.columns) * height;
-        sum.fill(0.0);
-        for cells in inputs[cells].chunks_exact(height) {
-            for (s, c) in sum.iter_mut().zip(cells) {
-                *s += c;
+        if with_sums {
+            for (sum, group) in sums[i..].iter_mut().step_by(height).zip(m.groups.iter()) {
+                *sum = (group.first..group.first + group.columns).map(input).sum();
             }
         }
     }

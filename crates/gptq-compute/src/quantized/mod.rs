@@ -33,7 +33,7 @@ use half::f16;
 
 pub(crate) use float::FloatTile;
 pub use input::Activations;
-pub(crate) use input::{Int8Input, pack_floats, token_floats};
+pub(crate) use input::{Int8Input, Packing, pack_floats, token_floats};
 pub(crate) use int8::{Int8Tiles, TILES as INT8_TILES};
 pub(crate) use tile::{Out, Tiling};
 

@@ -37,7 +37,7 @@ impl Tiling {
     /// [`Simd::TALLEST`]: crate::arch::Simd::TALLEST
     pub(crate) fn float(isa: Isa, tokens: usize) -> Self {
         let heights: Heights = match isa {
-            Isa::Avx512 | Isa::Avx512Vnni => &[12, 8, 4, 2, 1],
+            Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => &[12, 8, 4, 2, 1],
             Isa::Scalar => &[1],
             _ => &[4, 2, 1],
         };
@@ -49,7 +49,7 @@ impl Tiling {
     /// [`Simd::INT8_TALLEST`]: crate::arch::Simd::INT8_TALLEST
     pub(crate) fn int8(isa: Isa, tokens: usize) -> Self {
         let heights: Heights = match isa {
-            Isa::Avx512Vnni => &[6, 5, 4, 3, 2, 1],
+            Isa::Avx512Vnni | Isa::Avx512Bf16 => &[6, 5, 4, 3, 2, 1],
             Isa::Scalar => &[1],
             _ => &[4, 3, 2, 1],
         };
