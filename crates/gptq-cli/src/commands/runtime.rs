@@ -65,13 +65,19 @@ impl From<HeadBitsArg> for HeadBits {
 pub(crate) enum ActivationsArg {
     /// 32-bit floats
     F32,
+    /// Rounded to bfloat16: faster where the processor multiplies bfloat16
+    Bf16,
     /// 8-bit integers with a scale per token and group
     Int8,
 }
 
 impl ActivationsArg {
     pub(crate) fn name(self) -> &'static str {
-        if self == Self::F32 { "f32" } else { "int8" }
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        }
     }
 }
 
@@ -79,6 +85,7 @@ impl From<ActivationsArg> for Activations {
     fn from(arg: ActivationsArg) -> Self {
         match arg {
             ActivationsArg::F32 => Self::F32,
+            ActivationsArg::Bf16 => Self::Bf16,
             ActivationsArg::Int8 => Self::Int8,
         }
     }
