@@ -148,8 +148,9 @@ FAMILIES = {
     ),  # fmt: skip
     "gemma": dict(
         base={**SMALL, "head_dim": 16},
-        axes=[GEMMA[0], axis("hidden_act", "gelu_pytorch_tanh", "gelu", "silu"), axis("hidden_activation", "gelu_pytorch_tanh", "gelu"), *GEMMA[2:], ROPES[:6]],
-    ),
+        axes=[GEMMA[0], axis("hidden_act", "gelu_pytorch_tanh", "gelu", "silu"),
+              axis("hidden_activation", "gelu_pytorch_tanh", "gelu"), *GEMMA[2:], ROPES[:6]],
+    ),  # fmt: skip
     "gemma2": dict(
         base={**SMALL, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8},
         axes=[*GEMMA, ROPES[:6], axis("query_pre_attn_scalar", 24, 16, 224), axis("sliding_window", 8, 64),
