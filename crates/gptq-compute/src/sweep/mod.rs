@@ -44,6 +44,17 @@ pub struct Sweep<'a> {
     pub grid: Grid,
 }
 
+/// What a sweep makes up for beside its own errors: that its inputs are not those of the float model.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Feed<'a> {
+    /// P `[in, in]` in sweep order, strictly upper: when column c is reached, w_j += P_cj w_c for all
+    /// columns j behind it, with w_c as it is before it is rounded (GPTAQ, arXiv 2504.02692).
+    pub pass_on: Option<&'a [f32]>,
+    /// What the first column of the sweep is rounded from, `[out]`, instead of its weights; its error
+    /// is still taken from these (Qronos, arXiv 2505.11695).
+    pub first: Option<&'a [f32]>,
+}
+
 /// A quantized layer.
 #[derive(Debug, Clone)]
 pub struct Swept {
@@ -79,9 +90,27 @@ impl Sweep<'_> {
         ranges: &[f32],
         out_features: usize,
     ) -> Swept {
+        self.run_fed(pool, weights, ranges, out_features, Feed::default())
+    }
+
+    /// [`Sweep::run_with_ranges`] that makes up for other inputs too; needs a factor to have an effect.
+    ///
+    /// # Panics
+    /// As [`Sweep::run`].
+    #[track_caller]
+    pub fn run_fed(
+        &self,
+        pool: &Pool,
+        weights: &[f32],
+        ranges: &[f32],
+        out_features: usize,
+        feed: Feed<'_>,
+    ) -> Swept {
         let columns = self.order.len();
         assert_eq!(weights.len(), out_features * columns, "weights");
         assert_eq!(ranges.len(), weights.len(), "ranges");
+        assert!(feed.pass_on.is_none_or(|p| p.len() == columns * columns), "passed on");
+        assert!(feed.first.is_none_or(|first| first.len() == out_features), "first column");
         assert_eq!(self.groups.len(), columns, "groups");
         assert!(self.order.iter().all(|&k| (k as usize) < columns), "order");
         assert!(self.factor.is_none_or(|u| u.len() == columns * columns), "factor");
@@ -109,7 +138,8 @@ impl Sweep<'_> {
                 })
                 .collect();
             let importance = &importance;
-            dispatch(panel::SweepPanels { sweep: self, ranges, importance, panels: &mut panels });
+            let panels = &mut panels[..];
+            dispatch(panel::SweepPanels { sweep: self, ranges, importance, feed, panels });
             for (p, panel) in panels.iter().enumerate() {
                 let first = first + p * LANES;
                 let rows = LANES.min(out_features - first);

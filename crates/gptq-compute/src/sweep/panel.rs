@@ -1,7 +1,7 @@
 //! The sweep over panels of 16 rows.
 
 use super::product::{Lanes, add_product, transpose};
-use super::{BLOCK, Sweep};
+use super::{BLOCK, Feed, Sweep};
 use crate::arch::{Kernel, LANES, Simd};
 
 /// Weights and results of 16 rows.
@@ -20,6 +20,9 @@ pub(super) struct Panel {
     pub(super) losses: [f64; LANES],
     /// Errors of the current block.
     errors: Vec<Lanes>,
+    /// Weights of the current block as they were before they were rounded; empty where none are passed
+    /// on.
+    passed: Vec<Lanes>,
 }
 
 impl Panel {
@@ -41,6 +44,7 @@ impl Panel {
             zeros: vec![[0.0; LANES]; groups],
             losses: [0.0; LANES],
             errors: vec![[0.0; LANES]; BLOCK],
+            passed: Vec::new(),
         }
     }
 }
@@ -52,6 +56,7 @@ pub(super) struct SweepPanels<'a> {
     pub(super) ranges: &'a [f32],
     /// h of the column at each position of the sweep.
     pub(super) importance: &'a [f32],
+    pub(super) feed: Feed<'a>,
     pub(super) panels: &'a mut [Panel],
 }
 
@@ -60,11 +65,13 @@ impl Kernel for SweepPanels<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { sweep, ranges, importance, panels } = self;
+        let Self { sweep, ranges, importance, feed, panels } = self;
         let columns = sweep.order.len();
         // Columns of U inside the current block, made contiguous: [column][row].
         let mut inner = vec![0.0f32; BLOCK * BLOCK];
+        let mut inner_passed = vec![0.0f32; feed.pass_on.map_or(0, |_| BLOCK * BLOCK)];
         for panel in panels.iter_mut() {
+            panel.passed = vec![[0.0; LANES]; feed.pass_on.map_or(0, |_| BLOCK)];
             prepare::<S>(sweep, panel, ranges, importance);
         }
         for start in (0..columns).step_by(BLOCK) {
@@ -76,8 +83,26 @@ impl Kernel for SweepPanels<'_> {
                     }
                 }
             }
+            if let Some(p) = feed.pass_on {
+                for c in start..end {
+                    for b in start..c {
+                        inner_passed[(c - start) * BLOCK + b - start] = p[b * columns + c];
+                    }
+                }
+            }
             for panel in panels.iter_mut() {
-                block::<S>(sweep, panel, start..end, &inner, importance);
+                let fed = Fed { first: feed.first, passed: &inner_passed };
+                block::<S>(sweep, panel, start..end, &inner, fed, importance);
+            }
+            if let Some(p) = feed.pass_on {
+                add_product::<S, _, false>(
+                    panels,
+                    |panel| (&panel.passed[..end - start], &mut panel.weights[..]),
+                    p,
+                    columns,
+                    start..end,
+                    end..columns,
+                );
             }
             if let Some(u) = sweep.factor {
                 // The errors of a block are taken out of all columns behind it.
@@ -124,6 +149,14 @@ unsafe fn prepare<S: Simd>(
     panel.weights = sweep.order.iter().map(|&k| panel.weights[k as usize]).collect();
 }
 
+/// [`Feed`] as a block needs it.
+#[derive(Clone, Copy)]
+struct Fed<'a> {
+    first: Option<&'a [f32]>,
+    /// Columns of P inside the block, `[column][row]`; empty without P.
+    passed: &'a [f32],
+}
+
 /// Quantizes the columns of one block, leaving their errors in `panel.errors`.
 #[inline(always)]
 unsafe fn block<S: Simd>(
@@ -131,6 +164,7 @@ unsafe fn block<S: Simd>(
     panel: &mut Panel,
     range: std::ops::Range<usize>,
     inner: &[f32],
+    fed: Fed<'_>,
     importance: &[f32],
 ) {
     let (start, columns) = (range.start, sweep.order.len());
@@ -151,9 +185,21 @@ unsafe fn block<S: Simd>(
                 w = S::fnma(S::splat(*u), S::load(e.as_ptr()), w);
             }
         }
+        if !fed.passed.is_empty() {
+            let p = &fed.passed[(c - start) * BLOCK..][..c - start];
+            for (p, v) in p.iter().zip(&panel.passed) {
+                w = S::fma(S::splat(*p), S::load(v.as_ptr()), w);
+            }
+            S::store(panel.passed[c - start].as_mut_ptr(), w);
+        }
         let (scale, zero) = (S::load(panel.scales[g].as_ptr()), S::load(panel.zeros[g].as_ptr()));
-        let (code, value) = sweep.grid.round::<S>(w, scale, zero);
         let mut lanes = [0.0; LANES];
+        let mut from = w;
+        if let Some(first) = fed.first.filter(|_| c == 0) {
+            lanes[..panel.rows].copy_from_slice(&first[panel.first..][..panel.rows]);
+            from = S::load(lanes.as_ptr());
+        }
+        let (code, value) = sweep.grid.round::<S>(from, scale, zero);
         S::store(lanes.as_mut_ptr(), code);
         panel.codes[sweep.order[c] as usize] = lanes.map(|q| q as u8);
         if sweep.factor.is_some() {
