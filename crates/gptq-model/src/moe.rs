@@ -139,7 +139,12 @@ impl MoeState {
             input.as_mut_slice().copy_from_slice(self.input.as_slice());
             return;
         };
-        let routes = self.routes(expert);
+        self.enter_as(self, expert, input);
+    }
+
+    /// Copies those rows into `input` that `other` routes to `expert`.
+    pub(crate) fn enter_as(&self, other: &Self, expert: u32, input: &mut Tensor) {
+        let routes = other.routes(expert);
         input.resize(routes.len(), self.input.cols());
         for (index, (row, _)) in routes.iter().enumerate() {
             input.row_mut(index).copy_from_slice(self.input.row(*row as usize));
@@ -234,6 +239,11 @@ impl MoeState {
 
     fn starts(&self, expert: u32) -> std::ops::Range<usize> {
         self.starts[expert as usize]..self.starts[expert as usize + 1]
+    }
+
+    /// The rows that go to an expert.
+    pub(crate) fn rows(&self, expert: u32) -> Vec<u32> {
+        self.routes(expert).iter().map(|(row, _)| *row).collect()
     }
 
     fn routes(&self, expert: u32) -> &[(u32, f32)] {

@@ -12,6 +12,7 @@ use crate::moe::MoeState;
 use crate::profile::{Op, Profile};
 use crate::rope::RopeTables;
 use crate::spec::Spec;
+use crate::stages::Stage;
 use crate::{ModelError, Result};
 
 /// What running a block needs besides weights and state: threads, tables and buffers that are reused from call to call.
@@ -111,6 +112,12 @@ impl BlockState {
     /// A state whose stream is `hidden` `[rows, hidden]`.
     pub fn new(hidden: Tensor) -> Self {
         Self { hidden, ..Self::default() }
+    }
+
+    /// The rows of the state that the input of an expert's `stage` consists of, while that stage comes next; `None` where it
+    /// has all rows.
+    pub fn routed_rows(&self, stage: Stage) -> Option<Vec<u32>> {
+        stage.expert().map(|expert| self.moe.rows(expert))
     }
 
     /// Size of its buffers in bytes.
