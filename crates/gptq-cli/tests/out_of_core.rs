@@ -103,9 +103,17 @@ fn without_true_sequential_order_and_with_the_head() {
 }
 
 #[test]
+fn both_streams_of_a_correction_spill() {
+    let world = with_text(World::with_model(BINARY, SHAPE));
+    check(&world, "--nsamples 200 --seqlen 96 --correction gptaq --damp-percent auto --lm-head");
+    check(&world, "--nsamples 200 --seqlen 96 --correction qep --no-true-sequential");
+}
+
+#[test]
 fn experts_and_parallel_blocks_come_back_from_disk() {
     for world in ["mixtral", "gptj"].into_iter().filter_map(with_fixture) {
         check(&world, "--nsamples 600 --seqlen 64 --moe-fallback all-tokens");
+        check(&world, "--nsamples 600 --seqlen 64 --correction qronos --damp-percent auto");
     }
 }
 

@@ -59,6 +59,21 @@ impl Hessian {
         Self { matrix: matrix.into(), width, tokens }
     }
 
+    /// That of the tokens of both.
+    ///
+    /// # Panics
+    /// If the widths differ.
+    #[track_caller]
+    pub fn join(&self, other: &Self) -> Self {
+        assert_eq!(self.width, other.width, "width of the Hessians");
+        let tokens = self.tokens + other.tokens;
+        let share = |tokens_of: usize| (tokens_of as f64 / tokens.max(1) as f64) as f32;
+        let (ours, theirs) = (share(self.tokens), share(other.tokens));
+        let both = self.matrix.iter().zip(other.matrix.iter());
+        let matrix = both.map(|(a, b)| ours * a + theirs * b).collect();
+        Self { matrix, width: self.width, tokens }
+    }
+
     /// Number of inputs.
     pub fn width(&self) -> usize {
         self.width
@@ -225,6 +240,14 @@ mod tests {
         let f = Hessian::from_matrix(vec![1.0, 9.0, 9.0, 1.0], 2, 1).factor(PLAIN, DAMPING);
         assert_eq!(f.upper[1], 0.0, "falls back to the diagonal");
         assert_eq!(f.diagonal, None);
+    }
+
+    #[test]
+    fn joined_hessians_are_those_of_all_tokens() {
+        let a = Hessian::from_matrix(vec![1.0, 0.0, 0.0, 4.0], 2, 30);
+        let b = Hessian::from_matrix(vec![5.0, 2.0, 2.0, 0.0], 2, 10);
+        let both = a.join(&b);
+        assert_eq!((both.matrix(), both.tokens()), (&[2.0, 0.5, 0.5, 3.0][..], 40));
     }
 
     #[test]

@@ -31,4 +31,5 @@ pub use pipeline::{
 pub use progress::Progress;
 pub use report::{ModuleRecord, QuantReport};
 pub use self_calibration::{SelfCalibration, self_calibrate};
+pub use solver::Correction;
 pub use token_weights::TokenWeights;

@@ -36,7 +36,9 @@ pub struct CardResult {
 
 /// The card as Markdown.
 pub fn model_card(report: &QuantReport, details: &CardDetails<'_>) -> String {
-    let config = |key: &str| report.quantize_config.get(key);
+    let meta = report.quantize_config.get("meta");
+    let config =
+        |key: &str| report.quantize_config.get(key).or_else(|| meta.and_then(|meta| meta.get(key)));
     let bits = config("bits").map_or_else(|| "?".to_owned(), Value::to_string);
     let mut card = front_matter(&bits, details);
     let mut line = |text: &str| {
@@ -143,8 +145,8 @@ fn number(value: impl std::borrow::Borrow<f64>) -> String {
     if value != 0.0 && value.abs() < 0.1 { format!("{value:.2e}") } else { format!("{value:.3}") }
 }
 
-/// The keys of quantize_config.json that the table shows, in its order.
-const SETTINGS: [&str; 8] = [
+/// The keys of quantize_config.json and of its `meta` that the table shows, in its order.
+const SETTINGS: [&str; 16] = [
     "bits",
     "group_size",
     "sym",
@@ -152,6 +154,14 @@ const SETTINGS: [&str; 8] = [
     "act_group_aware",
     "true_sequential",
     "damp_percent",
+    "damp_percent_auto",
+    "order",
+    "scale_search",
+    "signed_scales",
+    "refine",
+    "token_weights",
+    "correction",
+    "correction_strength",
     "checkpoint_format",
 ];
 
@@ -185,8 +195,8 @@ mod tests {
     #[test]
     fn a_card_has_front_matter_settings_and_results() {
         let mut run = report();
-        run.quantize_config =
-            json!({ "bits": 4, "group_size": 64, "sym": true, "desc_act": false });
+        run.quantize_config = json!({ "bits": 4, "group_size": 64, "sym": true, "desc_act": false,
+                "meta": { "token_weights": "balanced" } });
         let source = SourceReport {
             name: "wiki|text.txt".into(),
             kind: "text".into(),
@@ -219,6 +229,7 @@ mod tests {
         for part in [
             "# Smol-4bit\n",
             "| group_size | 64 |",
+            "| token_weights | \"balanced\" |",
             "wiki\\|text.txt: 2 windows of 8 tokens, seed 3",
             "| note | wiki\\|text.txt holds 8 tokens",
             "| perplexity, test | 17.834 | 19.500 | `gptq eval . --perplexity test.txt` |",

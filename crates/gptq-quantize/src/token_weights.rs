@@ -13,7 +13,7 @@
 
 use std::ops::Range;
 
-use gptq_compute::{Gram, Norm, NormKind, Pool, Tensor, norm};
+use gptq_compute::{Cross, Gram, Norm, NormKind, Pool, Tensor, add_scaled, norm};
 use gptq_model::Stage;
 
 /// What the first token of a window counts for in the inputs of a causal attention, as a share of
@@ -80,14 +80,50 @@ impl RowWeights {
                 gram.emphasize(pool, &sinks(x, windows));
             }
             Self::Directions => {
-                let eps = f32::MIN_POSITIVE;
-                let unit = Norm { kind: NormKind::Rms, weight: None, bias: None, eps };
-                let mut scaled = Tensor::default();
-                norm(pool, x, &unit, &mut scaled);
-                gram.accumulate(pool, &scaled);
+                gram.accumulate(pool, &unit_rows(pool, x));
             }
         }
     }
+
+    /// Adds the weighted xᵀ(f - x) to `cross`, for x the inputs that [`RowWeights::accumulate`] sums up
+    /// and f the same tokens' inputs in the float model, both `[tokens, in]`. f is overwritten.
+    pub(crate) fn accumulate_shift(
+        self,
+        cross: &mut Cross,
+        pool: &Pool,
+        x: &Tensor,
+        float: &mut Tensor,
+        windows: &[Range<usize>],
+    ) {
+        let shift = float;
+        add_scaled(pool, shift, x, -1.0);
+        match self {
+            Self::Uniform => cross.accumulate(pool, x, shift),
+            Self::Sinks => {
+                cross.accumulate(pool, x, shift);
+                cross.accumulate(pool, &sinks(x, windows), &sinks(shift, windows));
+            }
+            Self::Directions => {
+                for row in 0..x.rows() {
+                    let energy = x.row(row).iter().map(|v| f64::from(v * v)).sum::<f64>();
+                    let size = (energy / x.cols().max(1) as f64 + f64::from(UNIT_EPS)).sqrt();
+                    shift.row_mut(row).iter_mut().for_each(|v| *v /= size as f32);
+                }
+                cross.accumulate(pool, &unit_rows(pool, x), shift);
+            }
+        }
+    }
+}
+
+/// Keeps rows of zeros from being divided by zero.
+const UNIT_EPS: f32 = f32::MIN_POSITIVE;
+
+/// The rows scaled to a mean square of 1.
+fn unit_rows(pool: &Pool, x: &Tensor) -> Tensor {
+    let unit = Norm { kind: NormKind::Rms, weight: None, bias: None, eps: UNIT_EPS };
+    let mut scaled = Tensor::default();
+    norm(pool, x, &unit, &mut scaled);
+    scaled
 }
 
 /// The first row of each window, scaled to what it counts beyond once.
@@ -150,6 +186,39 @@ mod tests {
         close(&gram(TokenWeights::Balanced, Stage::Qkv, false), &all);
         close(&gram(TokenWeights::Uniform, Stage::Qkv, true), &all);
         close(&gram(TokenWeights::Balanced, Stage::MlpUp(Part::Dense), true), &all);
+    }
+
+    #[test]
+    fn shifts_are_weighted_like_the_inputs() {
+        let x = rows();
+        let float: Vec<f32> = (0..24 * 3).map(|i| ((i * 53 % 29) as f32 - 14.0) * 0.4).collect();
+        let float = Tensor::from_vec(24, 3, float);
+        let energy = |i: usize| x.row(i).iter().map(|v| f64::from(v * v)).sum::<f64>();
+        let sink = |i| match i {
+            0 => 2.0,
+            8 => 4.0,
+            _ => 1.0,
+        };
+        let cases: [(RowWeights, &dyn Fn(usize) -> f64); 3] = [
+            (RowWeights::Uniform, &|_| 1.0),
+            (RowWeights::Sinks, &sink),
+            (RowWeights::Directions, &|i| 3.0 / energy(i)),
+        ];
+        for (weights, weight) in cases {
+            let (mut cross, pool) = (Cross::new(3), Pool::new(1));
+            let windows = [0..8, 8..24];
+            weights.accumulate_shift(&mut cross, &pool, &x, &mut float.clone(), &windows);
+            let mut want = vec![0.0; 9];
+            for i in 0..24 {
+                for a in 0..3 {
+                    for b in 0..3 {
+                        let shift = f64::from(float.row(i)[b]) - f64::from(x.row(i)[b]);
+                        want[a * 3 + b] += weight(i) * f64::from(x.row(i)[a]) * shift;
+                    }
+                }
+            }
+            close(&cross.into_matrix(1.0), &want);
+        }
     }
 
     #[test]

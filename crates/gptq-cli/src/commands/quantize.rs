@@ -10,8 +10,8 @@ use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic};
 use gptq_model::{ActivationType, SentencePooling, Spec};
 use gptq_quantize::pipeline::{Job, MixedReport, apply_target, sensitivity};
 use gptq_quantize::{
-    CalibrationOptions, Method, MoeFallback, Plan, QuantizeOptions, TokenWeights, Windows, plan,
-    quantize_as_planned,
+    CalibrationOptions, Correction, Method, MoeFallback, Plan, QuantizeOptions, TokenWeights,
+    Windows, plan, quantize_as_planned,
 };
 use serde_json::json;
 
@@ -76,9 +76,10 @@ pub(crate) struct Args {
     /// Find all scales before the first column is quantized.
     #[arg(long)]
     static_groups: bool,
-    /// Share of the Hessian's mean diagonal that is added to its diagonal.
-    #[arg(long, default_value_t = 0.05, value_name = "P")]
-    damp_percent: f64,
+    /// Share of the Hessian's mean diagonal that is added to its diagonal; auto: every eighth
+    /// calibration window is held out, and for each stage chooses the one that errs least on it.
+    #[arg(long, default_value = "0.05", value_parser = parse_damping, value_name = "P|auto")]
+    damp_percent: Damping,
     /// Added to the damping while the factorization fails.
     #[arg(long, default_value_t = 0.01, value_name = "P")]
     damp_auto_increment: f64,
@@ -117,6 +118,15 @@ pub(crate) struct Args {
     /// memory and rounds them.
     #[arg(long, value_enum, default_value_t = ActivationTypeArg::F32, value_name = "TYPE")]
     activation_dtype: ActivationTypeArg,
+    /// How linears make up for inputs that are not those of the float model any more: not at all, by
+    /// weights that are moved before they are solved (qep), column by column in the sweep (gptaq), or by
+    /// a best first column and a fresh start behind it (qronos). The model is run twice, as floats too.
+    #[arg(long, value_enum, default_value_t = CorrectionArg::None)]
+    correction: CorrectionArg,
+    /// Share of the input error that is corrected, above 0 and at most 1. [default: qep 0.5, gptaq
+    /// 0.25, qronos 1]
+    #[arg(long, value_name = "A")]
+    correction_strength: Option<f64>,
     /// Calibration text (.txt, .jsonl, .parquet), or `self`: the model writes it. Given several
     /// times, windows are drawn from each in proportion to the weights: `--calibration a.txt
     /// --calibration self@0.5` takes two thirds from the file. Encoders take each line (of .txt) or
@@ -203,6 +213,14 @@ enum TokenWeightsArg {
     Balanced,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+enum CorrectionArg {
+    None,
+    Qep,
+    Gptaq,
+    Qronos,
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum ActivationTypeArg {
     F32,
@@ -214,6 +232,20 @@ enum FormatArg {
     Gptq,
     #[value(name = "gptq_v2")]
     GptqV2,
+}
+
+/// The value of `--damp-percent`.
+#[derive(Debug, Clone, Copy)]
+enum Damping {
+    Auto,
+    Share(f64),
+}
+
+fn parse_damping(text: &str) -> Result<Damping, String> {
+    if text == "auto" {
+        return Ok(Damping::Auto);
+    }
+    text.parse().map(Damping::Share).map_err(|_| format!("`{text}` is neither a number nor auto"))
 }
 
 pub(super) fn parse_bits(text: &str) -> Result<Bits, String> {
@@ -247,7 +279,11 @@ impl Args {
             act_group_aware: order == OrderArg::GroupAware || self.act_group_aware,
             act_order_static: order == OrderArg::ActStatic,
             static_groups: self.static_groups,
-            damp_percent: self.damp_percent,
+            damp_percent: match self.damp_percent {
+                Damping::Auto => defaults.damp_percent,
+                Damping::Share(share) => share,
+            },
+            damp_auto: matches!(self.damp_percent, Damping::Auto),
             damp_auto_increment: self.damp_auto_increment,
             scale_search: self.scale_search()?,
             signed_scales: self.signed_scales
@@ -266,6 +302,13 @@ impl Args {
                 ActivationTypeArg::F32 => ActivationType::F32,
                 ActivationTypeArg::F16 => ActivationType::F16,
             },
+            correction: match self.correction {
+                CorrectionArg::None => Correction::None,
+                CorrectionArg::Qep => Correction::Qep,
+                CorrectionArg::Gptaq => Correction::Gptaq,
+                CorrectionArg::Qronos => Correction::Qronos,
+            },
+            correction_strength: self.correction_strength(),
             format: match self.format {
                 FormatArg::Gptq => CheckpointFormat::Gptq,
                 FormatArg::GptqV2 => CheckpointFormat::GptqV2,
@@ -289,6 +332,11 @@ impl Args {
             None if self.no_act_group_aware || self.group_size < 0 => OrderArg::Natural,
             None => OrderArg::GroupAware,
         }
+    }
+
+    /// Only a correction has one.
+    fn correction_strength(&self) -> Option<f64> {
+        self.correction_strength.filter(|_| self.correction != CorrectionArg::None)
     }
 
     fn is_gptq(&self) -> bool {

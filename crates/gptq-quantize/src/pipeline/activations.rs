@@ -4,12 +4,14 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use gptq_compute::{Gram, LayerKv, Tensor};
+use gptq_compute::{Cross, Gram, LayerKv, Tensor};
 use gptq_format::Checkpoint;
 use gptq_model::{
     ActivationType, Block, BlockState, Ctx, Embedder, HeadLayer, LinearSource, SeqSpan, Spec, Stage,
 };
 
+use super::held_out::{Part, is_held_out, split};
+use super::native::Native;
 use super::scratch::{Scratch, not_kept};
 use super::{MoeFallback, Phases};
 use crate::calibration::CalibrationSet;
@@ -28,7 +30,7 @@ pub(crate) fn windows_per_chunk(seqlen: usize) -> usize {
 }
 
 /// The state of each chunk.
-enum States {
+pub(super) enum States {
     Memory(Vec<BlockState>),
     /// As they are saved with this type: one chunk at a time is whole.
     Packed(Vec<Vec<u8>>, ActivationType),
@@ -36,16 +38,43 @@ enum States {
     Disk(Scratch),
 }
 
-/// All calibration tokens between two stages.
-pub(crate) struct Activations {
-    /// Rows of each window of each chunk.
-    chunks: Vec<Vec<Range<usize>>>,
-    states: States,
-    spec: Arc<Spec>,
-    weights: TokenWeights,
+impl States {
+    /// The state of one chunk; `buffer` holds it where it comes from the disk.
+    pub(super) fn get<'s>(
+        &'s self,
+        index: usize,
+        buffer: &'s mut BlockState,
+        phases: &mut Phases,
+    ) -> Result<&'s BlockState> {
+        match self {
+            Self::Memory(all) => Ok(&all[index]),
+            Self::Packed(all, kind) => {
+                phases.time("packing", || unpack(&all[index], *kind, buffer))?;
+                Ok(buffer)
+            }
+            Self::Disk(scratch) => {
+                phases.time("scratch", || scratch.load(index, buffer))?;
+                Ok(buffer)
+            }
+        }
+    }
 }
 
-impl Activations {
+/// All calibration tokens between two stages.
+pub(crate) struct Activations<'a> {
+    /// Rows of each window of each chunk.
+    pub(super) chunks: Vec<Vec<Range<usize>>>,
+    pub(super) states: States,
+    pub(super) spec: Arc<Spec>,
+    weights: TokenWeights,
+    kind: ActivationType,
+    /// Whether some windows are kept apart, to judge what is fitted on the others.
+    hold_out: bool,
+    /// The same tokens in the float model, where a correction needs them; moves with them.
+    native: Option<Box<Native<'a>>>,
+}
+
+impl<'a> Activations<'a> {
     /// Embeds the windows. With `spill` they are kept in a scratch file in that directory.
     pub(crate) fn embed(
         ctx: &mut Ctx,
@@ -89,12 +118,41 @@ impl Activations {
             });
             chunks.push(rows.collect());
         }
-        Ok(Self { chunks, states, spec: Arc::clone(spec), weights })
+        Ok(Self {
+            chunks,
+            states,
+            spec: Arc::clone(spec),
+            weights,
+            kind,
+            hold_out: false,
+            native: None,
+        })
+    }
+
+    /// Sums up the inputs of some windows apart from the others.
+    pub(crate) fn with_held_out(mut self, hold_out: bool) -> Self {
+        self.hold_out = hold_out;
+        self
+    }
+
+    /// Lets the tokens of the float model `source` go beside them.
+    pub(crate) fn with_native(
+        mut self,
+        ctx: &mut Ctx,
+        source: &'a Checkpoint,
+        set: &CalibrationSet,
+        spill: Option<&Path>,
+    ) -> Result<Self> {
+        let spec = Arc::clone(&self.spec);
+        let kept = (self.weights, self.kind);
+        let stream = Self::embed(ctx, source, &spec, set, kept, spill)?;
+        self.native = Some(Box::new(Native::new(stream, source)));
+        Ok(self)
     }
 
     /// Shows the state of each chunk with its windows. What `visit` changes is kept only with `keep`;
     /// without it nothing may be changed.
-    fn pass(
+    pub(super) fn pass(
         &mut self,
         ctx: &mut Ctx,
         phases: &mut Phases,
@@ -126,21 +184,45 @@ impl Activations {
                         phases.time("scratch", || scratch.store(index, &state))?;
                     }
                 }
-                // The buffers make room for the factor.
-                *ctx = Ctx::new(Arc::clone(&ctx.pool));
+                self.make_room(ctx);
                 Ok(())
             }
         }
     }
 
+    /// Between two passes over spilled activations, buffers make room for the factor.
+    pub(super) fn make_room(&self, ctx: &mut Ctx) {
+        if matches!(self.states, States::Disk(_)) {
+            *ctx = Ctx::new(Arc::clone(&ctx.pool));
+        }
+    }
+
     /// An empty sum over the inputs of `stage`.
     fn sum(&self, stage: Stage) -> Sum {
-        let weights = self.weights.rows(stage, self.spec.attention.causal);
-        Sum { weights, ..Sum::default() }
+        Sum { weights: self.row_weights(stage), ..Sum::default() }
+    }
+
+    /// Which windows of each chunk are held out; empty where none are.
+    fn held_out(&self) -> Vec<Vec<bool>> {
+        if !self.hold_out {
+            return Vec::new();
+        }
+        let windows = self.chunks.iter().map(Vec::len).sum();
+        let mut next = 0..;
+        let flags = |chunk: &Vec<Range<usize>>| {
+            let windows = next.by_ref().take(chunk.len()).map(|i| is_held_out(i, windows));
+            windows.collect()
+        };
+        self.chunks.iter().map(flags).collect()
+    }
+
+    /// How the tokens of `stage` are weighted.
+    pub(super) fn row_weights(&self, stage: Stage) -> RowWeights {
+        self.weights.rows(stage, self.spec.attention.causal)
     }
 
     /// Keys and values of a chunk's windows.
-    fn caches(&self) -> Vec<LayerKv> {
+    pub(super) fn caches(&self) -> Vec<LayerKv> {
         let attention = &self.spec.attention;
         let most = self.chunks.iter().map(Vec::len).max().unwrap_or(0);
         (0..most).map(|_| LayerKv::new(attention.kv_heads, attention.head_dim)).collect()
@@ -156,7 +238,8 @@ impl Activations {
         self.pass(ctx, phases, true, |ctx, state, _, phases| {
             phases.time("inputs", || block.begin(ctx, state));
             Ok(())
-        })
+        })?;
+        self.native.as_mut().map_or(Ok(()), |native| native.begin(ctx, block.layer(), phases))
     }
 
     /// The inputs of `stage`, which comes next.
@@ -169,19 +252,30 @@ impl Activations {
         phases: &mut Phases,
     ) -> Result<StageInputs> {
         let mut sum = self.sum(stage);
+        let held = self.held_out();
+        let mut held = held.iter();
         self.pass(ctx, phases, false, |ctx, state, windows, phases| {
-            phases.time("hessian", || sum.add(ctx, &state.input, windows));
+            let held = held.next();
+            phases.time("hessian", || sum.add_chunk(ctx, stage, state, windows, held));
             Ok(())
         })?;
         if sum.unrouted(stage, fallback) {
-            sum.gram = None;
+            (sum.gram, sum.held) = (None, None);
             let mut all = self.sum(stage);
             self.pass(ctx, phases, false, |ctx, state, _, phases| {
                 all.add_unrouted(ctx, block, stage, state, phases)
             })?;
             sum.gram = all.gram;
         }
-        Ok(sum.finish(stage, fallback))
+        let mut inputs = sum.finish(stage, fallback);
+        if inputs.can_be_corrected()
+            && let Some(mut native) = self.native.take()
+        {
+            let cross = native.cross(ctx, self, stage, phases);
+            self.native = Some(native);
+            inputs.cross = cross?;
+        }
+        Ok(inputs)
     }
 
     /// Takes all tokens through `stage`.
@@ -195,7 +289,8 @@ impl Activations {
         let mut caches = self.caches();
         self.pass(ctx, phases, true, |ctx, state, windows, phases| {
             phases.time("inputs", || run(ctx, block, stage, state, windows, &mut caches))
-        })
+        })?;
+        self.native.as_mut().map_or(Ok(()), |native| native.advance(ctx, stage, phases))
     }
 
     /// Whether every element of the stream is a number.
@@ -218,11 +313,15 @@ impl Activations {
         phases: &mut Phases,
     ) -> Result<Vec<StageInputs>> {
         let mut sums: Vec<Sum> = block.stages().iter().map(|&stage| self.sum(stage)).collect();
+        let stages = block.stages();
+        let held = self.held_out();
+        let mut chunk = 0;
         self.walk(ctx, block, phases, |ctx, index, state, windows, phases| {
-            phases.time("hessian", || sums[index].add(ctx, &state.input, windows));
+            let (stage, held) = (stages[index], held.get(chunk));
+            phases.time("hessian", || sums[index].add_chunk(ctx, stage, state, windows, held));
+            chunk += usize::from(index + 1 == stages.len());
             Ok(())
         })?;
-        let stages = block.stages();
         let starved: Vec<bool> =
             stages.iter().zip(&sums).map(|(&stage, sum)| sum.unrouted(stage, fallback)).collect();
         if starved.contains(&true) {
@@ -234,11 +333,19 @@ impl Activations {
                 Ok(())
             })?;
             for ((sum, all), _) in sums.iter_mut().zip(all).zip(&starved).filter(|(_, on)| **on) {
-                sum.gram = all.gram;
+                (sum.gram, sum.held) = (all.gram, None);
             }
         }
         let inputs = stages.iter().zip(sums).map(|(&stage, sum)| sum.finish(stage, fallback));
-        Ok(inputs.collect())
+        let mut inputs: Vec<StageInputs> = inputs.collect();
+        if let Some(mut native) = self.native.take() {
+            let crosses = native.all_crosses(ctx, self, block, phases);
+            self.native = Some(native);
+            for (inputs, cross) in inputs.iter_mut().zip(crosses?) {
+                inputs.cross = cross.filter(|_| inputs.can_be_corrected());
+            }
+        }
+        Ok(inputs)
     }
 
     /// Takes copies of all chunks through the block, and shows the state before each stage.
@@ -270,12 +377,21 @@ impl Activations {
         phases: &mut Phases,
     ) -> Result<StageInputs> {
         let (mut sum, mut normalized) = (Sum::default(), Tensor::default());
-        self.pass(ctx, phases, false, |ctx, state, _, phases| {
+        let held = self.held_out();
+        let mut held = held.iter();
+        self.pass(ctx, phases, false, |ctx, state, windows, phases| {
             phases.time("inputs", || head.normalize(ctx, &state.hidden, &mut normalized));
-            phases.time("hessian", || sum.add(ctx, &normalized, &[]));
+            let held = held.next();
+            phases.time("hessian", || sum.add_rows(ctx, &normalized, windows, held, None));
             Ok(())
         })?;
-        Ok(StageInputs { gram: sum.gram, expert: None })
+        let mut inputs = StageInputs { gram: sum.gram, held: sum.held, ..StageInputs::default() };
+        if let Some(mut native) = self.native.take() {
+            let cross = native.head_cross(ctx, self, head, phases);
+            self.native = Some(native);
+            inputs.cross = cross?;
+        }
+        Ok(inputs)
     }
 }
 
@@ -297,8 +413,21 @@ fn unpack(packed: &[u8], kind: ActivationType, state: &mut BlockState) -> Result
 pub(crate) struct StageInputs {
     /// XᵀX of the stage's inputs; `None`: they are rounded to nearest.
     pub(crate) gram: Option<Gram>,
+    /// That of windows which `gram` leaves out.
+    pub(crate) held: Option<Gram>,
+    /// X̂ᵀ(X - X̂) for the inputs X of the float model; `None`: they are not corrected.
+    pub(crate) cross: Option<Cross>,
     /// What the report says of an expert.
     pub(crate) expert: Option<ExpertRecord>,
+}
+
+impl StageInputs {
+    /// Whether they are the inputs of the model: not so for an expert that is solved on tokens that it
+    /// does not see.
+    fn can_be_corrected(&self) -> bool {
+        let fallback = self.expert.as_ref().and_then(|expert| expert.fallback.as_ref());
+        self.gram.is_some() && fallback.is_none()
+    }
 }
 
 /// XᵀX of a stage's inputs as it grows.
@@ -306,6 +435,8 @@ pub(crate) struct StageInputs {
 struct Sum {
     weights: RowWeights,
     gram: Option<Gram>,
+    /// That of the windows which are held out.
+    held: Option<Gram>,
     /// Tokens that went to the stage, and its inputs.
     tokens: usize,
     width: usize,
@@ -317,6 +448,37 @@ impl Sum {
         self.weights.accumulate(gram, &ctx.pool, input, windows);
         self.tokens += input.rows();
         self.width = input.cols();
+    }
+
+    /// Adds the inputs of `stage` for one chunk of windows, some of which may be `held` out.
+    fn add_chunk(
+        &mut self,
+        ctx: &Ctx,
+        stage: Stage,
+        state: &BlockState,
+        windows: &[Range<usize>],
+        held: Option<&Vec<bool>>,
+    ) {
+        let tokens = held.and_then(|_| state.routed_rows(stage));
+        self.add_rows(ctx, &state.input, windows, held, tokens.as_deref());
+    }
+
+    /// The same of any input; `tokens`: those of its rows, where it has not all of them.
+    fn add_rows(
+        &mut self,
+        ctx: &Ctx,
+        input: &Tensor,
+        windows: &[Range<usize>],
+        held: Option<&Vec<bool>>,
+        tokens: Option<&[u32]>,
+    ) {
+        let Some(held) = held else { return self.add(ctx, input, windows) };
+        let [fit, judge] = split(input, windows, held, tokens);
+        let Part { input, windows } = judge;
+        let gram = self.held.get_or_insert_with(|| Gram::new(input.cols()));
+        self.weights.accumulate(gram, &ctx.pool, &input, &windows);
+        self.tokens += input.rows();
+        self.add(ctx, &fit.input, &fit.windows);
     }
 
     /// Adds what an expert would see if every token were routed to it.
@@ -350,11 +512,16 @@ impl Sum {
             fallback: starved.then(|| fallback.name().to_owned()),
         });
         let rounded = starved && fallback == MoeFallback::Rtn;
-        StageInputs { gram: self.gram.filter(|_| !rounded), expert }
+        StageInputs {
+            gram: self.gram.filter(|_| !rounded),
+            held: self.held.filter(|_| !rounded),
+            cross: None,
+            expert,
+        }
     }
 }
 
-fn run(
+pub(super) fn run(
     ctx: &mut Ctx,
     block: &Block,
     stage: Stage,

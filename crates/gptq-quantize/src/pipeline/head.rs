@@ -11,7 +11,7 @@ impl Run<'_> {
     pub(super) fn head(
         &mut self,
         ctx: &mut Ctx,
-        activations: Option<&mut Activations>,
+        activations: Option<&mut Activations<'_>>,
     ) -> Result<()> {
         let Some(linear) = self.spec.head_linear() else { return Ok(()) };
         let inputs = match activations {

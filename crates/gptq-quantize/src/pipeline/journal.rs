@@ -87,10 +87,13 @@ fn fingerprint(job: &Job<'_>) -> Result<Map<String, Value>> {
             set(&key, value);
         }
     }
+    set("damp_auto", json!(options.damp_auto));
     set("damp_auto_increment", json!(options.damp_auto_increment));
     set("moe_fallback", json!(format!("{:?}", options.moe_fallback)));
     set("token_weights", json!(options.token_weights.name()));
     set("activation_dtype", json!(options.activation_dtype.name()));
+    set("correction", json!(options.correction.name()));
+    set("correction_strength", json!(options.correction_share()));
     set("max_shard_size", json!(options.max_shard_bytes));
     set("model files", model_files(job)?);
     let calibration = job.calibration.filter(|_| options.method.needs_calibration());

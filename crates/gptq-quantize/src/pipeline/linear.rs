@@ -3,6 +3,7 @@
 //! The outputs of a linear do not interact, so the codes are the same for any slabs; what has to be
 //! in memory as floats is a slab.
 
+use std::borrow::Cow;
 use std::time::Instant;
 
 use gptq_compute::sweep::Grid;
@@ -16,7 +17,7 @@ use crate::error::{QuantizeError, Result};
 use crate::hessian::{Factor, Hessian, OutputError};
 use crate::report::{ExpertRecord, ModuleRecord};
 use crate::rss;
-use crate::solver::{self, Joined, Solution};
+use crate::solver::{self, Corrected, Joined, Solution};
 
 /// Weights of a slab, if that is more than half as many rows as the linear has inputs.
 const SLAB_WEIGHTS: usize = 8 << 20;
@@ -40,6 +41,8 @@ pub(super) struct Task<'t> {
     pub(super) settings: &'t ModuleSettings,
     /// `None`: it is rounded to nearest.
     pub(super) fitted: Option<(&'t Factor, &'t Hessian)>,
+    /// How it makes up for the errors of its inputs.
+    pub(super) corrected: Option<Corrected<'t>>,
     /// Of an expert: how it was calibrated.
     pub(super) expert: Option<&'t ExpertRecord>,
 }
@@ -47,7 +50,7 @@ pub(super) struct Task<'t> {
 impl Run<'_> {
     /// Solves a linear, writes it and enters it into the report.
     pub(super) fn solve_linear(&mut self, task: &Task<'_>) -> Result<GptqLinear> {
-        let Task { layer, linear, settings, fitted, expert } = *task;
+        let Task { layer, linear, settings, fitted, expert, .. } = *task;
         let start = Instant::now();
         let mut rows = LinearRows::open(self.job.checkpoint, self.spec, linear)?;
         let bias = rows.take_bias();
@@ -78,41 +81,59 @@ impl Run<'_> {
         Ok(packed)
     }
 
+    /// The grid of a module's codes.
+    pub(super) fn grid_of(&self, settings: &ModuleSettings) -> Grid {
+        let options = self.job.options;
+        Grid {
+            bits: settings.bits.as_u32(),
+            sym: settings.sym,
+            search: options.search_of(settings),
+            signed: options.signed_scales,
+            min_zero: u8::from(self.layout.config.format == CheckpointFormat::Gptq),
+            f16_scales: true,
+        }
+    }
+
     fn solve_slabs(
         &mut self,
         task: &Task<'_>,
         rows: &LinearRows<'_>,
     ) -> Result<(Solution, OutputError)> {
-        let Task { linear, settings, fitted, .. } = *task;
+        let Task { linear, settings, fitted, corrected, .. } = *task;
         let (pool, options) = (self.job.pool, self.job.options);
         let (inputs, outputs) = (linear.in_features, linear.out_features);
-        let v1 = self.layout.config.format == CheckpointFormat::Gptq;
-        let grid = Grid {
-            bits: settings.bits.as_u32(),
-            sym: settings.sym,
-            search: options.search_of(settings),
-            signed: options.signed_scales,
-            min_zero: u8::from(v1),
-            f16_scales: true,
-        };
+        let grid = self.grid_of(settings);
         let group_size = settings.group_size;
         let slab = slab_rows(inputs, outputs);
         let (mut joined, mut error) = (Joined::new(outputs), OutputError::default());
         for first in (0..outputs).step_by(slab) {
             let range = first..(first + slab).min(outputs);
             let weights = self.phases.time("read", || rows.read(range))?;
+            // What the solution is refined towards.
+            let mut targets = Cow::from(&weights);
             let mut part = self.phases.time("solve", || match (fitted, options.method) {
-                (Some((factor, _)), Method::Gptq) => solver::gptq(pool, &weights, factor, grid),
+                (Some((factor, _)), Method::Gptq) => match corrected {
+                    None => solver::gptq(pool, &weights, factor, grid),
+                    Some(corrected) => {
+                        let (part, aimed_at) = corrected.gptq(pool, &weights, factor, grid);
+                        targets = aimed_at;
+                        part
+                    }
+                },
                 (Some((factor, _)), Method::Obq) => {
-                    solver::obq(pool, &weights, factor, group_size, grid)
+                    if let Some(corrected) = corrected {
+                        targets = corrected.weights(pool, &weights, factor);
+                    }
+                    solver::obq(pool, &targets, factor, group_size, grid)
                 }
                 _ => solver::rtn(pool, &weights, inputs, group_size, grid),
             });
             if let Some((factor, hessian)) = fitted.filter(|_| options.refine > 0) {
                 part = self.phases.time("refine", || {
-                    solver::refine(pool, &weights, hessian, factor, grid, options.refine, part)
+                    solver::refine(pool, &targets, hessian, factor, grid, options.refine, part)
                 });
             }
+            drop(targets);
             // The grid stops at the largest scale that can be stored; weights beyond it would be cut.
             if part.scales.iter().any(|scale| scale.abs() >= f16::MAX.to_f32()) {
                 return Err(QuantizeError::ScaleTooLarge {

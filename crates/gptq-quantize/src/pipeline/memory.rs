@@ -8,6 +8,7 @@ use super::activations::windows_per_chunk;
 use super::layout::{Layout, linear_shape};
 use super::linear::{ERROR_WEIGHTS, slab_rows};
 use super::{Job, Method};
+use crate::solver::Correction;
 
 const F32: u64 = 4;
 /// What the allocator keeps for itself, and the products' buffers of each thread.
@@ -32,11 +33,13 @@ pub(crate) struct Memory<'a> {
     /// Calibration tokens; 0 where nothing is calibrated.
     tokens: usize,
     chunk_tokens: usize,
-    /// Bytes of the activations of all tokens, and of a chunk.
+    /// Bytes of the activations of all tokens, and of a chunk; of both streams where there are two.
     activations: u64,
     chunk: u64,
     /// Bytes of a chunk in the scratch file.
     slot: u64,
+    /// What makes up for the errors of inputs.
+    correction: Correction,
     /// Bytes of the buffers of a chunk on its way through a block.
     temporaries: u64,
 }
@@ -60,10 +63,13 @@ impl<'a> Memory<'a> {
     ) -> Self {
         let chunk_tokens = (windows_per_chunk(seqlen) * seqlen).min(tokens);
         let kind = job.options.activation_dtype;
-        let state = |tokens, kind| BlockState::saved_bytes(spec, tokens, kind) as u64;
+        let correction = if tokens > 0 { job.options.correction } else { Correction::None };
+        let streams = if correction == Correction::None { 1 } else { 2 };
+        let state = |tokens, kind| streams * BlockState::saved_bytes(spec, tokens, kind) as u64;
         // Packed ones are whole one chunk at a time.
         let whole = if kind == ActivationType::F32 { 0 } else { chunk_tokens };
         Self {
+            correction,
             job,
             spec,
             layout,
@@ -108,6 +114,9 @@ impl<'a> Memory<'a> {
             };
             let kept = vec![("block", block), ("Hessians of a block", others)];
             let mut moment = self.with_activations(spill, kept);
+            if self.correction != Correction::None {
+                moment.push(("floats of a stage", self.native_floats(layer)));
+            }
             if spill {
                 moment.push(("temporaries of a chunk", self.temporaries));
             }
@@ -152,12 +161,37 @@ impl<'a> Memory<'a> {
         }
         let mut sum = self.with_activations(spill, kept.clone());
         let chunk = self.chunk_tokens as u64;
-        sum.extend([("Hessian", matrix), ("input of a chunk", chunk * stage.inputs * F32)]);
+        // Rows of windows that are held out are summed up apart.
+        let held = if self.job.options.damp_auto { matrix } else { 0 };
+        if held > 0 {
+            let split = chunk * stage.inputs * F32;
+            sum.push(("held-out windows", held + split));
+        }
+        let (corrects, shift) = match self.correction {
+            Correction::None => (0, 0),
+            _ => (1, matrix),
+        };
+        let inputs = (1 + 2 * corrects) * chunk * stage.inputs * F32;
+        sum.extend([("Hessian", matrix), ("input of a chunk", inputs)]);
+        if corrects > 0 {
+            sum.push(("sum of input errors", shift));
+        }
         // Between passes no chunk of spilled activations is in memory, nor its temporaries.
         let between = if spill { kept } else { self.with_activations(false, kept) };
+        let mut between = between;
+        if corrects > 0 {
+            between.push(("sum of input errors", shift));
+        }
         let mut factor = between.clone();
+        if held > 0 {
+            // Beside them the Hessian of all windows, or rows of all linears.
+            factor.push(("held-out windows", held + 3 * 4 * 256 * stage.inputs * F32));
+        }
         // H, H in the order of the sweep, and its inverse.
         factor.push(("Hessian and factor", 3 * matrix));
+        if self.correction == Correction::Gptaq {
+            between.push(("what columns pass on", matrix));
+        }
         let mut solved = between;
         let inverse = match self.job.options.method {
             // Every row starts from a copy of the inverse.
@@ -203,11 +237,31 @@ impl<'a> Memory<'a> {
         // Panels of the rows at work: weights and codes, and what refining keeps.
         let of_weight = if self.job.options.refine > 0 { 7 * F32 } else { 12 };
         let rows_of_tasks = self.job.pool.threads() as u64 * 64 * inputs * of_weight;
-        let slabs =
-            turned + joined + slab * (F32 + 1) + (F32 * slab + rows_of_tasks).max(3 * F32 * piece);
+        // Moved weights, their move and what it was computed from.
+        let moves = matches!(self.correction, Correction::Qep | Correction::Qronos);
+        let moved = if moves { 3 * F32 * slab } else { 0 };
+        let slabs = turned
+            + joined
+            + slab * (F32 + 1)
+            + moved
+            + (F32 * slab + rows_of_tasks).max(3 * F32 * piece);
         let packed = packed_bytes(linear, settings);
         // Codes while they are packed; then the packed codes, as stored, and as they are used.
         turning.max(slabs).max(all + packed).max(3 * packed)
+    }
+
+    /// Most floats of a block that the stream of the float model needs at once, in bytes.
+    fn native_floats(&self, layer: usize) -> u64 {
+        let of = |linear: &LinearSpec| {
+            (linear.in_features * linear.out_features) as u64
+                * float_bytes(self.job.checkpoint, linear)
+        };
+        let stages = self.spec.stages(layer);
+        let bytes: Vec<u64> =
+            stages.iter().map(|stage| stage.linears.iter().map(of).sum()).collect();
+        // Those of an MLP's two stages are there together.
+        let pairs = bytes.windows(2).map(|pair| pair[0] + pair[1]);
+        pairs.max().or(bytes.first().copied()).unwrap_or(0)
     }
 
     /// Bytes of a finished block, and of its quantized linears as floats.

@@ -2,11 +2,13 @@
 
 mod activations;
 mod head;
+mod held_out;
 mod journal;
 mod layout;
 mod linear;
 mod memory;
 mod mixed;
+mod native;
 mod options;
 mod output;
 mod plan;
@@ -30,6 +32,7 @@ use crate::error::{QuantizeError, Result};
 use crate::progress::Progress;
 use crate::report::{self, ModuleRecord, PhaseTime, QuantReport, Totals};
 use crate::rss;
+use crate::solver::Correction;
 use activations::{Activations, StageInputs};
 use layout::Layout;
 use output::Output;
@@ -189,9 +192,15 @@ impl Run<'_> {
                 let model = self.output.checkpoint();
                 let directory = spill.then(|| self.output.directory());
                 Some(self.phases.time("inputs", || {
-                    let QuantizeOptions { token_weights, activation_dtype, .. } = *self.job.options;
-                    let kept = (token_weights, activation_dtype);
-                    Activations::embed(&mut ctx, model, self.spec, set, kept, directory)
+                    let (source, options) = (self.job.checkpoint, self.job.options);
+                    let kept = (options.token_weights, options.activation_dtype);
+                    let activations =
+                        Activations::embed(&mut ctx, model, self.spec, set, kept, directory)?
+                            .with_held_out(options.damp_auto);
+                    match options.correction {
+                        Correction::None => Ok(activations),
+                        _ => activations.with_native(&mut ctx, source, set, directory),
+                    }
                 })?)
             }
             _ => None,
@@ -238,7 +247,12 @@ impl Run<'_> {
     }
 
     /// Takes the activations through a block that an earlier run finished.
-    fn replay(&mut self, ctx: &mut Ctx, layer: usize, activations: &mut Activations) -> Result<()> {
+    fn replay(
+        &mut self,
+        ctx: &mut Ctx,
+        layer: usize,
+        activations: &mut Activations<'_>,
+    ) -> Result<()> {
         let model = self.output.checkpoint();
         let block = Block::load(model, self.spec, layer, LinearSource::Copied)?;
         self.progress.phase("inputs");
@@ -253,7 +267,7 @@ impl Run<'_> {
         &mut self,
         ctx: &mut Ctx,
         layer: usize,
-        activations: Option<&mut Activations>,
+        activations: Option<&mut Activations<'_>>,
     ) -> Result<()> {
         let checkpoint = self.output.checkpoint();
         let mut block = Block::load(checkpoint, self.spec, layer, LinearSource::Unset)?;
@@ -313,7 +327,7 @@ impl Run<'_> {
         &mut self,
         ctx: &mut Ctx,
         layer: usize,
-        activations: Option<&mut Activations>,
+        activations: Option<&mut Activations<'_>>,
     ) -> Result<()> {
         let Some(activations) = activations else { return Ok(()) };
         if activations.is_finite(ctx, &mut self.phases)? {

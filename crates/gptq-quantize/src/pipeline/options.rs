@@ -6,6 +6,7 @@ use gptq_model::ActivationType;
 
 use crate::error::{QuantizeError, Result};
 use crate::order::OrderOptions;
+use crate::solver::Correction;
 use crate::token_weights::TokenWeights;
 
 /// How weights become codes.
@@ -83,6 +84,8 @@ pub struct QuantizeOptions {
     pub static_groups: bool,
     /// Share of the mean diagonal added to the Hessian's diagonal, in (0, 1).
     pub damp_percent: f64,
+    /// Let windows that are held out choose that share for each stage instead.
+    pub damp_auto: bool,
     /// Added to `damp_percent` while the factorization fails.
     pub damp_auto_increment: f64,
     /// What the scales are chosen for.
@@ -100,6 +103,11 @@ pub struct QuantizeOptions {
     pub token_weights: TokenWeights,
     /// How activations are kept between stages.
     pub activation_dtype: ActivationType,
+    /// How linears make up for inputs that are not those of the float model.
+    pub correction: Correction,
+    /// The share of that difference which is corrected, above 0 and at most 1; `None` for the usual one
+    /// of the correction.
+    pub correction_strength: Option<f64>,
     /// Zero-point convention of the output.
     pub format: CheckpointFormat,
     /// Per-module overrides.
@@ -135,6 +143,7 @@ impl Default for QuantizeOptions {
             act_order_static: false,
             static_groups: false,
             damp_percent: 0.05,
+            damp_auto: false,
             damp_auto_increment: 0.01,
             scale_search: ScaleSearch::Hessian,
             signed_scales: true,
@@ -143,6 +152,8 @@ impl Default for QuantizeOptions {
             moe_fallback: MoeFallback::default(),
             token_weights: TokenWeights::default(),
             activation_dtype: ActivationType::default(),
+            correction: Correction::None,
+            correction_strength: None,
             format: CheckpointFormat::Gptq,
             dynamic: Dynamic::default(),
             mixed: None,
@@ -185,6 +196,24 @@ impl QuantizeOptions {
         if matches!(self.scale_search, ScaleSearch::Power(norm) if !(norm > 0.0 && norm <= 8.0)) {
             return error("mse", "the exponent must be above 0 and at most 8; 2.4 is usual");
         }
+        if self.damp_auto && self.method != Method::Gptq {
+            return error("damp_percent", "auto is for the method gptq alone; give a number");
+        }
+        match (self.correction, self.method) {
+            (Correction::None, _) | (_, Method::Gptq) | (Correction::Qep, Method::Obq) => {}
+            (_, Method::Rtn) => {
+                return error("correction", "needs calibration data, which rtn does not use");
+            }
+            (_, Method::Obq) => {
+                return error("correction", "obq has no sweep to correct; only qep fits before it");
+            }
+        }
+        if self.correction == Correction::Gptaq && self.refine > 0 {
+            return error("refine", "would undo what gptaq corrects; leave it at 0");
+        }
+        if self.correction_strength.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
+            return error("correction_strength", "must be above 0 and at most 1");
+        }
         if self.method == Method::Obq && self.desc_act {
             return error("desc_act", "OBQ chooses its own order; leave desc_act off");
         }
@@ -195,7 +224,8 @@ impl QuantizeOptions {
     pub fn config(&self) -> QuantizeConfig {
         let mut config =
             QuantizeConfig::new(self.bits, self.group_size, self.sym, self.desc_act, self.format);
-        config.damp_percent = self.method.needs_calibration().then_some(self.damp_percent);
+        let one_damping = self.method.needs_calibration() && !self.damp_auto;
+        config.damp_percent = one_damping.then_some(self.damp_percent);
         config.true_sequential = Some(self.true_sequential);
         config.static_groups = Some(self.static_groups);
         config.act_group_aware = Some(self.act_group_aware);
@@ -216,12 +246,26 @@ impl QuantizeOptions {
             ("scale_search", search.into()),
             ("signed_scales", (self.sym && self.signed_scales).into()),
             ("refine", self.refine.into()),
+            ("token_weights", self.token_weights.name().into()),
+            ("correction", self.correction.name().into()),
         ] {
             config.meta.insert(key.to_owned(), value);
+        }
+        if self.damp_auto {
+            config.meta.insert("damp_percent_auto".to_owned(), true.into());
+        }
+        if let Some(strength) = self.correction_share() {
+            config.meta.insert("correction_strength".to_owned(), strength.into());
         }
         config.dynamic = self.dynamic.clone();
         config.lm_head = self.lm_head;
         config
+    }
+
+    /// The share of the input error that is corrected, if any is.
+    pub(crate) fn correction_share(&self) -> Option<f64> {
+        let corrects = self.correction != Correction::None;
+        corrects.then(|| self.correction_strength.unwrap_or(self.correction.usual_strength()))
     }
 
     /// What the scales of a module are chosen for: an exponent among its settings, else what holds
@@ -309,6 +353,16 @@ mod tests {
         assert!(bad(|o| o.damp_percent = f64::NAN).starts_with("damp_percent"));
         assert!(bad(|o| o.act_order_static = true).starts_with("order"));
         assert!(bad(|o| o.refine = 101).starts_with("refine"));
+        let corrected = |correction, method| {
+            let options = QuantizeOptions { correction, method, ..QuantizeOptions::default() };
+            options.check().map_err(|error| error.to_string())
+        };
+        assert!(corrected(Correction::Qep, Method::Obq).is_ok());
+        assert!(corrected(Correction::Qronos, Method::Gptq).is_ok());
+        assert!(corrected(Correction::Gptaq, Method::Obq).is_err_and(|e| e.contains("qep")));
+        assert!(corrected(Correction::Qep, Method::Rtn).is_err_and(|e| e.contains("calibration")));
+        assert!(bad(|o| o.correction_strength = Some(1.5)).starts_with("correction_strength"));
+        assert!(bad(|o| (o.correction, o.refine) = (Correction::Gptaq, 3)).starts_with("refine"));
         assert!(bad(|o| o.scale_search = ScaleSearch::Power(-1.0)).starts_with("mse"));
     }
 }

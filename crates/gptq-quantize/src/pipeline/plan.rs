@@ -13,6 +13,7 @@ use crate::error::{QuantizeError, Result};
 use crate::report::PlanSummary;
 use crate::rss;
 use crate::self_calibration::SelfCalibration;
+use crate::solver::Correction;
 
 /// The needs of a run, in total and by what they are for.
 #[derive(Debug, Clone)]
@@ -153,6 +154,10 @@ fn seconds(job: &Job<'_>, spec: &Spec, layout: &Layout, tokens: usize, seqlen: u
             let outputs: f64 = stage.linears.iter().map(|l| l.out_features as f64).sum();
             let share = if stage.stage.expert().is_some() { share } else { 1.0 };
             per_token += share * inputs * (inputs + 2.0 * outputs);
+            if job.options.correction != Correction::None {
+                // The second stream, and the sum of both; the latter has no symmetry.
+                per_token += share * inputs * (2.0 * inputs + 2.0 * outputs);
+            }
         }
         let attention = spec.attention.heads * spec.attention.head_dim;
         per_token += 2.0 * (seqlen * attention) as f64;

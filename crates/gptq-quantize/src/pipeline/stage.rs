@@ -9,6 +9,7 @@ use super::{Method, Run};
 use crate::error::{QuantizeError, Result};
 use crate::hessian::{Damping, Factor, Hessian};
 use crate::order::OrderOptions;
+use crate::solver::{Corrected, Shift};
 
 /// What makes two linears of a stage share a factor.
 type FactorKey = (OrderOptions, Damping);
@@ -38,7 +39,7 @@ impl Run<'_> {
         inputs: StageInputs,
         mut done: impl FnMut(usize, GptqLinear) -> Result<()>,
     ) -> Result<()> {
-        let StageInputs { gram, expert } = inputs;
+        let StageInputs { gram, held, cross, expert } = inputs;
         let quantized: Vec<(usize, &LinearSpec, ModuleSettings)> = linears
             .iter()
             .enumerate()
@@ -49,33 +50,55 @@ impl Run<'_> {
         if hessian.as_ref().is_some_and(|h| !h.is_finite()) {
             return Err(QuantizeError::NotFinite { layer, module: first.module.clone() });
         }
+        let (mut hessian, mut damping) = (hessian, self.job.options.damp_percent);
+        if let (Some(fit), Some(held)) = (&hessian, held.filter(|held| held.rows() > 0)) {
+            let held = Hessian::new(held);
+            if fit.tokens() > 0 {
+                damping = self.choose_damping(&quantized, fit, &held)?;
+            }
+            hessian = Some(fit.join(&held));
+        }
+        let options = self.job.options;
+        let shift = cross.zip(hessian.as_ref()).zip(options.correction_share()).map(
+            |((cross, hessian), share)| {
+                Shift::new(cross, hessian.tokens(), options.correction, share)
+            },
+        );
         self.progress.phase("solve");
         // One factor at a time is in memory; only overrides for single modules need another.
         let mut factor: Option<(FactorKey, Factor)> = None;
+        let mut passed_on: Option<Vec<f32>> = None;
         for (index, linear, settings) in &quantized {
             if let Some(hessian) = &hessian {
-                let key = self.factor_key(settings);
+                let key = self.factor_key(settings, damping);
                 if factor.as_ref().is_none_or(|(made, _)| *made != key) {
-                    drop(factor.take());
+                    drop((factor.take(), passed_on.take()));
                     let made = self.phases.time("factor", || hessian.factor(key.0, key.1));
+                    if let Some(shift) = &shift {
+                        let pool = self.job.pool;
+                        passed_on = self.phases.time("correct", || shift.passed_on(pool, &made));
+                    }
                     factor = Some((key, made));
                 }
             }
             let fitted = factor.as_ref().map(|(_, factor)| factor).zip(hessian.as_ref());
             let expert = expert.as_ref();
-            let packed = self.solve_linear(&Task { layer, linear, settings, fitted, expert })?;
+            let passed_on = passed_on.as_deref();
+            let corrected = shift.as_ref().map(|shift| Corrected { shift, passed_on });
+            let task = Task { layer, linear, settings, fitted, corrected, expert };
+            let packed = self.solve_linear(&task)?;
             done(*index, packed)?;
         }
         Ok(())
     }
 
-    fn factor_key(&self, settings: &ModuleSettings) -> FactorKey {
+    fn factor_key(&self, settings: &ModuleSettings, percent: f64) -> FactorKey {
         let options = self.job.options;
         // OBQ chooses its own order within the row.
         let ordered = options.method == Method::Gptq;
         let order = options.order_of(settings, ordered);
         let damping = Damping {
-            percent: settings.damp_percent.unwrap_or(options.damp_percent),
+            percent: settings.damp_percent.unwrap_or(percent),
             auto_increment: options.damp_auto_increment,
         };
         (order, damping)

@@ -3,6 +3,7 @@
 //! All solvers return codes, scales and zero points; floats are derived from these and never
 //! quantized again.
 
+mod correction;
 mod obq;
 mod refine;
 
@@ -10,11 +11,12 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use gptq_compute::Pool;
-use gptq_compute::sweep::{Grid, Sweep, Swept};
+use gptq_compute::sweep::{Feed, Grid, Sweep, Swept};
 
 use crate::hessian::Factor;
 use crate::order::ColumnOrder;
 
+pub use correction::{Corrected, Correction, Shift};
 pub use obq::obq;
 pub use refine::refine;
 
@@ -140,6 +142,11 @@ pub fn rtn(pool: &Pool, weights: &[f32], inputs: usize, group_size: i64, grid: G
 
 /// GPTQ: the column sweep with error feedback (Frantar et al. 2023). `weights`: `[out, in]`.
 pub fn gptq(pool: &Pool, weights: &[f32], factor: &Factor, grid: Grid) -> Solution {
+    gptq_fed(pool, weights, factor, grid, Feed::default())
+}
+
+/// [`gptq`] with what a correction feeds into the sweep.
+fn gptq_fed(pool: &Pool, weights: &[f32], factor: &Factor, grid: Grid, feed: Feed<'_>) -> Solution {
     let ColumnOrder { order, groups, g_idx, static_groups } = &factor.columns;
     let one_group = groups.iter().all(|&g| g == 0);
     let inputs = order.len();
@@ -149,7 +156,7 @@ pub fn gptq(pool: &Pool, weights: &[f32], factor: &Factor, grid: Grid) -> Soluti
     let alive = alive(weights, factor);
     // A single group takes its range from all weights, as the reference does.
     let ranges = if one_group { weights } else { &alive };
-    Solution::new(sweep.run_with_ranges(pool, &alive, ranges, outputs), g_idx)
+    Solution::new(sweep.run_fed(pool, &alive, ranges, outputs, feed), g_idx)
 }
 
 /// The weights `[out, in]`, with zeros where an input never fires.
@@ -163,5 +170,7 @@ fn alive<'w>(weights: &'w [f32], factor: &Factor) -> Cow<'w, [f32]> {
     weights.chunks_exact(factor.dead.len()).flat_map(row).collect()
 }
 
+#[cfg(test)]
+mod correction_tests;
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,186 @@
+//! The second stream: the calibration tokens in the float model, stage by stage beside the quantized
+//! one, and how far apart their inputs are.
+//!
+//! It needs the floats of a stage while it passes it, and of an expert's two stages together; they are
+//! read from the model for each block and dropped behind. A mixture routes each stream by itself, but
+//! an expert is compared on the tokens that the quantized stream sends to it: what counts is what it
+//! should have computed for the tokens that it gets.
+
+use std::sync::Arc;
+
+use gptq_compute::{Cross, Tensor};
+use gptq_format::Checkpoint;
+use gptq_model::{Block, BlockState, Ctx, HeadLayer, LinearSource, Stage, load_linear};
+
+use super::Phases;
+use super::activations::{Activations, run};
+use crate::error::Result;
+use crate::token_weights::RowWeights;
+
+/// The stream of the float model.
+pub(super) struct Native<'a> {
+    stream: Activations<'a>,
+    source: &'a Checkpoint,
+    /// The block that it is in; it holds the linears of the stage at work alone.
+    block: Option<Block>,
+}
+
+impl<'a> Native<'a> {
+    /// `stream` as embedded by the float model `source`.
+    pub(super) fn new(stream: Activations<'a>, source: &'a Checkpoint) -> Self {
+        Self { stream, source, block: None }
+    }
+
+    /// Computes the inputs of the first stage of block `layer`.
+    pub(super) fn begin(&mut self, ctx: &mut Ctx, layer: usize, phases: &mut Phases) -> Result<()> {
+        let spec = Arc::clone(&self.stream.spec);
+        let block = phases
+            .time("inputs", || Block::load(self.source, &spec, layer, LinearSource::Unset))?;
+        self.stream.begin(ctx, &block, phases)?;
+        self.block = Some(block);
+        Ok(())
+    }
+
+    /// Takes all tokens through `stage`.
+    pub(super) fn advance(
+        &mut self,
+        ctx: &mut Ctx,
+        stage: Stage,
+        phases: &mut Phases,
+    ) -> Result<()> {
+        let Some(mut block) = self.block.take() else { return Ok(()) };
+        let linears = self.stream.spec.stage_linears(block.layer(), stage);
+        for (index, linear) in linears.iter().enumerate() {
+            let (source, spec) = (self.source, &self.stream.spec);
+            let linear = phases
+                .time("inputs", || load_linear(source, spec, linear, LinearSource::Copied))?;
+            block.set_linear(stage, index, linear)?;
+        }
+        self.stream.advance(ctx, &block, stage, phases)?;
+        // The inputs of an expert's second stage are computed once more, for other tokens.
+        let done = match stage {
+            Stage::MlpUp(_) => vec![],
+            Stage::MlpDown(part) => vec![Stage::MlpUp(part), stage],
+            _ => vec![stage],
+        };
+        for stage in done {
+            let count = block.linear_specs(stage).len();
+            for index in 0..count {
+                block.take_linear(stage, index);
+            }
+        }
+        self.block = Some(block);
+        Ok(())
+    }
+
+    /// X̂ᵀ(X - X̂) of `stage`, which comes next in both streams, with the weights of the tokens of
+    /// `quantized`.
+    pub(super) fn cross(
+        &mut self,
+        ctx: &mut Ctx,
+        quantized: &mut Activations<'_>,
+        stage: Stage,
+        phases: &mut Phases,
+    ) -> Result<Option<Cross>> {
+        let Some(block) = self.block.take() else { return Ok(None) };
+        let mut sum = ShiftSum::new(quantized.row_weights(stage));
+        let mut float = Tensor::default();
+        let buffers = &mut [BlockState::default(), BlockState::default()];
+        for index in 0..quantized.chunks.len() {
+            let [ours, theirs] = &mut *buffers;
+            let ours = quantized.states.get(index, ours, phases)?;
+            let theirs = self.stream.states.get(index, theirs, phases)?;
+            phases
+                .time("inputs", || block.input_as_routed(ctx, stage, theirs, ours, &mut float))?;
+            let windows = &quantized.chunks[index];
+            phases.time("hessian", || sum.add(ctx, &ours.input, &mut float, windows));
+        }
+        self.block = Some(block);
+        quantized.make_room(ctx);
+        Ok(sum.cross)
+    }
+
+    /// [`Native::cross`] of all stages of `block`, through which both streams are taken in copies.
+    pub(super) fn all_crosses(
+        &mut self,
+        ctx: &mut Ctx,
+        quantized: &mut Activations<'_>,
+        block: &Block,
+        phases: &mut Phases,
+    ) -> Result<Vec<Option<Cross>>> {
+        let stages = block.stages();
+        let sum = |&stage: &Stage| ShiftSum::new(quantized.row_weights(stage));
+        let mut sums: Vec<ShiftSum> = stages.iter().map(sum).collect();
+        let mut caches = [quantized.caches(), quantized.caches()];
+        let mut float = Tensor::default();
+        let mut buffer = BlockState::default();
+        for (index, windows) in quantized.chunks.iter().enumerate() {
+            let mut copy = |activations: &Activations<'_>| -> Result<BlockState> {
+                let state = activations.states.get(index, &mut buffer, phases)?;
+                Ok(BlockState::new(state.hidden.clone()))
+            };
+            let mut states = [copy(quantized)?, copy(&self.stream)?];
+            for state in &mut states {
+                phases.time("inputs", || block.begin(ctx, state));
+            }
+            for (&stage, sum) in stages.iter().zip(&mut sums) {
+                let [ours, theirs] = &states;
+                phases.time("inputs", || {
+                    block.input_as_routed(ctx, stage, theirs, ours, &mut float)
+                })?;
+                phases.time("hessian", || sum.add(ctx, &ours.input, &mut float, windows));
+                for (state, caches) in states.iter_mut().zip(&mut caches) {
+                    phases.time("inputs", || run(ctx, block, stage, state, windows, caches))?;
+                }
+            }
+        }
+        quantized.make_room(ctx);
+        Ok(sums.into_iter().map(|sum| sum.cross).collect())
+    }
+
+    /// The same of the projection to logits, behind the last block.
+    pub(super) fn head_cross(
+        &mut self,
+        ctx: &mut Ctx,
+        quantized: &mut Activations<'_>,
+        head: &HeadLayer,
+        phases: &mut Phases,
+    ) -> Result<Option<Cross>> {
+        let mut sum = ShiftSum::new(RowWeights::Uniform);
+        let (mut input, mut float) = (Tensor::default(), Tensor::default());
+        let mut buffer = BlockState::default();
+        for index in 0..quantized.chunks.len() {
+            for (activations, to) in [(&*quantized, &mut input), (&self.stream, &mut float)] {
+                let state = activations.states.get(index, &mut buffer, phases)?;
+                phases.time("inputs", || head.normalize(ctx, &state.hidden, to));
+            }
+            phases.time("hessian", || sum.add(ctx, &input, &mut float, &[]));
+        }
+        quantized.make_room(ctx);
+        Ok(sum.cross)
+    }
+}
+
+/// X̂ᵀ(X - X̂) as it grows.
+struct ShiftSum {
+    weights: RowWeights,
+    cross: Option<Cross>,
+}
+
+impl ShiftSum {
+    fn new(weights: RowWeights) -> Self {
+        Self { weights, cross: None }
+    }
+
+    /// Adds a chunk; `float` is overwritten.
+    fn add(
+        &mut self,
+        ctx: &Ctx,
+        input: &Tensor,
+        float: &mut Tensor,
+        windows: &[std::ops::Range<usize>],
+    ) {
+        let cross = self.cross.get_or_insert_with(|| Cross::new(input.cols()));
+        self.weights.accumulate_shift(cross, &ctx.pool, input, float, windows);
+    }
+}
