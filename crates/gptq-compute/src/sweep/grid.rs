@@ -73,15 +73,7 @@ impl Grid {
         if self.sym && self.signed {
             return self.find_signed::<S>(weights, importance, low, high);
         }
-        if self.sym {
-            high = S::max(S::abs(low), high);
-            low = S::select(S::lt(low, zero), S::sub(zero, high), low);
-        }
-        // Empty ranges: low == high == 0.
-        let empty = S::lt(S::sub(high, low), S::splat(f32::MIN_POSITIVE));
-        low = S::select(empty, S::splat(-1.0), low);
-        high = S::select(empty, S::splat(1.0), high);
-
+        let (low, high) = self.widened::<S>(low, high);
         let found = self.params::<S>(low, high);
         match self.search {
             ScaleSearch::MinMax => found,
@@ -125,15 +117,7 @@ impl Grid {
         low: S::F,
         high: S::F,
     ) -> (S::F, S::F) {
-        let half = (1u32 << (self.bits - 1)) as f32;
-        let zero = S::splat(half);
-        let largest = S::max(S::abs(low), high);
-        let empty = S::lt(largest, S::splat(f32::MIN_POSITIVE));
-        let largest = S::select(empty, S::splat(1.0), largest);
-        // The lowest code stands for -2^(bits-1) scales.
-        let size = S::div(largest, zero);
-        let flipped = S::sub(S::splat(0.0), size);
-        let scale = S::select(S::lt(S::abs(low), high), flipped, size);
+        let (scale, zero) = self.signed_scale::<S>(low, high);
         if self.search == ScaleSearch::MinMax {
             return (self.storable::<S>(scale), zero);
         }
@@ -191,6 +175,46 @@ impl Grid {
             error = S::fma(S::mul(S::splat(*h), e), e, error);
         }
         error
+    }
+
+    /// Scale and zero point of `p` times the range `[low, high]`, which contains 0. A negative `p`, for
+    /// signed grids, turns the scale around.
+    #[inline(always)]
+    pub(super) unsafe fn of_range<S: Simd>(&self, low: S::F, high: S::F, p: f32) -> (S::F, S::F) {
+        let p = S::splat(p);
+        if self.sym && self.signed {
+            let (scale, zero) = self.signed_scale::<S>(low, high);
+            return (self.storable::<S>(S::mul(scale, p)), zero);
+        }
+        let (low, high) = self.widened::<S>(low, high);
+        self.params::<S>(S::mul(low, p), S::mul(high, p))
+    }
+
+    /// The range that a grid without signs covers; never empty.
+    #[inline(always)]
+    unsafe fn widened<S: Simd>(&self, mut low: S::F, mut high: S::F) -> (S::F, S::F) {
+        let zero = S::splat(0.0);
+        if self.sym {
+            high = S::max(S::abs(low), high);
+            low = S::select(S::lt(low, zero), S::sub(zero, high), low);
+        }
+        // Empty ranges: low == high == 0.
+        let empty = S::lt(S::sub(high, low), S::splat(f32::MIN_POSITIVE));
+        (S::select(empty, S::splat(-1.0), low), S::select(empty, S::splat(1.0), high))
+    }
+
+    /// Scale, its sign and the zero point with which a signed grid holds the largest weight exactly.
+    #[inline(always)]
+    unsafe fn signed_scale<S: Simd>(&self, low: S::F, high: S::F) -> (S::F, S::F) {
+        let half = (1u32 << (self.bits - 1)) as f32;
+        let zero = S::splat(half);
+        let largest = S::max(S::abs(low), high);
+        let empty = S::lt(largest, S::splat(f32::MIN_POSITIVE));
+        let largest = S::select(empty, S::splat(1.0), largest);
+        // The lowest code stands for -2^(bits-1) scales.
+        let size = S::div(largest, zero);
+        let flipped = S::sub(S::splat(0.0), size);
+        (S::select(S::lt(S::abs(low), high), flipped, size), zero)
     }
 
     /// Scale and zero point of a range.

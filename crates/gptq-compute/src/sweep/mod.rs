@@ -10,11 +10,13 @@
 //! block are applied to all columns behind it at its end (lazy batch update). Both give the sums of
 //! the published loop in the same order.
 
+mod clip;
 mod grid;
 mod panel;
 mod product;
 mod refine;
 
+pub use clip::Clip;
 pub use grid::{Grid, ScaleSearch};
 pub use refine::Refine;
 
@@ -170,6 +172,8 @@ impl Sweep<'_> {
     }
 }
 
+#[cfg(test)]
+mod clip_tests;
 #[cfg(test)]
 mod refine_tests;
 #[cfg(test)]
