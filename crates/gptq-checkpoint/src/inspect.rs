@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use gptq_format::{Bits, Checkpoint, CheckpointKind};
+use gptq_format::{Checkpoint, CheckpointFormat, CheckpointKind};
 use gptq_model::Spec;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -13,7 +13,7 @@ use crate::modules::{self, PARTS, quantized_part};
 /// What a checkpoint holds.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Inspection {
-    /// `safetensors`, `gptq` or `gguf`.
+    /// `safetensors`, `gptq`, `awq` or `gguf`.
     pub format: &'static str,
     /// `model_type` of the config.
     pub family: Option<String>,
@@ -48,7 +48,7 @@ pub struct Quantization {
     pub sym: bool,
     /// Activation order with groups formed in it.
     pub desc_act: bool,
-    /// `gptq` or `gptq_v2`.
+    /// `gptq`, `gptq_v2` or `awq`.
     pub checkpoint_format: &'static str,
     /// The tools that wrote it, as they say.
     pub quantizer: Option<Value>,
@@ -150,6 +150,7 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
     Ok(Inspection {
         format: match (&checkpoint.kind, &checkpoint.quantize_config) {
             (CheckpointKind::Gguf(_), _) => "gguf",
+            (_, Some(config)) if config.format == CheckpointFormat::AwqGemm => "awq",
             (_, Some(_)) => "gptq",
             (_, None) => "safetensors",
         },
@@ -171,10 +172,16 @@ fn module_info(checkpoint: &Checkpoint, module: &str) -> Result<Option<ModuleInf
     let store = &checkpoint.tensors;
     let info = store.info(&format!("{module}.qweight"))?;
     let settings = checkpoint.quantize_config.as_ref().and_then(|c| c.settings_for(module));
-    let (&[words, outputs], Some(settings)) = (info.shape.as_slice(), settings) else {
+    let (&[rows, columns], Some(settings)) = (info.shape.as_slice(), settings) else {
         return Ok(None);
     };
-    let Some(inputs) = Bits::codes(settings.bits, words) else { return Ok(None) };
+    let format = checkpoint.quantize_config.as_ref().map(|config| config.format);
+    let shape = match format {
+        // Packed along the outputs.
+        Some(CheckpointFormat::AwqGemm) => settings.bits.codes(columns).map(|out| (rows, out)),
+        _ => settings.bits.codes(rows).map(|inputs| (inputs, columns)),
+    };
+    let Some((inputs, outputs)) = shape else { return Ok(None) };
     let size = |part: &str| store.info(&format!("{module}.{part}")).map_or(0, |i| i.bytes as u64);
     let codes: u64 = PARTS.iter().map(|part| size(part)).sum();
     let count = (inputs as u64).saturating_mul(outputs as u64);

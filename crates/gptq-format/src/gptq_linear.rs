@@ -103,7 +103,8 @@ impl GptqLinear {
 
     /// Reads module `prefix` (`model.layers.0.mlp.down_proj`). `expected` is `[out, in]` where the model's config tells it.
     ///
-    /// A missing `g_idx`, and one of zeros only where there are several groups (early writers meant "no activation order"
+    /// Modules in AutoAWQ's layout come out as GPTQ's: the same codes, scales and zero points. Otherwise a
+    /// missing `g_idx`, and one of zeros only where there are several groups (early writers meant "no activation order"
     /// by it), is taken as `k / group_size`.
     ///
     /// # Errors
@@ -120,6 +121,9 @@ impl GptqLinear {
         let settings = config.settings_for(prefix).ok_or_else(|| {
             wrong("the config leaves it unquantized, but it has a `qweight`".to_owned())
         })?;
+        if config.format == CheckpointFormat::AwqGemm {
+            return crate::awq::load(store, prefix, &settings, expected);
+        }
         let bits = settings.bits;
 
         let info = store.info(&name("qweight"))?;
@@ -233,7 +237,7 @@ impl GptqLinear {
     }
 
     /// What is wrong with the parts, if anything.
-    fn check(&self) -> std::result::Result<(), String> {
+    pub(crate) fn check(&self) -> std::result::Result<(), String> {
         let (inputs, out, groups) = (self.in_features, self.out_features, self.groups);
         let words = self.bits.words(inputs).and_then(|w| w.checked_mul(out));
         let sizes = [

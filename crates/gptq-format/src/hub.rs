@@ -12,10 +12,11 @@ use std::path::{Path, PathBuf};
 pub type OnProgress<'a> = dyn Fn(&str, u64, u64) + 'a;
 
 /// Files beside the weights that are fetched where the repository has them.
-const SMALL_FILES: [&str; 12] = [
+const SMALL_FILES: [&str; 13] = [
     "config.json",
     "generation_config.json",
     "quantize_config.json",
+    "quant_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -9,6 +9,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod awq;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;

@@ -1,5 +1,7 @@
-//! The GPTQ settings of a checkpoint: `quantization_config` of `config.json`, or `quantize_config.json`.
+//! The GPTQ settings of a checkpoint: `quantization_config` of `config.json`, or `quantize_config.json`; and those of
+//! AutoAWQ, as far as they can be expressed in GPTQ's.
 
+use crate::awq;
 use crate::config::Config;
 use crate::dynamic::{Decision, Dynamic, is_group_size};
 use crate::error::{FormatError, Result};
@@ -16,14 +18,17 @@ pub enum CheckpointFormat {
     Gptq,
     /// v2, `gptq_v2`: a field of `qzeros` holds the zero point.
     GptqV2,
+    /// AutoAWQ's layout "gemm", which can be read only: another packing, zero points as they are.
+    AwqGemm,
 }
 
 impl CheckpointFormat {
-    /// The name in configuration files.
+    /// The name in configuration files and reports.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Gptq => "gptq",
             Self::GptqV2 => "gptq_v2",
+            Self::AwqGemm => "awq",
         }
     }
 }
@@ -103,7 +108,7 @@ pub fn group_len(group_size: i64, inputs: usize) -> usize {
 }
 
 /// Keys that become fields, so that they are not kept twice.
-const KNOWN: [&str; 19] = [
+pub(crate) const KNOWN: [&str; 19] = [
     "act_group_aware",
     "bits",
     "checkpoint_format",
@@ -127,7 +132,7 @@ const KNOWN: [&str; 19] = [
 
 impl QuantizeConfig {
     /// Finds the settings of a checkpoint directory: `quantization_config` of its `config.json`, else the file
-    /// `quantize_config.json`; `None` if it has neither, so is not quantized.
+    /// `quantize_config.json`, or AutoAWQ's `quant_config.json`; `None` if it has none, so is not quantized.
     ///
     /// # Errors
     /// As [`QuantizeConfig::from_json`].
@@ -136,9 +141,14 @@ impl QuantizeConfig {
             return Self::from_json(config.path(), value).map(Some);
         }
         let path = directory.join("quantize_config.json");
+        if let Some(value) = read_json_if_exists(&path)? {
+            return Self::from_json(&path, &value).map(Some);
+        }
+        // AutoAWQ's first versions.
+        let path = directory.join("quant_config.json");
         match read_json_if_exists(&path)? {
-            Some(value) => Self::from_json(&path, &value).map(Some),
-            None => Ok(None),
+            Some(Value::Object(map)) => awq::settings(&Config::new(&path, map)).map(Some),
+            _ => Ok(None),
         }
     }
 
@@ -158,6 +168,9 @@ impl QuantizeConfig {
             });
         };
         let config = Config::new(path, map.clone());
+        if awq::is_awq(&config)? {
+            return awq::settings(&config);
+        }
         check_method(&config)?;
         let format = read_format(&config)?;
         let bits = read_bits(&config)?;
@@ -240,6 +253,9 @@ impl QuantizeConfig {
     /// The object for `config.json` and `quantize_config.json`: both spellings of method and format, so that every loader
     /// finds the one it knows. `meta.quantizer` names this tool, whoever wrote the checkpoint that was read.
     pub fn to_json(&self) -> Value {
+        if self.format == CheckpointFormat::AwqGemm {
+            return awq::to_json(self);
+        }
         let mut out = Map::new();
         let mut set = |key: &str, value: Value| out.insert(key.to_owned(), value);
         set("quant_method", json!("gptq"));
@@ -276,6 +292,16 @@ impl QuantizeConfig {
         Value::Object(out)
     }
 
+    /// The same settings for the same codes in GPTQ's packing; of GPTQ's own formats with other zero points.
+    #[must_use]
+    pub fn in_format(&self, format: CheckpointFormat) -> Self {
+        let mut config = Self { format, ..self.clone() };
+        if self.format == CheckpointFormat::AwqGemm {
+            config.other.retain(|key, _| !awq::KEYS.contains(&key.as_str()));
+        }
+        config
+    }
+
     /// The settings of the module of that name (`model.layers.0.mlp.down_proj`); `None` if a rule of `dynamic` leaves it
     /// unquantized.
     pub fn settings_for(&self, module: &str) -> Option<ModuleSettings> {
@@ -309,9 +335,9 @@ impl QuantizeConfig {
     }
 }
 
-const REQUANTIZE: &str = "quantize the original model again with `gptq quantize`";
+pub(crate) const REQUANTIZE: &str = "quantize the original model again with `gptq quantize`";
 
-fn unsupported(config: &Config, what: String, hint: &'static str) -> FormatError {
+pub(crate) fn unsupported(config: &Config, what: String, hint: &'static str) -> FormatError {
     FormatError::Unsupported { path: config.path().to_owned(), what, hint }
 }
 
@@ -464,7 +490,6 @@ mod tests {
             config[key] = value;
             message(&config)
         };
-        assert!(with("quant_method", json!("awq")).contains("`awq`"));
         assert!(with("method", json!("bitsandbytes")).contains("`bitsandbytes`"));
         assert!(with("checkpoint_format", json!("marlin")).contains("GPU kernel"));
         assert!(with("is_marlin_format", json!(true)).contains("GPU kernel"));

@@ -10,6 +10,7 @@
     reason = "every helper panics on bad fixtures; the module docs say so"
 )]
 
+pub mod awq;
 mod compare;
 mod expected;
 pub mod fixtures;

@@ -1,5 +1,5 @@
 //! From one zero-point convention to the other. Only `qzeros` change; group indices that are absent or all zeros, by which
-//! early writers meant `k / group_size`, are written out.
+//! early writers meant `k / group_size`, are written out. Of AutoAWQ's checkpoints `qweight` is packed anew, too.
 
 use std::path::Path;
 
@@ -32,8 +32,13 @@ pub(super) fn convert(
         not_gptq("its weights are floats; `gptq quantize` makes a GPTQ checkpoint of it")
     })?;
     let packed = modules::quantized(checkpoint, &[]);
+    let repacked = config.format == CheckpointFormat::AwqGemm;
     let mut specs = Vec::new();
     for name in store.names() {
+        let part = modules::quantized_part(store, name);
+        if repacked && matches!(part, Some((_, "qweight" | "g_idx"))) {
+            continue;
+        }
         let info = store.info(name)?;
         specs.push(TensorSpec {
             name: name.to_owned(),
@@ -43,8 +48,13 @@ pub(super) fn convert(
     }
     for module in &packed {
         let name = format!("{module}.g_idx");
-        if !store.contains(&name) {
+        if repacked || !store.contains(&name) {
             let linear = GptqLinear::load(store, module, config, None)?;
+            if repacked {
+                let name = format!("{module}.qweight");
+                let shape = vec![linear.in_features / 8, linear.out_features];
+                specs.push(TensorSpec { name, dtype: DType::I32, shape });
+            }
             specs.push(TensorSpec { name, dtype: DType::I32, shape: vec![linear.in_features] });
         }
     }
@@ -52,8 +62,7 @@ pub(super) fn convert(
     let plan = ShardPlan::new(specs, options.max_shard_bytes)?;
     let output_bytes = plan.total_bytes();
 
-    let mut new = config.clone();
-    new.format = format;
+    let mut new = config.in_format(format);
     // The file that it names is not written.
     new.other.shift_remove("model_file_base_name");
     let new = new.to_json();
@@ -71,6 +80,9 @@ pub(super) fn convert(
         let words = |words: &[u32]| words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
         writer.write(&format!("{module}.g_idx"), &words(&linear.g_idx))?;
         let name = format!("{module}.qzeros");
+        if repacked {
+            writer.write(&format!("{module}.qweight"), &words(&linear.qweight))?;
+        }
         if format == config.format {
             copy_as_is(checkpoint, &name, &mut writer)?;
             continue;
@@ -88,7 +100,9 @@ pub(super) fn convert(
     for (done, name) in store.names().enumerate() {
         progress(packed.len() + done, total);
         let part = modules::quantized_part(store, name);
-        if !matches!(part, Some((_, "g_idx" | "qzeros"))) {
+        if !matches!(part, Some((_, "g_idx" | "qzeros")))
+            && !(repacked && matches!(part, Some((_, "qweight"))))
+        {
             copy_as_is(checkpoint, name, &mut writer)?;
         }
     }

@@ -118,4 +118,6 @@ fn write_json(path: &Path, value: &Value) -> Result<()> {
 }
 
 #[cfg(test)]
+mod awq_tests;
+#[cfg(test)]
 mod tests;

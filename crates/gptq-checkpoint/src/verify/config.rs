@@ -1,7 +1,7 @@
 //! The settings: what engines need in them, and whether the two files that hold them agree.
 
 use gptq_format::fs::read_json_if_exists;
-use gptq_format::{Checkpoint, QuantizeConfig};
+use gptq_format::{Checkpoint, CheckpointFormat, QuantizeConfig};
 use serde_json::Value;
 
 use super::finding::Findings;
@@ -12,6 +12,19 @@ const DECISIVE: [&str; 6] =
 
 pub(super) fn check(checkpoint: &Checkpoint, config: &QuantizeConfig, findings: &mut Findings) {
     let inside = checkpoint.config.value("quantization_config");
+    if config.format == CheckpointFormat::AwqGemm {
+        if inside.is_none() {
+            findings.warning(
+                "no-quantization-config",
+                Some("config.json"),
+                "it has no `quantization_config`; the settings are in quant_config.json only",
+                Some(
+                    "copy them into config.json as `quantization_config`, with `quant_method` awq",
+                ),
+            );
+        }
+        return;
+    }
     let path = checkpoint.path.join("quantize_config.json");
     match (inside, read_json_if_exists(&path)) {
         (None, _) => findings.warning(

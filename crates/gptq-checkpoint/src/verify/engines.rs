@@ -189,7 +189,29 @@ pub(super) fn none_open() -> Vec<Verdict> {
     Engine::ALL.map(verdict).into()
 }
 
+/// The verdicts for an AutoAWQ checkpoint, which all but one know by its method.
+fn judge_awq(facts: &Facts<'_>) -> Vec<Verdict> {
+    let verdict = |engine| {
+        let mut reasons = Vec::new();
+        if facts.broken {
+            reasons.push("the checkpoint has errors".to_owned());
+        }
+        match engine {
+            // ExLlamaV2's `linear.py` knows GPTQ, EXL2 and floats.
+            Exllama => reasons.push("it reads no AWQ; `gptq convert --to gptq`".to_owned()),
+            // They look for `quantization_config`; AutoAWQ's first versions had a file of their own.
+            Transformers | Tgi | Vllm => reasons.extend(no_config(facts)),
+            Gptqmodel => {}
+        }
+        Verdict { engine, opens: reasons.is_empty(), reasons, conditions: Vec::new() }
+    };
+    Engine::ALL.map(verdict).into()
+}
+
 pub(super) fn judge(facts: &Facts<'_>) -> Vec<Verdict> {
+    if facts.config.format == CheckpointFormat::AwqGemm {
+        return judge_awq(facts);
+    }
     let verdict = |engine| {
         let rules = RULES.iter().filter(|Rule(engines, _)| engines.contains(&engine));
         let (mut reasons, mut conditions) = (Vec::new(), Vec::new());

@@ -26,7 +26,7 @@ use module::Module;
 /// What was found.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
-    /// `gptq` or `gptq_v2`; `None` if the checkpoint could not be opened.
+    /// `gptq`, `gptq_v2` or `awq`; `None` if the checkpoint could not be opened.
     pub format: Option<&'static str>,
     /// Number of quantized linears.
     pub modules: usize,

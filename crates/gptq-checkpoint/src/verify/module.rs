@@ -1,8 +1,11 @@
 //! One quantized linear: dtypes and shapes, group indices, scales.
 
+use gptq_format::awq::unpack;
 use gptq_format::pack::decode_zeros;
 use gptq_format::quantize_config::group_len;
-use gptq_format::{Bits, Checkpoint, DType, ModuleSettings, QuantizeConfig, TensorStore};
+use gptq_format::{
+    Bits, Checkpoint, CheckpointFormat, DType, ModuleSettings, QuantizeConfig, TensorStore,
+};
 
 use super::finding::Findings;
 use super::model::Layout;
@@ -92,7 +95,12 @@ fn read(
         );
         return None;
     };
-    let (inputs, outputs) = sizes(store, settings.bits, layout, name, findings)?;
+    let awq = config.format == CheckpointFormat::AwqGemm;
+    let (inputs, outputs) = if awq {
+        sizes_of_awq(store, &settings, layout, name, findings)?
+    } else {
+        sizes(store, settings.bits, layout, name, findings)?
+    };
     let groups = inputs.div_ceil(group_len(settings.group_size, inputs));
     let module = format!("{name}.");
     let complete = [
@@ -102,7 +110,8 @@ fn read(
     .iter()
     .map(|(part, dtype, shape)| tensor(store, &format!("{module}{part}"), *dtype, shape, findings))
     .fold(true, |all, fits| all & fits);
-    let g_idx = read_groups(store, &settings, name, [inputs, groups], findings);
+    let g_idx =
+        if awq { None } else { read_groups(store, &settings, name, [inputs, groups], findings) };
     check_bias(store, layout, name, outputs, findings);
     check_codes(store, name, findings);
     if !complete {
@@ -117,9 +126,51 @@ fn read(
         .into_iter()
         .map(i32::cast_unsigned)
         .collect();
-    let decoded = decode_zeros(settings.bits, config.format, &stored, groups, outputs).ok()?;
+    let decoded = if awq {
+        unpack(&stored)
+    } else {
+        decode_zeros(settings.bits, config.format, &stored, groups, outputs).ok()?
+    };
     let zeros = Zeros::of(settings.bits, &stored, &decoded, outputs);
     Some(Module { name: name.to_owned(), settings, inputs, outputs, groups, g_idx, zeros })
+}
+
+/// `(in, out)` of a module in AutoAWQ's layout, `qweight: [in, out / 8]`.
+fn sizes_of_awq(
+    store: &TensorStore,
+    settings: &ModuleSettings,
+    layout: &Layout,
+    name: &str,
+    findings: &mut Findings,
+) -> Option<(usize, usize)> {
+    let qweight = format!("{name}.qweight");
+    let mut wrong = |what: &'static str, message: String| {
+        findings.error(what, Some(&qweight), message, None);
+        None
+    };
+    let info = store.info(&qweight).ok()?;
+    if info.dtype != DType::I32 {
+        return wrong("dtype", format!("its dtype is {}, expected I32", info.dtype));
+    }
+    let shape = match info.shape.as_slice() {
+        &[inputs, columns] if inputs > 0 && columns > 0 => {
+            columns.checked_mul(8).map(|o| (inputs, o))
+        }
+        _ => None,
+    };
+    let linear = layout.linear(name).map(|linear| (linear.in_features, linear.out_features));
+    let Some((inputs, outputs)) = shape.filter(|shape| linear.is_none_or(|l| l == *shape)) else {
+        let expected = linear.map_or_else(
+            || "[in, out / 8]".to_owned(),
+            |(inputs, outputs)| format!("[{inputs}, {outputs} / 8]"),
+        );
+        return wrong("shape", format!("its shape is {:?}, expected {expected}", info.shape));
+    };
+    if !inputs.is_multiple_of(settings.group_len(inputs)) || !inputs.is_multiple_of(8) {
+        let message = format!("its {inputs} inputs are no multiple of 8 and of the group size");
+        return wrong("shape", message);
+    }
+    Some((inputs, outputs))
 }
 
 /// `(in, out)` from `qweight` and, where the model is known, from its config.

@@ -91,6 +91,7 @@ pub(super) fn check(config: &QuantizeConfig, modules: &[Module], findings: &mut 
         let mislabelled = match config.format {
             CheckpointFormat::Gptq => zeros.constant == Some((middle + 1) & bits.max_code()),
             CheckpointFormat::GptqV2 => zeros.constant == Some(middle - 1),
+            CheckpointFormat::AwqGemm => false,
         };
         if mislabelled {
             let (says, is) = if v1 { ("gptq", "gptq_v2") } else { ("gptq_v2", "gptq") };

@@ -9,7 +9,7 @@ use crate::quantize_config::CheckpointFormat;
 /// `gptq` (v1) stores `z - 1`, `gptq_v2` stores `z`.
 ///
 /// # Errors
-/// If a zero point is 0 in v1, where some readers add 1 to the field and others to the whole word; if one exceeds
+/// If the format is not GPTQ's; if a zero point is 0 in v1, where some readers add 1 to the field and others to the whole word; if one exceeds
 /// [`Bits::max_code`]; if the sizes do not fit.
 pub fn encode_zeros(
     bits: Bits,
@@ -20,6 +20,7 @@ pub fn encode_zeros(
 ) -> Result<Vec<u32>> {
     match format {
         CheckpointFormat::GptqV2 => pack_cols(bits, zeros, groups, outputs),
+        CheckpointFormat::AwqGemm => Err(not_gptq()),
         CheckpointFormat::Gptq => {
             if let Some(index) = zeros.iter().position(|&z| z == 0) {
                 return Err(FormatError::ZeroPointZero {
@@ -40,7 +41,7 @@ pub fn encode_zeros(
 /// words, writers worked field by field modulo 8.
 ///
 /// # Errors
-/// If the sizes do not fit.
+/// If the sizes do not fit, or the format is not GPTQ's.
 pub fn decode_zeros(
     bits: Bits,
     format: CheckpointFormat,
@@ -50,6 +51,7 @@ pub fn decode_zeros(
 ) -> Result<Vec<u8>> {
     let one_per_field = match (format, bits) {
         (CheckpointFormat::GptqV2, _) => return unpack_cols(bits, qzeros, groups, outputs),
+        (CheckpointFormat::AwqGemm, _) => return Err(not_gptq()),
         (CheckpointFormat::Gptq, Bits::B3) => {
             let mut fields = unpack_cols(bits, qzeros, groups, outputs)?;
             for field in &mut fields {
@@ -63,6 +65,10 @@ pub fn decode_zeros(
     };
     let words: Vec<u32> = qzeros.iter().map(|w| w.wrapping_add(one_per_field)).collect();
     unpack_cols(bits, &words, groups, outputs)
+}
+
+fn not_gptq() -> FormatError {
+    FormatError::Pack("AutoAWQ's zero points are packed otherwise than GPTQ's".to_owned())
 }
 
 #[cfg(test)]
