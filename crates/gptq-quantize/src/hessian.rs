@@ -95,7 +95,12 @@ impl Hessian {
         self.diagonal().all(f32::is_finite)
     }
 
-    fn diagonal(&self) -> impl Iterator<Item = f32> + '_ {
+    /// The matrix for products; no copy.
+    pub(crate) fn dense(&self) -> DenseMatrix {
+        DenseMatrix::from_f32(self.width, self.width, Arc::clone(&self.matrix))
+    }
+
+    pub(crate) fn diagonal(&self) -> impl Iterator<Item = f32> + Clone + '_ {
         (0..self.width).map(|i| self.matrix[i * self.width + i])
     }
 
@@ -175,7 +180,7 @@ impl Hessian {
         assert_eq!(weights.len(), quantized.len(), "weights and quantized weights");
         let n = self.width;
         let rows = weights.len() / n.max(1);
-        let h = DenseMatrix::from_f32(n, n, Arc::clone(&self.matrix));
+        let h = self.dense();
         let mut wh = Tensor::default();
         let mut energy = |w: &Tensor| -> f64 {
             gemm_nt(pool, w, &h, None, &mut wh);

@@ -38,6 +38,9 @@ pub struct ModuleRecord {
     /// Of an expert only: how it was calibrated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expert: Option<ExpertRecord>,
+    /// Of runs with AWQ's scales only: those of its inputs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub awq: Option<AwqRecord>,
     /// Seconds spent on this module alone (solve and pack; shared work of its stage is in the
     /// phases of the report).
     pub seconds: f64,
@@ -52,6 +55,18 @@ pub struct ExpertRecord {
     pub tokens: u64,
     /// What was done because they were too few: `rtn` or `all-tokens`; `null` where they were enough.
     pub fallback: Option<String>,
+}
+
+/// How the inputs of a linear were scaled before it was quantized.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AwqRecord {
+    /// The exponent α of the scales; `null` where there are none.
+    pub alpha: Option<f64>,
+    /// Error of the stage's outputs when rounded to nearest, over that without scales; `null` where
+    /// there are none.
+    pub loss: Option<f64>,
+    /// Why the inputs were not scaled; `null` where they were.
+    pub skipped: Option<String>,
 }
 
 /// What a run is expected to need, before it starts.
@@ -102,7 +117,7 @@ pub struct QuantReport {
     pub platform: String,
     /// The model as the user named it.
     pub model: String,
-    /// `gptq`, `rtn` or `obq`.
+    /// `gptq`, `rtn`, `obq` or `awq`.
     pub method: String,
     /// The object that quantize_config.json holds.
     pub quantize_config: Value,
@@ -149,6 +164,7 @@ pub fn warnings(modules: &[ModuleRecord]) -> Vec<String> {
         errors.sort_by(f64::total_cmp);
     }
     let mut found = starved(modules);
+    found.extend(unscaled(modules));
     for record in modules {
         let name = format!("layer {} {}", record.layer, record.module);
         let inputs = record.shape[1] as u64;
@@ -201,6 +217,21 @@ fn starved(modules: &[ModuleRecord]) -> Vec<String> {
     layers.into_iter().map(sentence).collect()
 }
 
+/// One sentence per reason for which inputs were left without AWQ's scales.
+fn unscaled(modules: &[ModuleRecord]) -> Vec<String> {
+    let mut reasons: BTreeMap<&str, (usize, &str)> = BTreeMap::new();
+    for record in modules {
+        let Some(AwqRecord { skipped: Some(reason), .. }) = &record.awq else { continue };
+        reasons.entry(reason).or_insert((0, &record.module)).0 += 1;
+    }
+    let sentence = |(reason, (count, module)): (&str, (usize, &str))| {
+        format!(
+            "the inputs of {count} linears (the first is {module}) have no AWQ scales: {reason}"
+        )
+    };
+    reasons.into_iter().map(sentence).collect()
+}
+
 /// How far above the median of its kind an error is called an outlier.
 pub const OUTLIER_FACTOR: f64 = 5.0;
 
@@ -221,6 +252,7 @@ pub(crate) mod tests {
             damp_tries: 1,
             nsamples: 4096,
             expert: None,
+            awq: None,
             seconds: 0.5,
             rss_bytes: None,
         }

@@ -32,8 +32,9 @@ pub(crate) struct Args {
     /// Directory to write.
     #[arg(long, short, value_name = "DIR", required_unless_present = "dry_run")]
     output: Option<PathBuf>,
-    /// How weights become codes: gptq; rtn rounds to nearest without data; obq is the exact greedy
-    /// baseline of the paper, for small models.
+    /// How weights become codes: gptq; rtn rounds to nearest without data; awq rounds to nearest with
+    /// activation-aware scales and clipped ranges; obq is the exact greedy baseline of the paper, for
+    /// small models.
     #[arg(long, value_enum, default_value_t = MethodArg::Gptq)]
     method: MethodArg,
     /// Bits per weight: 2, 3, 4 or 8.
@@ -102,6 +103,10 @@ pub(crate) struct Args {
     /// loss on the calibration text, if rarely a better model.
     #[arg(long, default_value_t = QuantizeOptions::default().refine, value_name = "ROUNDS")]
     refine: usize,
+    /// Scale the inputs of each stage by AWQ before it is quantized: weights of large inputs become
+    /// larger, and the norm or linear before them smaller by as much. Costs nothing at inference.
+    #[arg(long)]
+    awq_scales: bool,
     /// Let all stages of a block see the float activations of that block, not only of the blocks before.
     #[arg(long)]
     no_true_sequential: bool,
@@ -184,6 +189,7 @@ enum MethodArg {
     Gptq,
     Rtn,
     Obq,
+    Awq,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
@@ -271,6 +277,7 @@ impl Args {
                 MethodArg::Gptq => Method::Gptq,
                 MethodArg::Rtn => Method::Rtn,
                 MethodArg::Obq => Method::Obq,
+                MethodArg::Awq => Method::Awq,
             },
             bits: self.bits,
             group_size: self.group_size,
@@ -309,6 +316,7 @@ impl Args {
                 CorrectionArg::Qronos => Correction::Qronos,
             },
             correction_strength: self.correction_strength(),
+            awq_scales: self.awq_scales,
             format: match self.format {
                 FormatArg::Gptq => CheckpointFormat::Gptq,
                 FormatArg::GptqV2 => CheckpointFormat::GptqV2,

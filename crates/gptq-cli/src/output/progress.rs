@@ -374,6 +374,7 @@ mod tests {
             damp_tries: 1,
             nsamples: 262_144,
             expert: None,
+            awq: None,
             seconds: 0.9,
             rss_bytes: Some(3 << 30),
         };

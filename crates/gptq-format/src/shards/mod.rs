@@ -143,6 +143,16 @@ impl ShardWriter {
         Ok(())
     }
 
+    /// Writes a whole tensor that may have been written before.
+    ///
+    /// # Errors
+    /// If it is not planned, has another size, or the file cannot be written.
+    pub fn replace(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let (shard, position) = self.place(name)?;
+        self.progress[shard][position] = 0;
+        self.write(name, bytes)
+    }
+
     /// Makes everything written so far durable.
     ///
     /// # Errors

@@ -53,7 +53,10 @@ impl Run<'_> {
         let Task { layer, linear, settings, fitted, expert, .. } = *task;
         let start = Instant::now();
         let mut rows = LinearRows::open(self.job.checkpoint, self.spec, linear)?;
-        let bias = rows.take_bias();
+        let mut bias = rows.take_bias();
+        if let Some(bias) = &mut bias {
+            self.folded.scale_bias(&linear.module, bias);
+        }
         let (solution, error) = self.solve_slabs(task, &rows)?;
         drop(rows);
         let loss = solution.loss;
@@ -73,6 +76,7 @@ impl Run<'_> {
             damp_tries: fitted.map_or(0, |(factor, _)| factor.tries),
             nsamples: fitted.map_or(0, |(_, hessian)| hessian.tokens() as u64),
             expert: expert.cloned(),
+            awq: self.folded.record(&linear.module),
             seconds: start.elapsed().as_secs_f64(),
             rss_bytes: rss::current_bytes(),
         };
@@ -108,7 +112,8 @@ impl Run<'_> {
         let (mut joined, mut error) = (Joined::new(outputs), OutputError::default());
         for first in (0..outputs).step_by(slab) {
             let range = first..(first + slab).min(outputs);
-            let weights = self.phases.time("read", || rows.read(range))?;
+            let mut weights = self.phases.time("read", || rows.read(range.clone()))?;
+            self.folded.scale(&linear.module, range, &mut weights);
             // What the solution is refined towards.
             let mut targets = Cow::from(&weights);
             let mut part = self.phases.time("solve", || match (fitted, options.method) {
@@ -125,6 +130,9 @@ impl Run<'_> {
                         targets = corrected.weights(pool, &weights, factor);
                     }
                     solver::obq(pool, &targets, factor, group_size, grid)
+                }
+                (Some((_, hessian)), Method::Awq) => {
+                    solver::clipped(pool, &weights, hessian, group_size, grid)
                 }
                 _ => solver::rtn(pool, &weights, inputs, group_size, grid),
             });

@@ -5,6 +5,7 @@ use gptq_model::spec::{GateUp, Mlp, Qkv};
 use gptq_model::{ActivationType, BlockState, LinearSpec, Spec};
 
 use super::activations::windows_per_chunk;
+use super::fold::SEARCH_ROWS;
 use super::layout::{Layout, linear_shape};
 use super::linear::{ERROR_WEIGHTS, slab_rows};
 use super::{Job, Method};
@@ -124,6 +125,9 @@ impl<'a> Memory<'a> {
                 moment.push(("copy of a chunk", self.chunk));
             }
             moments.push(moment);
+            if self.job.options.folds() && self.tokens > 0 {
+                moments.push(self.folding(spill, layer, floats, &stages));
+            }
             for stage in stages {
                 moments.extend(self.solving(spill, stage, block, others));
             }
@@ -134,6 +138,26 @@ impl<'a> Memory<'a> {
             moments.extend(self.solving(spill, shared, 0, 0));
         }
         moments
+    }
+
+    /// AWQ's scales are found: the block as floats, the Hessians of all its stages, and some outputs
+    /// of a linear as they are, scaled, rounded (codes, weights) and multiplied with a Hessian.
+    fn folding(&self, spill: bool, layer: usize, floats: u64, stages: &[Shared]) -> Moment {
+        let hessians = stages.iter().map(|s| s.inputs * s.inputs * F32).sum();
+        let kept = vec![("block", floats), ("Hessians of a block", hessians)];
+        let mut moment = self.with_activations(spill, kept);
+        if spill {
+            moment.push(("temporaries of a chunk", self.temporaries));
+        }
+        moment.push(("copy of a chunk", self.chunk));
+        let linears = self.spec.stages(layer).into_iter().flat_map(|stage| stage.linears);
+        let slab = |l: LinearSpec| {
+            let all = (l.in_features * l.out_features) as u64;
+            let turned = if l.transposed { F32 * all } else { 0 };
+            turned + (SEARCH_ROWS.min(l.out_features) * l.in_features) as u64 * (4 * F32 + 1)
+        };
+        moment.push(("linear being scaled", linears.map(slab).max().unwrap_or(0)));
+        moment
     }
 
     /// The first moment: the head is checked, tokens are looked up.
@@ -196,7 +220,7 @@ impl<'a> Memory<'a> {
         let inverse = match self.job.options.method {
             // Every row starts from a copy of the inverse.
             Method::Obq => (1 + self.job.pool.threads() as u64) * matrix,
-            Method::Gptq | Method::Rtn => 0,
+            Method::Gptq | Method::Rtn | Method::Awq => 0,
         };
         // Refining groups along the order takes a copy of H in that order.
         let options = self.job.options;
@@ -234,8 +258,13 @@ impl<'a> Memory<'a> {
         let joined = if slab < all { all } else { 0 };
         // Weights, codes, and either weights without dead inputs or three copies of some rows.
         let piece = slab.min(ERROR_WEIGHTS as u64);
-        // Panels of the rows at work: weights and codes, and what refining keeps.
-        let of_weight = if self.job.options.refine > 0 { 7 * F32 } else { 12 };
+        // Panels of the rows at work: weights and codes, and what refining or clipping keeps.
+        let options = self.job.options;
+        let of_weight = match options.method {
+            _ if options.refine > 0 => 7 * F32,
+            Method::Awq => 6 * F32,
+            _ => 12,
+        };
         let rows_of_tasks = self.job.pool.threads() as u64 * 64 * inputs * of_weight;
         // Moved weights, their move and what it was computed from.
         let moves = matches!(self.correction, Correction::Qep | Correction::Qronos);

@@ -1,6 +1,7 @@
 //! The run: plan, then block after block and stage after stage.
 
 mod activations;
+mod fold;
 mod head;
 mod held_out;
 mod journal;
@@ -34,6 +35,7 @@ use crate::report::{self, ModuleRecord, PhaseTime, QuantReport, Totals};
 use crate::rss;
 use crate::solver::Correction;
 use activations::{Activations, StageInputs};
+use fold::Folded;
 use layout::Layout;
 use output::Output;
 
@@ -87,6 +89,8 @@ pub(crate) struct Run<'a> {
     pub(crate) phases: Phases,
     pub(crate) progress: &'a dyn Progress,
     pub(crate) records: Vec<ModuleRecord>,
+    /// What the block at work is multiplied with.
+    pub(crate) folded: Folded,
 }
 
 /// Quantizes a model into a new directory, which appears under its name only when it is whole.
@@ -115,7 +119,9 @@ pub fn quantize_as_planned(
     progress.phase("write");
     let output = phases.time("write", || Output::open(job, &layout))?;
     let records = output.records();
-    let mut run = Run { job, spec: &spec, layout: &layout, output, phases, progress, records };
+    let folded = Folded::default();
+    let layout = &layout;
+    let mut run = Run { job, spec: &spec, layout, output, phases, progress, records, folded };
     if let Err(error) = run.units(plan.spill) {
         // Another try can succeed: what is finished is worth keeping.
         let done = run.output.blocks_done();
@@ -267,8 +273,9 @@ impl Run<'_> {
         &mut self,
         ctx: &mut Ctx,
         layer: usize,
-        activations: Option<&mut Activations<'_>>,
+        mut activations: Option<&mut Activations<'_>>,
     ) -> Result<()> {
+        self.fold(ctx, layer, activations.as_deref_mut())?;
         let checkpoint = self.output.checkpoint();
         let mut block = Block::load(checkpoint, self.spec, layer, LinearSource::Unset)?;
         // Modules that stay floats are taken from the output: as they were saved.
@@ -303,8 +310,8 @@ impl Run<'_> {
             for (i, linear) in self.spec.stage_linears(layer, stage).iter().enumerate() {
                 if self.layout.settings(&linear.module).is_some() {
                     let source = self.job.checkpoint;
-                    let linear = load_linear(source, self.spec, linear, LinearSource::Copied)?;
-                    block.set_linear(stage, i, linear)?;
+                    let float = load_linear(source, self.spec, linear, LinearSource::Copied)?;
+                    block.set_linear(stage, i, self.folded.linear(&linear.module, float))?;
                 }
             }
         }

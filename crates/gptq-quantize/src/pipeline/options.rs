@@ -18,6 +18,8 @@ pub enum Method {
     Rtn,
     /// Greedy optimal brain quantizer (Frantar & Alistarh 2022): exact, O(in³) per row.
     Obq,
+    /// Activation-aware scales and clipped ranges, rounded to nearest (Lin et al. 2023).
+    Awq,
 }
 
 impl Method {
@@ -27,6 +29,7 @@ impl Method {
             Self::Gptq => "gptq",
             Self::Rtn => "rtn",
             Self::Obq => "obq",
+            Self::Awq => "awq",
         }
     }
 
@@ -108,6 +111,9 @@ pub struct QuantizeOptions {
     /// The share of that difference which is corrected, above 0 and at most 1; `None` for the usual one
     /// of the correction.
     pub correction_strength: Option<f64>,
+    /// Fold AWQ's activation-aware scales into each block before it is quantized; [`Method::Awq`] does
+    /// so always.
+    pub awq_scales: bool,
     /// Zero-point convention of the output.
     pub format: CheckpointFormat,
     /// Per-module overrides.
@@ -154,6 +160,7 @@ impl Default for QuantizeOptions {
             activation_dtype: ActivationType::default(),
             correction: Correction::None,
             correction_strength: None,
+            awq_scales: false,
             format: CheckpointFormat::Gptq,
             dynamic: Dynamic::default(),
             mixed: None,
@@ -201,8 +208,8 @@ impl QuantizeOptions {
         }
         match (self.correction, self.method) {
             (Correction::None, _) | (_, Method::Gptq) | (Correction::Qep, Method::Obq) => {}
-            (_, Method::Rtn) => {
-                return error("correction", "needs calibration data, which rtn does not use");
+            (_, Method::Rtn | Method::Awq) => {
+                return error("correction", "rounding to nearest has no sweep to correct; use the method gptq");
             }
             (_, Method::Obq) => {
                 return error("correction", "obq has no sweep to correct; only qep fits before it");
@@ -214,18 +221,32 @@ impl QuantizeOptions {
         if self.correction_strength.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
             return error("correction_strength", "must be above 0 and at most 1");
         }
+        if self.awq_scales && self.method == Method::Rtn {
+            return error("awq_scales", "rounding to nearest with them is --method awq");
+        }
+        if self.method == Method::Awq && self.desc_act {
+            return error("desc_act", "AWQ rounds to nearest, in no order; leave desc_act off");
+        }
+        if self.folds() && self.correction != Correction::None {
+            return error("correction", "does not go with AWQ's scales: the float model is not folded");
+        }
         if self.method == Method::Obq && self.desc_act {
             return error("desc_act", "OBQ chooses its own order; leave desc_act off");
         }
         Ok(())
     }
 
+    /// Whether scales are folded into the blocks.
+    pub(crate) fn folds(&self) -> bool {
+        self.awq_scales || self.method == Method::Awq
+    }
+
     /// The settings as a checkpoint records them.
     pub fn config(&self) -> QuantizeConfig {
         let mut config =
             QuantizeConfig::new(self.bits, self.group_size, self.sym, self.desc_act, self.format);
-        let one_damping = self.method.needs_calibration() && !self.damp_auto;
-        config.damp_percent = one_damping.then_some(self.damp_percent);
+        let solves = matches!(self.method, Method::Gptq | Method::Obq);
+        config.damp_percent = (solves && !self.damp_auto).then_some(self.damp_percent);
         config.true_sequential = Some(self.true_sequential);
         config.static_groups = Some(self.static_groups);
         config.act_group_aware = Some(self.act_group_aware);
@@ -256,6 +277,9 @@ impl QuantizeOptions {
         }
         if let Some(strength) = self.correction_share() {
             config.meta.insert("correction_strength".to_owned(), strength.into());
+        }
+        if self.folds() {
+            config.meta.insert("awq_scales".to_owned(), true.into());
         }
         config.dynamic = self.dynamic.clone();
         config.lm_head = self.lm_head;
@@ -360,9 +384,10 @@ mod tests {
         assert!(corrected(Correction::Qep, Method::Obq).is_ok());
         assert!(corrected(Correction::Qronos, Method::Gptq).is_ok());
         assert!(corrected(Correction::Gptaq, Method::Obq).is_err_and(|e| e.contains("qep")));
-        assert!(corrected(Correction::Qep, Method::Rtn).is_err_and(|e| e.contains("calibration")));
+        assert!(corrected(Correction::Qep, Method::Rtn).is_err_and(|e| e.contains("nearest")));
         assert!(bad(|o| o.correction_strength = Some(1.5)).starts_with("correction_strength"));
         assert!(bad(|o| (o.correction, o.refine) = (Correction::Gptaq, 3)).starts_with("refine"));
+        assert!(bad(|o| (o.method, o.awq_scales) = (Method::Rtn, true)).starts_with("awq_scales"));
         assert!(bad(|o| o.scale_search = ScaleSearch::Power(-1.0)).starts_with("mse"));
     }
 }

@@ -130,6 +130,11 @@ impl Output {
         Ok(())
     }
 
+    /// Writes a tensor that was copied anew.
+    pub(crate) fn replace(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        Ok(self.writer.replace(name, bytes)?)
+    }
+
     /// Makes a finished block durable: its tensors first, then the journal that counts it.
     pub(crate) fn block_done(&mut self, layer: usize, records: &[ModuleRecord]) -> Result<()> {
         self.writer.sync()?;

@@ -10,6 +10,7 @@ use crate::error::{QuantizeError, Result};
 use crate::hessian::{Damping, Factor, Hessian};
 use crate::order::OrderOptions;
 use crate::solver::{Corrected, Shift};
+use crate::solver::awq::unfactored;
 
 /// What makes two linears of a stage share a factor.
 type FactorKey = (OrderOptions, Damping);
@@ -73,7 +74,10 @@ impl Run<'_> {
                 let key = self.factor_key(settings, damping);
                 if factor.as_ref().is_none_or(|(made, _)| *made != key) {
                     drop((factor.take(), passed_on.take()));
-                    let made = self.phases.time("factor", || hessian.factor(key.0, key.1));
+                    let made = self.phases.time("factor", || match self.job.options.method {
+                        Method::Awq => unfactored(hessian, settings.group_size),
+                        _ => hessian.factor(key.0, key.1),
+                    });
                     if let Some(shift) = &shift {
                         let pool = self.job.pool;
                         passed_on = self.phases.time("correct", || shift.passed_on(pool, &made));

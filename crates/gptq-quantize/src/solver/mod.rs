@@ -3,6 +3,7 @@
 //! All solvers return codes, scales and zero points; floats are derived from these and never
 //! quantized again.
 
+pub(crate) mod awq;
 mod correction;
 mod obq;
 mod refine;
@@ -16,6 +17,7 @@ use gptq_compute::sweep::{Feed, Grid, Sweep, Swept};
 use crate::hessian::Factor;
 use crate::order::ColumnOrder;
 
+pub use awq::{Ratio, RatioSearch, clipped};
 pub use correction::{Corrected, Correction, Shift};
 pub use obq::obq;
 pub use refine::refine;

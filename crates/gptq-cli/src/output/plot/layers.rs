@@ -224,6 +224,7 @@ mod tests {
             damp_tries: 1,
             nsamples: 1,
             expert: None,
+            awq: None,
             seconds: 0.0,
             rss_bytes: None,
         }
