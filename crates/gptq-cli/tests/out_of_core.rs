@@ -54,10 +54,10 @@ fn peak(report: &Value) -> u64 {
 /// Quantizes without a limit and with the least one, and compares; the peaks of both.
 fn check(world: &World, settings: &str) -> [u64; 2] {
     let line = format!("quantize model --calibration text.txt --group-size 32 {settings}");
-    let free = world.json(&format!("{line} -o free --json -q"));
+    let free = world.json(&format!("{line} -o free --overwrite --json -q"));
     assert_eq!(free["plan"]["scratch_bytes"], 0);
     let limit = least_limit(world, &line);
-    let output = world.gptq(&format!("{line} -o tight --json --max-memory {limit}MiB"));
+    let output = world.gptq(&format!("{line} -o tight --overwrite --json --max-memory {limit}MiB"));
     let said = world.text(&output.stderr);
     assert!(output.status.success() && said.contains("Spill the activations of"), "{said}");
     let tight: Value = serde_json::from_slice(&output.stdout).unwrap();

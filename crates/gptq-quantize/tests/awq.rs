@@ -105,13 +105,16 @@ fn the_model_stays_the_same_and_its_norms_do_not() {
     let norm = "model.layers.1.input_layernorm.weight";
     let weights =
         |dir: &Path| Checkpoint::open(dir).unwrap().tensors.read_f32(norm, &[64]).unwrap();
+    let nearest = QuantizeOptions { awq_scales: false, ..options(Method::Rtn, Bits::B8) };
+    run(&source, &output, &nearest, 2, &()).unwrap();
+    let rounded = difference(hidden(&output).as_slice(), want.as_slice()).rms;
     for method in [Method::Awq, Method::Gptq] {
         for true_sequential in [true, false] {
             let options = QuantizeOptions { true_sequential, ..options(method, Bits::B8) };
             let report = run(&source, &output, &options, 2, &()).unwrap();
             assert_eq!(report.quantize_config["meta"]["awq_scales"], true);
             let error = difference(hidden(&output).as_slice(), want.as_slice()).rms;
-            assert!(error < 0.05, "{method:?}: {error}");
+            assert!(error < 0.8 * rounded, "{method:?}: {error}, rounded to nearest {rounded}");
             assert!(difference(&weights(&output), &weights(&source)).rms > 0.1);
             for record in &report.modules {
                 let awq = record.awq.as_ref().unwrap();

@@ -58,7 +58,8 @@ pub fn rewrite(from: &Path, to: &Path) {
         let shape = tensor.shape();
         if name.ends_with(".g_idx") {
             continue;
-        } else if name.ends_with(".qweight") {
+        }
+        if name.ends_with(".qweight") {
             // Inputs 8 r to 8 r + 7 of an output are in one word.
             let (inputs, outputs) = (8 * shape[0], shape[1]);
             let mut codes = vec![0; inputs * outputs];

@@ -100,9 +100,12 @@ pub(super) fn convert(
     for (done, name) in store.names().enumerate() {
         progress(packed.len() + done, total);
         let part = modules::quantized_part(store, name);
-        if !matches!(part, Some((_, "g_idx" | "qzeros")))
-            && !(repacked && matches!(part, Some((_, "qweight"))))
-        {
+        let written = match part {
+            Some((_, "g_idx" | "qzeros")) => true,
+            Some((_, "qweight")) => repacked,
+            _ => false,
+        };
+        if !written {
             copy_as_is(checkpoint, name, &mut writer)?;
         }
     }

@@ -142,8 +142,8 @@ mod tests {
 
     #[test]
     fn samples_are_rows_of_the_linear() {
-        assert_eq!(sample(200), [0..200]);
-        assert_eq!(sample(256), [0..256]);
+        assert_eq!(sample(200), vec![0..200; 1]);
+        assert_eq!(sample(256), vec![0..256; 1]);
         let pieces = sample(576);
         assert_eq!((pieces.len(), pieces[0].clone(), pieces[3].clone()), (4, 0..64, 512..576));
         assert!(sample(257).iter().all(|piece| piece.end <= 257));
@@ -155,7 +155,7 @@ mod tests {
         let (windows, held) = ([0..2, 2..3, 3..6], [false, true, false]);
         let [fit, judge] = split(&input, &windows, &held, None);
         assert_eq!(judge.input.as_slice(), [4.0, 5.0]);
-        assert_eq!(judge.windows, [0..1]);
+        assert_eq!(judge.windows, vec![0..1; 1]);
         assert_eq!((fit.input.rows(), fit.windows), (5, vec![0..2, 2..5]));
         // Four routed rows, of tokens 1, 2, 2 and 5.
         let routed = Tensor::from_vec(4, 1, vec![1.0, 2.0, 3.0, 4.0]);

@@ -209,7 +209,10 @@ impl QuantizeOptions {
         match (self.correction, self.method) {
             (Correction::None, _) | (_, Method::Gptq) | (Correction::Qep, Method::Obq) => {}
             (_, Method::Rtn | Method::Awq) => {
-                return error("correction", "rounding to nearest has no sweep to correct; use the method gptq");
+                return error(
+                    "correction",
+                    "rounding to nearest has no sweep to correct; use the method gptq",
+                );
             }
             (_, Method::Obq) => {
                 return error("correction", "obq has no sweep to correct; only qep fits before it");
@@ -228,7 +231,10 @@ impl QuantizeOptions {
             return error("desc_act", "AWQ rounds to nearest, in no order; leave desc_act off");
         }
         if self.folds() && self.correction != Correction::None {
-            return error("correction", "does not go with AWQ's scales: the float model is not folded");
+            return error(
+                "correction",
+                "does not go with AWQ's scales: the float model is not folded",
+            );
         }
         if self.method == Method::Obq && self.desc_act {
             return error("desc_act", "OBQ chooses its own order; leave desc_act off");
@@ -378,7 +384,7 @@ mod tests {
         assert!(bad(|o| o.act_order_static = true).starts_with("order"));
         assert!(bad(|o| o.refine = 101).starts_with("refine"));
         let corrected = |correction, method| {
-            let options = QuantizeOptions { correction, method, ..QuantizeOptions::default() };
+            let options = QuantizeOptions { method, correction, ..QuantizeOptions::default() };
             options.check().map_err(|error| error.to_string())
         };
         assert!(corrected(Correction::Qep, Method::Obq).is_ok());

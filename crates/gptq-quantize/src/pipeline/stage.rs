@@ -9,8 +9,8 @@ use super::{Method, Run};
 use crate::error::{QuantizeError, Result};
 use crate::hessian::{Damping, Factor, Hessian};
 use crate::order::OrderOptions;
-use crate::solver::{Corrected, Shift};
 use crate::solver::awq::unfactored;
+use crate::solver::{Corrected, Shift};
 
 /// What makes two linears of a stage share a factor.
 type FactorKey = (OrderOptions, Damping);

@@ -113,7 +113,8 @@ impl RatioSearch {
         let (low, high) = powers
             .clone()
             .fold((f64::INFINITY, 0.0), |(low, high): (f64, f64), s| (low.min(s), high.max(s)));
-        let middle = (low * high).sqrt();
+        // Not the root of the product, which may be too small for a float.
+        let middle = low.sqrt() * high.sqrt();
         powers.map(|s| (s / middle) as f32).collect()
     }
 }

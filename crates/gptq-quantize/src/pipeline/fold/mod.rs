@@ -56,7 +56,9 @@ impl Folded {
                 weights.iter_mut().zip(inputs).for_each(|(w, s)| *w *= s);
             }
             if let Some(outputs) = outputs {
-                weights.iter_mut().for_each(|w| *w *= outputs[row]);
+                for w in weights {
+                    *w *= outputs[row];
+                }
             }
         }
     }
@@ -102,7 +104,7 @@ impl Folded {
         let factors = self.factors.entry(linear.module.clone()).or_default();
         let outputs = factors.outputs.get_or_insert_with(|| vec![1.0; linear.out_features]);
         for (input, &channel) in rows.channels.iter().enumerate() {
-            outputs[rows.rows[channel]] = f64::from(scales[input]).powf(-rows.power) as f32;
+            outputs[rows.outputs[channel]] = f64::from(scales[input]).powf(-rows.power) as f32;
         }
     }
 }
@@ -250,7 +252,7 @@ impl Run<'_> {
         }
         if let Source::Rows(rows) = &site.source {
             // Inputs of one channel get one scale, by their mean.
-            let mut sums = vec![(0.0, 0.0); rows.rows.len()];
+            let mut sums = vec![(0.0, 0.0); rows.outputs.len()];
             for (square, &channel) in squares.iter().zip(&rows.channels) {
                 sums[channel] = (sums[channel].0 + square, sums[channel].1 + 1.0);
             }

@@ -32,7 +32,7 @@ pub(super) struct Rows {
     /// Channel of each input of the later stage; several inputs may share one.
     pub(super) channels: Vec<usize>,
     /// Output of the linear that makes each channel.
-    pub(super) rows: Vec<usize>,
+    pub(super) outputs: Vec<usize>,
     /// A channel divided by s comes of an output divided by s to this power.
     pub(super) power: f64,
 }
@@ -85,14 +85,14 @@ fn values(spec: &Spec) -> Source {
     let channels = (0..attention.q_width())
         .map(|input| input / width / per_head.max(1) * width + input % width)
         .collect();
-    let (index, rows) = match attention.qkv {
+    let (index, outputs) = match attention.qkv {
         Qkv::Separate { .. } => (2, (0..attention.kv_width()).collect()),
         Qkv::Fused { order, .. } => {
             let runs = order.columns(attention).v.into_iter();
             (0, runs.flat_map(|(first, count)| first..first + count).collect())
         }
     };
-    Source::Rows(Rows { stage: Stage::Qkv, index, channels, rows, power: 1.0 })
+    Source::Rows(Rows { stage: Stage::Qkv, index, channels, outputs, power: 1.0 })
 }
 
 /// What makes the inputs of the down projection of one part of the MLP.
@@ -116,7 +116,7 @@ fn wide(spec: &Spec, layer: usize, part: Part) -> Source {
         stage: Stage::MlpUp(part),
         index,
         channels: (0..width).collect(),
-        rows: (first..first + width).collect(),
+        outputs: (first..first + width).collect(),
         power,
     })
 }

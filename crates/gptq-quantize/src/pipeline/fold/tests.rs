@@ -13,12 +13,12 @@ use super::*;
 /// Relative to the largest element of the last hidden state: both sides are computed in f32.
 const TOLERANCE: f64 = 2e-5;
 
+/// Factors, new norms, and stages with the reason why they have no scales.
+type Fold = (Folded, HashMap<String, Vec<f32>>, Vec<(Stage, &'static str)>);
+
 /// Folds scales between 1/4 and 4 into all sites of all blocks. Returns the factors, the new norms, and
 /// the stages that no site was found for.
-fn fold_all(
-    checkpoint: &Checkpoint,
-    spec: &Spec,
-) -> (Folded, HashMap<String, Vec<f32>>, Vec<(Stage, &'static str)>) {
+fn fold_all(checkpoint: &Checkpoint, spec: &Spec) -> Fold {
     let (mut folded, mut norms, mut skipped) = (Folded::default(), HashMap::new(), Vec::new());
     let mut rng = Rng::new(11);
     for layer in 0..spec.layer_count() {
