@@ -25,20 +25,23 @@ struct Cli {
     command: commands::Command,
 }
 
+/// What every command takes, in its help.
+const COMMON: &str = "Options of all commands";
+
 /// Options of every command.
 #[derive(Debug, clap::Args)]
 struct Global {
     /// Threads to use; one per physical core by default. Results do not depend on it.
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, global = true, help_heading = COMMON, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Description of an architecture that is not built in, or differs from it (see `gptq families`).
-    #[arg(long, global = true, value_name = "FILE.toml")]
+    #[arg(long, global = true, help_heading = COMMON, value_name = "FILE.toml")]
     family: Option<std::path::PathBuf>,
     /// No progress, only errors.
-    #[arg(long, short, global = true)]
+    #[arg(long, short, global = true, help_heading = COMMON)]
     quiet: bool,
     /// Log what happens inside; twice for more.
-    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    #[arg(long, short, global = true, help_heading = COMMON, action = clap::ArgAction::Count)]
     verbose: u8,
 }
 
