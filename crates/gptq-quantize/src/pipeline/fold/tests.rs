@@ -159,7 +159,8 @@ fn every_family_computes_the_same_after_folding() {
         }
         seen += 1;
     }
-    assert!(seen == 0 || seen == 7, "{seen} of the families above");
+    // A checkout without the shared fixtures has some of them.
+    assert!(seen > 0, "none of the families above");
 }
 
 #[test]
