@@ -399,7 +399,7 @@ impl Args {
 
 pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let view = progress(global);
-    let mut options = args.options()?;
+    let options = args.options()?;
     options.check()?;
     // With --overwrite it may be the output that is to be replaced.
     let resume = args.resume && !args.overwrite;
@@ -430,22 +430,8 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         None
     };
     let output = args.output.clone().unwrap_or_else(|| "dry-run".into());
-    if let Some(target) = args.target_bpw {
-        let job = Job {
-            checkpoint: &checkpoint,
-            tokenizer: tokenizer.as_ref().ok(),
-            model: &args.model,
-            calibration: calibration.as_ref(),
-            options: &options,
-            output: &output,
-            plots: None,
-            pool: &pool,
-        };
-        let mut chosen = options.clone();
-        apply_target(&job, &sensitivity(&job, &view)?, target, &mut chosen)?;
-        options = chosen;
-    }
-    let job = Job {
+    let mut chosen = options.clone();
+    let mut job = Job {
         checkpoint: &checkpoint,
         tokenizer: tokenizer.as_ref().ok(),
         model: &args.model,
@@ -455,6 +441,10 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         plots: Some(plots),
         pool: &pool,
     };
+    if let Some(target) = args.target_bpw {
+        apply_target(&job, &sensitivity(&job, &view)?, target, &mut chosen)?;
+        job.options = &chosen;
+    }
     let plan = plan(&job)?;
     view.finish();
     if !global.quiet {

@@ -94,7 +94,7 @@ impl Run<'_> {
             for range in sample(linear.out_features) {
                 weights.extend(self.phases.time("read", || rows.read(range))?);
             }
-            samples.push((weights, self.grid_of(settings)));
+            samples.push((weights, self.job.options.grid_of(settings)));
         }
         let pool = self.job.pool;
         let mut best = (f64::INFINITY, options.damp_percent);

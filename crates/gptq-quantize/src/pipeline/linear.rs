@@ -6,9 +6,8 @@
 use std::borrow::Cow;
 use std::time::Instant;
 
-use gptq_compute::sweep::Grid;
 use gptq_compute::{GptqParts, Linear, Matrix, QuantizedMatrix};
-use gptq_format::{CheckpointFormat, GptqLinear, ModuleSettings};
+use gptq_format::{GptqLinear, ModuleSettings};
 use gptq_model::{LinearRows, LinearSpec};
 use half::f16;
 
@@ -85,19 +84,6 @@ impl Run<'_> {
         Ok(packed)
     }
 
-    /// The grid of a module's codes.
-    pub(super) fn grid_of(&self, settings: &ModuleSettings) -> Grid {
-        let options = self.job.options;
-        Grid {
-            bits: settings.bits.as_u32(),
-            sym: settings.sym,
-            search: options.search_of(settings),
-            signed: options.signed_scales,
-            min_zero: u8::from(self.layout.config.format == CheckpointFormat::Gptq),
-            f16_scales: true,
-        }
-    }
-
     fn solve_slabs(
         &mut self,
         task: &Task<'_>,
@@ -106,7 +92,7 @@ impl Run<'_> {
         let Task { linear, settings, fitted, corrected, .. } = *task;
         let (pool, options) = (self.job.pool, self.job.options);
         let (inputs, outputs) = (linear.in_features, linear.out_features);
-        let grid = self.grid_of(settings);
+        let grid = self.job.options.grid_of(settings);
         let group_size = settings.group_size;
         let slab = slab_rows(inputs, outputs);
         let (mut joined, mut error) = (Joined::new(outputs), OutputError::default());

@@ -1,6 +1,6 @@
 //! The settings of a run and their checks.
 
-use gptq_compute::sweep::ScaleSearch;
+use gptq_compute::sweep::{Grid, ScaleSearch};
 use gptq_format::{Bits, CheckpointFormat, Dynamic, ModuleSettings, QuantizeConfig};
 use gptq_model::ActivationType;
 
@@ -240,6 +240,18 @@ impl QuantizeOptions {
             return error("desc_act", "OBQ chooses its own order; leave desc_act off");
         }
         Ok(())
+    }
+
+    /// The grid of a module's codes.
+    pub(crate) fn grid_of(&self, settings: &ModuleSettings) -> Grid {
+        Grid {
+            bits: settings.bits.as_u32(),
+            sym: settings.sym,
+            search: self.search_of(settings),
+            signed: self.signed_scales,
+            min_zero: u8::from(self.format == CheckpointFormat::Gptq),
+            f16_scales: true,
+        }
     }
 
     /// Whether scales are folded into the blocks.

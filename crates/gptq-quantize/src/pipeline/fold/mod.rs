@@ -264,7 +264,7 @@ impl Run<'_> {
         for (&stage, hessian) in site.stages.iter().zip(hessians) {
             for linear in spec.stage_linears(layer, stage) {
                 let Some(settings) = self.layout.settings(&linear.module) else { continue };
-                let grid = self.grid_of(settings);
+                let grid = self.job.options.grid_of(settings);
                 let rows = LinearRows::open(job.checkpoint, spec, &linear)?;
                 let outputs = linear.out_features;
                 let some = outputs.min(SEARCH_ROWS);

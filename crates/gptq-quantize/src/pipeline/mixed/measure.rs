@@ -4,9 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use gptq_compute::sweep::Grid;
 use gptq_compute::{LayerKv, Linear, Tensor, kl_divergence};
-use gptq_format::{CheckpointFormat, ModuleSettings};
+use gptq_format::ModuleSettings;
 use gptq_model::{
     Block, BlockState, Ctx, Embedder, HeadLayer, LinearRows, LinearSource, LinearSpec, SeqSpan,
     Spec, Stage,
@@ -264,14 +263,7 @@ impl Pass<'_> {
         factor: Option<&Factor>,
     ) -> Solution {
         let options = self.job.options;
-        let grid = Grid {
-            bits: settings.bits.as_u32(),
-            sym: settings.sym,
-            search: options.search_of(settings),
-            signed: options.signed_scales,
-            min_zero: u8::from(self.layout.config.format == CheckpointFormat::Gptq),
-            f16_scales: true,
-        };
+        let grid = options.grid_of(settings);
         match factor {
             Some(factor) => solver::gptq(self.job.pool, weights, factor, grid),
             None => {
