@@ -33,6 +33,8 @@ pub struct ModuleRecord {
     pub damp_percent: f64,
     /// Factorizations tried; 1 if the first damping sufficed.
     pub damp_tries: u32,
+    /// Share of the off-diagonal elements of H that was left out (`--damp-percent auto`).
+    pub shrink: f64,
     /// Calibration tokens behind the Hessian.
     pub nsamples: u64,
     /// Of an expert only: how it was calibrated.
@@ -250,6 +252,7 @@ pub(crate) mod tests {
             relative_output_error: Some(error),
             damp_percent: 0.05,
             damp_tries: 1,
+            shrink: 0.0,
             nsamples: 4096,
             expert: None,
             awq: None,
@@ -293,7 +296,7 @@ pub(crate) mod tests {
         let line = serde_json::to_string(&record(3, "mlp.up_proj", 0.5)).unwrap();
         assert_eq!(
             line,
-            r#"{"layer":3,"module":"mlp.up_proj","shape":[64,32],"bits":4,"group_size":128,"loss":1.0,"relative_output_error":0.5,"damp_percent":0.05,"damp_tries":1,"nsamples":4096,"seconds":0.5,"rss_bytes":null}"#
+            r#"{"layer":3,"module":"mlp.up_proj","shape":[64,32],"bits":4,"group_size":128,"loss":1.0,"relative_output_error":0.5,"damp_percent":0.05,"damp_tries":1,"shrink":0.0,"nsamples":4096,"seconds":0.5,"rss_bytes":null}"#
         );
         assert_eq!(
             serde_json::from_str::<ModuleRecord>(&line).unwrap(),

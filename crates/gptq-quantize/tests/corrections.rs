@@ -67,9 +67,9 @@ fn corrections_change_what_has_quantized_inputs() {
                 }
                 for (got, want) in report.modules.iter().zip(&plain.modules) {
                     // The inputs of the first stage are those of the float model, up to the type that
-                    // the embedding is saved in.
+                    // the embedding is saved in, which makes a few codes round the other way.
                     let first = want.layer == 0 && want.module.contains("q_proj");
-                    let same = (got.loss / want.loss - 1.0).abs() < 1e-3;
+                    let same = (got.loss / want.loss - 1.0).abs() < 5e-3;
                     assert!(!first || same, "{name} {correction:?}: {got:?} {want:?}");
                 }
             }
@@ -89,6 +89,7 @@ fn held_out_windows_choose_the_damping_of_each_stage() {
         let tried = [0.01, 0.025, 0.05, 0.1, 0.2, 0.4];
         for record in &report.modules {
             assert!(tried.contains(&record.damp_percent), "{record:?}");
+            assert!([0.0, 0.02, 0.05, 0.1, 0.2].contains(&record.shrink), "{record:?}");
             // In the end all windows count.
             if record.expert.is_none() {
                 assert_eq!(record.nsamples as usize, 16 * LENGTH);
@@ -96,6 +97,7 @@ fn held_out_windows_choose_the_damping_of_each_stage() {
         }
         // Few random tokens deserve more than the usual damping.
         assert!(report.modules.iter().any(|record| record.damp_percent > 0.05));
+        assert!(report.modules.iter().any(|record| record.shrink > 0.0));
         run(&source, &folder.path().join("one"), 1, options.clone());
         assert!(bytes(&folder.path().join("one")) == bytes(&folder.path().join("two")));
         let options = QuantizeOptions { true_sequential: false, ..options };

@@ -372,6 +372,7 @@ mod tests {
             relative_output_error: Some(0.00123),
             damp_percent: 0.05,
             damp_tries: 1,
+            shrink: 0.0,
             nsamples: 262_144,
             expert: None,
             awq: None,

@@ -1,10 +1,11 @@
-//! The choice of the damping by windows that the fit does not see (`--damp-percent auto`).
+//! The choice of the damping and of the off-diagonal shrink by windows that the fit does not see
+//! (`--damp-percent auto`).
 //!
 //! Every eighth calibration window is held out ([`is_held_out`]). For each stage the Hessian of the
-//! other windows is factorised with each damping of [`DAMPINGS`], some rows of each linear are solved,
-//! and ‖(W - Ŵ) X‖² / ‖W X‖² is taken over the held-out windows, tr(ΔW H' ΔWᵀ) with their own Hessian
-//! H'. The damping with the least sum over the linears is the one that the stage is solved with, then on
-//! all windows: nothing of the calibration is lost.
+//! other windows is factorised with each damping of [`DAMPINGS`], then, with the best of these, with each
+//! shrink of [`SHRINKS`]; some rows of each linear are solved, and ‖(W - Ŵ) X‖² / ‖W X‖² is taken over
+//! the held-out windows, tr(ΔW H' ΔWᵀ) with their own Hessian H'. What has the least sum over the linears
+//! is what the stage is solved with, then on all windows: nothing of the calibration is lost.
 
 use std::ops::Range;
 
@@ -19,6 +20,8 @@ use crate::solver;
 
 /// The shares of the mean diagonal that are tried.
 pub(crate) const DAMPINGS: [f64; 6] = [0.01, 0.025, 0.05, 0.1, 0.2, 0.4];
+/// The shares of the off-diagonal elements that are tried to be left out.
+pub(crate) const SHRINKS: [f64; 4] = [0.02, 0.05, 0.1, 0.2];
 /// One window in so many is held out.
 const ONE_IN: usize = 8;
 /// The rows of a linear that are solved to judge a damping, and the pieces that they come in.
@@ -28,6 +31,15 @@ const PIECES: usize = 4;
 /// Whether window `index` of `windows` is held out: every eighth, or the last of fewer.
 pub(crate) fn is_held_out(index: usize, windows: usize) -> bool {
     index % ONE_IN == ONE_IN - 1 || (windows < ONE_IN && index + 1 == windows)
+}
+
+/// How far a Hessian is believed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Regularization {
+    /// Share of the mean diagonal that is added to the diagonal.
+    pub(super) damp_percent: f64,
+    /// Share of the off-diagonal elements that is left out.
+    pub(super) shrink: f64,
 }
 
 /// The rows of some windows of a chunk.
@@ -77,15 +89,16 @@ pub(super) fn split(
 }
 
 impl Run<'_> {
-    /// The damping with the least error on the held-out inputs.
-    pub(super) fn choose_damping(
+    /// The damping and the shrink with the least error on the held-out inputs.
+    pub(super) fn choose_regularization(
         &mut self,
         linears: &[(usize, &LinearSpec, ModuleSettings)],
         fitted: &Hessian,
         held: &Hessian,
-    ) -> Result<f64> {
+    ) -> Result<Regularization> {
         let options = self.job.options;
-        let Some((_, _, first)) = linears.first() else { return Ok(options.damp_percent) };
+        let mut best = Regularization { damp_percent: options.damp_percent, shrink: 0.0 };
+        let Some((_, _, first)) = linears.first() else { return Ok(best) };
         let order = options.order_of(first, true);
         let mut samples = Vec::new();
         for (_, linear, settings) in linears {
@@ -97,11 +110,14 @@ impl Run<'_> {
             samples.push((weights, self.job.options.grid_of(settings)));
         }
         let pool = self.job.pool;
-        let mut best = (f64::INFINITY, options.damp_percent);
-        for percent in DAMPINGS {
+        let mut least = f64::INFINITY;
+        // A shrink is tried with the damping that was best without any.
+        let dampings = DAMPINGS.map(|percent| (Some(percent), 0.0));
+        for (percent, shrink) in dampings.into_iter().chain(SHRINKS.map(|shrink| (None, shrink))) {
+            let percent = percent.unwrap_or(best.damp_percent);
             let damping = Damping { percent, auto_increment: options.damp_auto_increment };
             let error = self.phases.time("damping", || {
-                let factor = fitted.factor(order, damping);
+                let factor = fitted.shrunk(shrink).factor(order, damping);
                 let of = |(weights, grid): &(Vec<f32>, _)| {
                     let solution = solver::gptq(pool, weights, &factor, *grid);
                     let mut sum = OutputError::default();
@@ -110,11 +126,12 @@ impl Run<'_> {
                 };
                 samples.iter().map(of).sum::<f64>()
             });
-            if error < best.0 {
-                best = (error, percent);
+            if error < least {
+                least = error;
+                best = Regularization { damp_percent: percent, shrink };
             }
         }
-        Ok(best.1)
+        Ok(best)
     }
 }
 

@@ -32,6 +32,18 @@ pub(crate) fn slab_rows(inputs: usize, outputs: usize) -> usize {
     rows.next_multiple_of(TASK_ROWS).min(outputs).max(1)
 }
 
+/// What the calibration tells of the inputs of a linear.
+#[derive(Clone, Copy)]
+pub(super) struct Fitted<'t> {
+    /// Of `solved`.
+    pub(super) factor: &'t Factor,
+    /// The Hessian that the loss is taken with: `inputs` with its off-diagonals reduced by `shrink`.
+    pub(super) solved: &'t Hessian,
+    /// The Hessian of the inputs.
+    pub(super) inputs: &'t Hessian,
+    pub(super) shrink: f64,
+}
+
 /// What a linear is solved with.
 pub(super) struct Task<'t> {
     /// Index of its block; the number of blocks for the head.
@@ -39,7 +51,7 @@ pub(super) struct Task<'t> {
     pub(super) linear: &'t LinearSpec,
     pub(super) settings: &'t ModuleSettings,
     /// `None`: it is rounded to nearest.
-    pub(super) fitted: Option<(&'t Factor, &'t Hessian)>,
+    pub(super) fitted: Option<Fitted<'t>>,
     /// How it makes up for the errors of its inputs.
     pub(super) corrected: Option<Corrected<'t>>,
     /// Of an expert: how it was calibrated.
@@ -71,9 +83,10 @@ impl Run<'_> {
             group_size: settings.group_size,
             loss,
             relative_output_error: fitted.map(|_| error.relative()),
-            damp_percent: fitted.map_or(0.0, |(factor, _)| factor.damp_percent),
-            damp_tries: fitted.map_or(0, |(factor, _)| factor.tries),
-            nsamples: fitted.map_or(0, |(_, hessian)| hessian.tokens() as u64),
+            damp_percent: fitted.map_or(0.0, |fitted| fitted.factor.damp_percent),
+            damp_tries: fitted.map_or(0, |fitted| fitted.factor.tries),
+            shrink: fitted.map_or(0.0, |fitted| fitted.shrink),
+            nsamples: fitted.map_or(0, |fitted| fitted.inputs.tokens() as u64),
             expert: expert.cloned(),
             awq: self.folded.record(&linear.module),
             seconds: start.elapsed().as_secs_f64(),
@@ -103,7 +116,7 @@ impl Run<'_> {
             // What the solution is refined towards.
             let mut targets = Cow::from(&weights);
             let mut part = self.phases.time("solve", || match (fitted, options.method) {
-                (Some((factor, _)), Method::Gptq) => match corrected {
+                (Some(Fitted { factor, .. }), Method::Gptq) => match corrected {
                     None => solver::gptq(pool, &weights, factor, grid),
                     Some(corrected) => {
                         let (part, aimed_at) = corrected.gptq(pool, &weights, factor, grid);
@@ -111,20 +124,20 @@ impl Run<'_> {
                         part
                     }
                 },
-                (Some((factor, _)), Method::Obq) => {
+                (Some(Fitted { factor, .. }), Method::Obq) => {
                     if let Some(corrected) = corrected {
                         targets = corrected.weights(pool, &weights, factor);
                     }
                     solver::obq(pool, &targets, factor, group_size, grid)
                 }
-                (Some((_, hessian)), Method::Awq) => {
-                    solver::clipped(pool, &weights, hessian, group_size, grid)
+                (Some(Fitted { solved, .. }), Method::Awq) => {
+                    solver::clipped(pool, &weights, solved, group_size, grid)
                 }
                 _ => solver::rtn(pool, &weights, inputs, group_size, grid),
             });
-            if let Some((factor, hessian)) = fitted.filter(|_| options.refine > 0) {
+            if let Some(Fitted { factor, solved, .. }) = fitted.filter(|_| options.refine > 0) {
                 part = self.phases.time("refine", || {
-                    solver::refine(pool, &targets, hessian, factor, grid, options.refine, part)
+                    solver::refine(pool, &targets, solved, factor, grid, options.refine, part)
                 });
             }
             drop(targets);
@@ -136,7 +149,7 @@ impl Run<'_> {
                     largest: weights.iter().fold(0.0, |largest, w| w.abs().max(largest)),
                 });
             }
-            if let Some((_, hessian)) = fitted {
+            if let Some(Fitted { inputs: hessian, .. }) = fitted {
                 self.phases.time("error", || {
                     let piece = (ERROR_WEIGHTS / inputs.max(1)).max(1);
                     for (index, weights) in weights.chunks(piece * inputs).enumerate() {

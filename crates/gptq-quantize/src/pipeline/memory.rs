@@ -208,8 +208,8 @@ impl<'a> Memory<'a> {
         }
         let mut factor = between.clone();
         if held > 0 {
-            // Beside them the Hessian of all windows, or rows of all linears.
-            factor.push(("held-out windows", held + 3 * 4 * 256 * stage.inputs * F32));
+            // Beside them the Hessian of all windows, or rows of all linears; and what was left of it by a shrink.
+            factor.push(("held-out windows", 2 * held + 3 * 4 * 256 * stage.inputs * F32));
         }
         // H, H in the order of the sweep, and its inverse.
         factor.push(("Hessian and factor", 3 * matrix));
@@ -225,7 +225,8 @@ impl<'a> Memory<'a> {
         // Refining groups along the order takes a copy of H in that order.
         let options = self.job.options;
         let ordered = if options.refine > 0 && options.desc_act { matrix } else { 0 };
-        solved.extend([("Hessian and factor", 2 * matrix + inverse + ordered), solve]);
+        // With held-out windows it is solved with a Hessian and judged by another.
+        solved.extend([("Hessian and factor", 2 * matrix + held + inverse + ordered), solve]);
         [sum, factor, solved]
     }
 

@@ -4,7 +4,8 @@ use gptq_format::{GptqLinear, ModuleSettings};
 use gptq_model::{Block, LinearSpec, Stage};
 
 use super::activations::StageInputs;
-use super::linear::{Task, runtime_linear};
+use super::held_out::Regularization;
+use super::linear::{Fitted, Task, runtime_linear};
 use super::{Method, Run};
 use crate::error::{QuantizeError, Result};
 use crate::hessian::{Damping, Factor, Hessian};
@@ -47,18 +48,21 @@ impl Run<'_> {
             .filter_map(|(index, l)| Some((index, l, *self.layout.settings(&l.module)?)))
             .collect();
         let Some((_, first, _)) = quantized.first() else { return Ok(()) };
-        let hessian = gram.map(|gram| self.phases.time("hessian", || Hessian::new(gram)));
+        let mut hessian = gram.map(|gram| self.phases.time("hessian", || Hessian::new(gram)));
         if hessian.as_ref().is_some_and(|h| !h.is_finite()) {
             return Err(QuantizeError::NotFinite { layer, module: first.module.clone() });
         }
-        let (mut hessian, mut damping) = (hessian, self.job.options.damp_percent);
+        let mut chosen =
+            Regularization { damp_percent: self.job.options.damp_percent, shrink: 0.0 };
         if let (Some(fit), Some(held)) = (&hessian, held.filter(|held| held.rows() > 0)) {
             let held = Hessian::new(held);
             if fit.tokens() > 0 {
-                damping = self.choose_damping(&quantized, fit, &held)?;
+                chosen = self.choose_regularization(&quantized, fit, &held)?;
             }
             hessian = Some(fit.join(&held));
         }
+        // What is solved; errors are measured with the inputs as they are.
+        let solved = hessian.as_ref().map(|hessian| hessian.shrunk(chosen.shrink));
         let options = self.job.options;
         let shift = cross.zip(hessian.as_ref()).zip(options.correction_share()).map(
             |((cross, hessian), share)| {
@@ -70,13 +74,13 @@ impl Run<'_> {
         let mut factor: Option<(FactorKey, Factor)> = None;
         let mut passed_on: Option<Vec<f32>> = None;
         for (index, linear, settings) in &quantized {
-            if let Some(hessian) = &hessian {
-                let key = self.factor_key(settings, damping);
+            if let Some(solved) = &solved {
+                let key = self.factor_key(settings, chosen.damp_percent);
                 if factor.as_ref().is_none_or(|(made, _)| *made != key) {
                     drop((factor.take(), passed_on.take()));
                     let made = self.phases.time("factor", || match self.job.options.method {
-                        Method::Awq => unfactored(hessian, settings.group_size),
-                        _ => hessian.factor(key.0, key.1),
+                        Method::Awq => unfactored(solved, settings.group_size),
+                        _ => solved.factor(key.0, key.1),
                     });
                     if let Some(shift) = &shift {
                         let pool = self.job.pool;
@@ -85,7 +89,12 @@ impl Run<'_> {
                     factor = Some((key, made));
                 }
             }
-            let fitted = factor.as_ref().map(|(_, factor)| factor).zip(hessian.as_ref());
+            let fitted = match (&factor, &solved, &hessian) {
+                (Some((_, factor)), Some(solved), Some(inputs)) => {
+                    Some(Fitted { factor, solved, inputs, shrink: chosen.shrink })
+                }
+                _ => None,
+            };
             let expert = expert.as_ref();
             let passed_on = passed_on.as_deref();
             let corrected = shift.as_ref().map(|shift| Corrected { shift, passed_on });

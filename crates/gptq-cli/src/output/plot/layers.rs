@@ -222,6 +222,7 @@ mod tests {
             relative_output_error: Some(loss / 10.0),
             damp_percent: 0.05,
             damp_tries: 1,
+            shrink: 0.0,
             nsamples: 1,
             expert: None,
             awq: None,
