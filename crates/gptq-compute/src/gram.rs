@@ -1,11 +1,16 @@
 //! Gram matrices XᵀX: the Hessians of GPTQ.
 
+mod pairs;
+
+use crate::arch::{has_pairs, isa};
 use crate::gemm::product;
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
 
 /// Width of the square pieces of the triangle; each is one task.
 const PIECE: usize = 192;
+/// Width of the squares that are transposed together.
+const SQUARE: usize = 32;
 
 /// Accumulates the lower triangle of Σ xᵀx over rows x, in f32.
 #[derive(Debug, Clone)]
@@ -14,12 +19,20 @@ pub struct Gram {
     sum: Vec<f32>,
     width: usize,
     rows: usize,
+    /// Rows are rounded to bfloat16.
+    rounds: bool,
 }
 
 impl Gram {
     /// An empty sum for rows of `width`.
     pub fn new(width: usize) -> Self {
-        Self { sum: vec![0.0; width * width], width, rows: 0 }
+        Self { sum: vec![0.0; width * width], width, rows: 0, rounds: false }
+    }
+
+    /// The same for rows that may be rounded to bfloat16, which is done where the processor multiplies
+    /// these faster. Sums are in f32.
+    pub fn rounding(width: usize) -> Self {
+        Self { rounds: has_pairs(isa()), ..Self::new(width) }
     }
 
     /// Width of the rows.
@@ -52,10 +65,13 @@ impl Gram {
         if x.rows() == 0 {
             return;
         }
+        if self.rounds {
+            return pairs::accumulate(isa(), pool, x, &mut self.sum);
+        }
         let (n, tokens) = (self.width, x.rows());
         let pieces = n.div_ceil(PIECE);
         let sum = RawSlice::new(&mut self.sum);
-        pool.run(pieces * (pieces + 1) / 2, &|task| {
+        pool.run(triangle_len(pieces), &|task| {
             let (i, j) = triangle(task);
             let (row, col) = (i * PIECE, j * PIECE);
             let (rows, cols) = (PIECE.min(n - row), PIECE.min(n - col));
@@ -78,15 +94,25 @@ impl Gram {
     /// The full symmetric matrix `[width, width]`, every element multiplied by `factor`.
     pub fn into_symmetric(mut self, factor: f32) -> Vec<f32> {
         let n = self.width;
-        for i in 0..n {
-            for j in 0..=i {
-                let v = self.sum[i * n + j] * factor;
-                self.sum[i * n + j] = v;
-                self.sum[j * n + i] = v;
+        // In squares, so that the lines of a column are used more than once.
+        for (first, below) in
+            (0..n).step_by(SQUARE).flat_map(|i| (0..=i).step_by(SQUARE).map(move |j| (i, j)))
+        {
+            for i in first..(first + SQUARE).min(n) {
+                for j in below..(below + SQUARE).min(i + 1) {
+                    let v = self.sum[i * n + j] * factor;
+                    self.sum[i * n + j] = v;
+                    self.sum[j * n + i] = v;
+                }
             }
         }
         self.sum
     }
+}
+
+/// Pieces of a lower triangle with `rows` rows of them.
+fn triangle_len(rows: usize) -> usize {
+    rows * (rows + 1) / 2
 }
 
 /// Row and column of piece `index` of a lower triangle, counted row by row.

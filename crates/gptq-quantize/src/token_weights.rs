@@ -65,13 +65,15 @@ pub(crate) enum RowWeights {
 }
 
 impl RowWeights {
-    /// Adds the weighted xᵀx of `x` `[tokens, in]` to `gram`. `windows`: the rows of each window.
+    /// Adds the weighted xᵀx of `x` `[tokens, in]` to `gram`. `windows`: the rows of each window; `scaled`: a
+    /// buffer.
     pub(crate) fn accumulate(
         self,
         gram: &mut Gram,
         pool: &Pool,
         x: &Tensor,
         windows: &[Range<usize>],
+        scaled: &mut Tensor,
     ) {
         match self {
             Self::Uniform => gram.accumulate(pool, x),
@@ -80,7 +82,8 @@ impl RowWeights {
                 gram.emphasize(pool, &sinks(x, windows));
             }
             Self::Directions => {
-                gram.accumulate(pool, &unit_rows(pool, x));
+                unit_rows(pool, x, scaled);
+                gram.accumulate(pool, scaled);
             }
         }
     }
@@ -109,7 +112,9 @@ impl RowWeights {
                     let size = (energy / x.cols().max(1) as f64 + f64::from(UNIT_EPS)).sqrt();
                     shift.row_mut(row).iter_mut().for_each(|v| *v /= size as f32);
                 }
-                cross.accumulate(pool, &unit_rows(pool, x), shift);
+                let mut scaled = Tensor::default();
+                unit_rows(pool, x, &mut scaled);
+                cross.accumulate(pool, &scaled, shift);
             }
         }
     }
@@ -119,11 +124,9 @@ impl RowWeights {
 const UNIT_EPS: f32 = f32::MIN_POSITIVE;
 
 /// The rows scaled to a mean square of 1.
-fn unit_rows(pool: &Pool, x: &Tensor) -> Tensor {
+fn unit_rows(pool: &Pool, x: &Tensor, scaled: &mut Tensor) {
     let unit = Norm { kind: NormKind::Rms, weight: None, bias: None, eps: UNIT_EPS };
-    let mut scaled = Tensor::default();
-    norm(pool, x, &unit, &mut scaled);
-    scaled
+    norm(pool, x, &unit, scaled);
 }
 
 /// The first row of each window, scaled to what it counts beyond once.
@@ -163,7 +166,13 @@ mod tests {
     fn gram(weights: TokenWeights, stage: Stage, causal: bool) -> Vec<f32> {
         let mut gram = Gram::new(3);
         let weights = weights.rows(stage, causal);
-        weights.accumulate(&mut gram, &Pool::new(1), &rows(), &[0..8, 8..24]);
+        weights.accumulate(
+            &mut gram,
+            &Pool::new(1),
+            &rows(),
+            &[0..8, 8..24],
+            &mut Tensor::default(),
+        );
         assert_eq!(gram.rows(), 24, "tokens are counted once");
         gram.into_symmetric(1.0)
     }

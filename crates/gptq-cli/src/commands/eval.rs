@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
+use gptq_compute::Activations;
 use gptq_eval::{EvalError, EvalOptions, Protocol, evaluate};
 use gptq_model::{HeadBits, Session};
 use gptq_quantize::{Progress, rss};
@@ -110,7 +111,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         map.insert("model".into(), json!(args.model));
         map.insert("text".into(), json!(args.perplexity));
         map.insert("lm_head_bits".into(), json!(args.lm_head_bits.bits()));
-        map.insert("activations".into(), json!(args.activations.name()));
+        map.insert("activations".into(), json!(Activations::from(args.activations).name()));
         map.insert("reference".into(), json!(args.reference));
         map.insert("seconds".into(), json!(start.elapsed().as_secs_f64()));
         map.insert("peak_rss_bytes".into(), json!(rss::peak_bytes()));

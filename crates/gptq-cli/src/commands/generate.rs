@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 
 use anyhow::Context;
+use gptq_compute::Activations;
 use gptq_format::Checkpoint;
 use gptq_format::chat::Message;
 use gptq_model::{FinishReason, GenerateOptions, Sampling, Session, generate};
@@ -141,7 +142,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         "seed": args.seed,
         "kv_cache": args.runtime.kv_cache.name(),
         "lm_head_bits": args.runtime.lm_head_bits.bits(),
-        "activations": args.runtime.activations.name(),
+        "activations": Activations::from(args.runtime.activations).name(),
         "prompt_tokens": prompt.len(),
         "new_tokens": done.tokens.len(),
         "tokens": done.tokens,

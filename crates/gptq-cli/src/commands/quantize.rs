@@ -15,6 +15,7 @@ use gptq_quantize::{
 };
 use serde_json::json;
 
+use super::runtime::ActivationsArg;
 use super::{calibration, open, pool, progress};
 use crate::Global;
 use crate::output::progress::catch_interrupts;
@@ -119,6 +120,10 @@ pub(crate) struct Args {
     /// q, k and v; inputs of the output and down projections count by direction, not by size.
     #[arg(long, value_enum, default_value_t = TokenWeightsArg::Balanced)]
     token_weights: TokenWeightsArg,
+    /// How linears that are quantized already take their inputs while the calibration tokens pass through
+    /// them. Unless f32, Hessians are summed in products of bfloat16 where the processor has these.
+    #[arg(long, value_enum, default_value_t = ActivationsArg::Bf16, value_name = "TYPE")]
+    activations: ActivationsArg,
     /// How the activations of the calibration tokens are kept between stages: f16 takes half the
     /// memory and rounds them.
     #[arg(long, value_enum, default_value_t = ActivationTypeArg::F32, value_name = "TYPE")]
@@ -305,6 +310,7 @@ impl Args {
                 TokenWeightsArg::Uniform => TokenWeights::Uniform,
                 TokenWeightsArg::Balanced => TokenWeights::Balanced,
             },
+            activations: self.activations.into(),
             activation_dtype: match self.activation_dtype {
                 ActivationTypeArg::F32 => ActivationType::F32,
                 ActivationTypeArg::F16 => ActivationType::F16,

@@ -71,16 +71,6 @@ pub(crate) enum ActivationsArg {
     Int8,
 }
 
-impl ActivationsArg {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::Int8 => "int8",
-        }
-    }
-}
-
 impl From<ActivationsArg> for Activations {
     fn from(arg: ActivationsArg) -> Self {
         match arg {

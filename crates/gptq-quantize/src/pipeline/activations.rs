@@ -193,7 +193,9 @@ impl<'a> Activations<'a> {
     /// Between two passes over spilled activations, buffers make room for the factor.
     pub(super) fn make_room(&self, ctx: &mut Ctx) {
         if matches!(self.states, States::Disk(_)) {
+            let activations = ctx.scratch.activations();
             *ctx = Ctx::new(Arc::clone(&ctx.pool));
+            ctx.scratch.set_activations(activations);
         }
     }
 
@@ -434,6 +436,7 @@ impl StageInputs {
 #[derive(Default)]
 struct Sum {
     weights: RowWeights,
+    scaled: Tensor,
     gram: Option<Gram>,
     /// That of the windows which are held out.
     held: Option<Gram>,
@@ -444,8 +447,8 @@ struct Sum {
 
 impl Sum {
     fn add(&mut self, ctx: &Ctx, input: &Tensor, windows: &[Range<usize>]) {
-        let gram = self.gram.get_or_insert_with(|| Gram::new(input.cols()));
-        self.weights.accumulate(gram, &ctx.pool, input, windows);
+        let gram = self.gram.get_or_insert_with(|| gram(ctx, input.cols()));
+        self.weights.accumulate(gram, &ctx.pool, input, windows, &mut self.scaled);
         self.tokens += input.rows();
         self.width = input.cols();
     }
@@ -475,8 +478,8 @@ impl Sum {
         let Some(held) = held else { return self.add(ctx, input, windows) };
         let [fit, judge] = split(input, windows, held, tokens);
         let Part { input, windows } = judge;
-        let gram = self.held.get_or_insert_with(|| Gram::new(input.cols()));
-        self.weights.accumulate(gram, &ctx.pool, &input, &windows);
+        let gram = self.held.get_or_insert_with(|| gram(ctx, input.cols()));
+        self.weights.accumulate(gram, &ctx.pool, &input, &windows, &mut self.scaled);
         self.tokens += input.rows();
         self.add(ctx, &fit.input, &fit.windows);
     }
@@ -518,6 +521,14 @@ impl Sum {
             cross: None,
             expert,
         }
+    }
+}
+
+/// An empty sum, as exact as the linears of the forward pass are.
+fn gram(ctx: &Ctx, width: usize) -> Gram {
+    match ctx.scratch.activations() {
+        gptq_compute::Activations::F32 => Gram::new(width),
+        _ => Gram::rounding(width),
     }
 }
 

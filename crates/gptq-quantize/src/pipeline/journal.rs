@@ -91,6 +91,7 @@ fn fingerprint(job: &Job<'_>) -> Result<Map<String, Value>> {
     set("damp_auto_increment", json!(options.damp_auto_increment));
     set("moe_fallback", json!(format!("{:?}", options.moe_fallback)));
     set("token_weights", json!(options.token_weights.name()));
+    set("activations", json!(options.activations.name()));
     set("activation_dtype", json!(options.activation_dtype.name()));
     set("correction", json!(options.correction.name()));
     set("correction_strength", json!(options.correction_share()));

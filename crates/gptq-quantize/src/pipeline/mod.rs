@@ -192,6 +192,7 @@ impl Run<'_> {
         }
         self.check_head()?;
         let mut ctx = Ctx::new(Arc::clone(self.job.pool));
+        ctx.scratch.set_activations(self.job.options.activations);
         let mut activations = match self.job.calibration {
             Some(set) if self.job.options.method.needs_calibration() => {
                 self.progress.phase("inputs");

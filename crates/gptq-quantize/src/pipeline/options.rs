@@ -1,5 +1,6 @@
 //! The settings of a run and their checks.
 
+use gptq_compute::Activations;
 use gptq_compute::sweep::{Grid, ScaleSearch};
 use gptq_format::{Bits, CheckpointFormat, Dynamic, ModuleSettings, QuantizeConfig};
 use gptq_model::ActivationType;
@@ -104,6 +105,9 @@ pub struct QuantizeOptions {
     pub moe_fallback: MoeFallback,
     /// How much each calibration token counts.
     pub token_weights: TokenWeights,
+    /// How linears that are quantized already take their inputs in the calibration's forward pass; unless
+    /// in f32, Hessians are sums of products of bfloat16 where the processor has these.
+    pub activations: Activations,
     /// How activations are kept between stages.
     pub activation_dtype: ActivationType,
     /// How linears make up for inputs that are not those of the float model.
@@ -157,6 +161,7 @@ impl Default for QuantizeOptions {
             true_sequential: true,
             moe_fallback: MoeFallback::default(),
             token_weights: TokenWeights::default(),
+            activations: Activations::Bf16,
             activation_dtype: ActivationType::default(),
             correction: Correction::None,
             correction_strength: None,

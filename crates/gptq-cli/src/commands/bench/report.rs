@@ -1,7 +1,7 @@
 //! The result of a benchmark as tables and as JSON.
 
-use gptq_compute::Pool;
 use gptq_compute::arch::isa;
+use gptq_compute::{Activations, Pool};
 use gptq_model::OpCost;
 use serde_json::{Value, json};
 
@@ -74,7 +74,7 @@ impl Report {
             "isa": format!("{:?}", isa()).to_lowercase(),
             "kv_cache": args.runtime.kv_cache.name(),
             "lm_head_bits": args.runtime.lm_head_bits.bits(),
-            "activations": args.runtime.activations.name(),
+            "activations": Activations::from(args.runtime.activations).name(),
             "prompt_tokens": args.prompt_tokens,
             "new_tokens": args.new_tokens,
             "load_seconds": self.load_seconds,

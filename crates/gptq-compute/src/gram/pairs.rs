@@ -1,0 +1,190 @@
+//! The lower triangle of XᵀX in products of bfloat16: two tokens in a lane, sums in f32.
+
+use std::ops::Range;
+
+use super::{triangle, triangle_len};
+use crate::arch::{Isa, Kernel, LANES, Simd, dispatch, dispatch_pairs};
+use crate::pool::Pool;
+use crate::tensor::{RawSlice, Tensor};
+
+/// Tokens that are packed at a time: few barriers, and all fit into a last level cache.
+const TOKENS: usize = 512;
+const PAIRS: usize = TOKENS / 2;
+/// Vectors and columns of a panel; a piece of the triangle is a panel of rows by one of columns.
+const VECTORS: usize = 4;
+const PANEL: usize = VECTORS * LANES;
+/// Rows whose sums are in registers together.
+const ROWS: usize = 4;
+/// Pairs that are summed before they are added to the result: a panel of columns, and the lines that hold the rows,
+/// stay in the first level cache.
+const BLOCK: usize = 64;
+
+/// Adds the products of the rows of `x` `[rows, n]` to `sum` `[n, n]`, in the panels on and below the diagonal.
+pub(super) fn accumulate(isa: Isa, pool: &Pool, x: &Tensor, sum: &mut [f32]) {
+    let n = x.cols();
+    let panels = n.div_ceil(PANEL);
+    // `[panel][pair of tokens][PANEL]`
+    let mut packed = vec![0u32; panels * PAIRS * PANEL];
+    let sum = RawSlice::new(sum);
+    for first in (0..x.rows()).step_by(TOKENS) {
+        let tokens = first..(first + TOKENS).min(x.rows());
+        let pairs = tokens.len().div_ceil(2);
+        let target = RawSlice::new(&mut packed);
+        pool.run(panels, &|panel| {
+            // SAFETY: panels are disjoint.
+            let to = unsafe { target.range(panel * PAIRS * PANEL, pairs * PANEL) };
+            let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
+            dispatch(Pack { x, tokens: tokens.clone(), columns, to });
+        });
+        pool.run(triangle_len(panels), &|task| {
+            let (row, column) = triangle(task);
+            let panel = |index: usize| &packed[index * PAIRS * PANEL..][..pairs * PANEL];
+            let size = |index: usize| PANEL.min(n - index * PANEL);
+            let (rows, columns) = (size(row), size(column));
+            let at = row * PANEL * n + column * PANEL;
+            // Each piece of the triangle belongs to one task and lies inside the matrix.
+            let out = sum.at(at, (rows - 1) * n + columns);
+            let piece =
+                Piece { rows: panel(row), columns: panel(column), out, n, size: (rows, columns) };
+            dispatch_pairs(isa, piece);
+        });
+    }
+}
+
+/// Columns of some tokens, as pairs of bfloat16.
+struct Pack<'a> {
+    x: &'a Tensor,
+    tokens: Range<usize>,
+    columns: Range<usize>,
+    /// `[pair][PANEL]`; what is behind the columns keeps its zeros.
+    to: &'a mut [u32],
+}
+
+impl Kernel for Pack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        for (token, to) in self.tokens.clone().step_by(2).zip(self.to.chunks_exact_mut(PANEL)) {
+            let low = &self.x.row(token)[self.columns.clone()];
+            if token + 1 < self.tokens.end {
+                let high = &self.x.row(token + 1)[self.columns.clone()];
+                for ((to, &low), &high) in to.iter_mut().zip(low).zip(high) {
+                    *to = rounded(low) >> 16 | rounded(high) & 0xFFFF_0000;
+                }
+            } else {
+                to.iter_mut().zip(low).for_each(|(to, &low)| *to = rounded(low) >> 16);
+            }
+        }
+    }
+}
+
+/// The bits of `x` rounded to bfloat16, ties to even, in the high half; a NaN stays one.
+#[inline(always)]
+fn rounded(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let up = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
+    if x.is_nan() { bits | 0x0040_0000 } else { up }
+}
+
+/// One piece of the triangle.
+struct Piece<'a> {
+    /// `[pairs][PANEL]`
+    rows: &'a [u32],
+    /// `[pairs][PANEL]`
+    columns: &'a [u32],
+    /// The rows of the piece, `n` apart; nobody else may touch their elements.
+    out: *mut f32,
+    n: usize,
+    size: (usize, usize),
+}
+
+impl Kernel for Piece<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let blocks = self.rows.chunks(BLOCK * PANEL).zip(self.columns.chunks(BLOCK * PANEL));
+        for (rows, columns) in blocks {
+            for first in (0..self.size.0).step_by(ROWS) {
+                let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
+                for (rows, columns) in rows.chunks_exact(PANEL).zip(columns.chunks_exact(PANEL)) {
+                    let mut b = [S::splat_i32(0); VECTORS];
+                    for v in 0..VECTORS {
+                        b[v] = S::load_i32(columns.as_ptr().add(v * LANES));
+                    }
+                    for i in 0..ROWS {
+                        let a = S::splat_i32(*rows.as_ptr().add(first + i) as i32);
+                        for v in 0..VECTORS {
+                            acc[i][v] = S::dot_pairs(acc[i][v], b[v], a);
+                        }
+                    }
+                }
+                for (i, acc) in acc.into_iter().enumerate().take(self.size.0 - first) {
+                    let out = self.out.add((first + i) * self.n);
+                    if self.size.1 == PANEL {
+                        for (v, acc) in acc.into_iter().enumerate() {
+                            let out = out.add(v * LANES);
+                            S::store(out, S::add(S::load(out), acc));
+                        }
+                        continue;
+                    }
+                    let mut sums = [0.0f32; PANEL];
+                    for (v, acc) in acc.into_iter().enumerate() {
+                        S::store(sums.as_mut_ptr().add(v * LANES), acc);
+                    }
+                    for (j, sum) in sums.into_iter().enumerate().take(self.size.1) {
+                        *out.add(j) += sum;
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+
+    #[test]
+    fn rounds_as_bfloat16_does() {
+        for bits in (0..=u32::MAX).step_by(65_521).chain([0x7F80_0000, 0x7F80_0001, 0xFFFF_FFFF]) {
+            let x = f32::from_bits(bits);
+            let (got, want) =
+                (f32::from_bits(rounded(x) & 0xFFFF_0000), bf16::from_f32(x).to_f32());
+            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{x}");
+        }
+    }
+
+    #[test]
+    fn matches_f64_on_every_instruction_set_and_thread_count() {
+        let isas = Isa::available().into_iter().filter(|&isa| crate::arch::has_pairs(isa));
+        for isa in isas {
+            for (rows, n) in [(1, 1), (3, 5), (TOKENS, PANEL), (2 * TOKENS + 7, 3 * PANEL + 9)] {
+                let value = |i: usize| ((i * 7919 % 1009) as f32 - 500.0) / 500.0;
+                let x = Tensor::from_vec(rows, n, (0..rows * n).map(value).collect());
+                let sums = [1, 2, 3].map(|threads| {
+                    let mut sum = vec![0.5; n * n];
+                    accumulate(isa, &Pool::new(threads), &x, &mut sum);
+                    sum
+                });
+                assert!(sums[0] == sums[1] && sums[1] == sums[2]);
+                for i in 0..n {
+                    for j in 0..=i {
+                        let at = |r: usize, c: usize| bf16::from_f32(x.row(r)[c]).to_f64();
+                        let want: f64 = (0..rows).map(|r| at(r, i) * at(r, j)).sum::<f64>() + 0.5;
+                        // Each of `PAIRS` additions rounds by 2⁻²⁴ of a sum that `rows` bounds, a tenth of
+                        // them the same way.
+                        let limit = 0.1 * PAIRS as f64 * 2f64.powi(-24) * (rows as f64 + 1.0);
+                        assert!(
+                            (f64::from(sums[0][i * n + j]) - want).abs() < limit,
+                            "{isa:?} {i} {j}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
