@@ -9,9 +9,9 @@
 use std::time::Instant;
 
 use gptq_compute::{
-    Activations, AttnParams, AttnSpan, DenseMatrix, GptqParts, Gram, LayerKv, Linear, Matrix, Pool,
-    QuantizedMatrix, Scratch, Tensor, attention, cholesky::inverse_factor, gemm_nt, gemm_peak_rate,
-    int8_peak_rate, linear, read_bandwidth,
+    Activations, AttnParams, AttnSpan, BandwidthProbe, DenseMatrix, GptqParts, Gram, LayerKv,
+    Linear, Matrix, Pool, QuantizedMatrix, Scratch, Tensor, attention, cholesky::inverse_factor,
+    gemm_nt, gemm_peak_rate, int8_peak_rate, linear,
 };
 use half::f16;
 
@@ -49,8 +49,10 @@ fn quantized(pool: &Pool, bits: u32, k: usize, n: usize, group: usize) -> Linear
 fn main() {
     let filter = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
     let pool = Pool::with_all_cores();
-    let (peak, int8, bandwidth) =
-        (gemm_peak_rate(&pool, 1536), int8_peak_rate(&pool), read_bandwidth(&pool));
+    let probe = BandwidthProbe::new(0);
+    let bandwidth = (0..5).map(|_| probe.measure(&pool)).fold(0.0, f64::max);
+    drop(probe);
+    let (peak, int8) = (gemm_peak_rate(&pool, 1536), int8_peak_rate(&pool));
     println!(
         "{} threads, {:?}: f32 product {:.0} GFLOP/s, int8 in registers {:.0} GOP/s, reads {:.1} GB/s",
         pool.threads(),
@@ -111,6 +113,9 @@ fn main() {
         });
         report(format!("gram {m}x{k}"), (m * k * k) as f64, 0.0, peak, 7, &mut || {
             Gram::new(k).accumulate(&pool, &x);
+        });
+        report(format!("gram bf16 {m}x{k}"), (m * k * k) as f64, 0.0, peak, 7, &mut || {
+            Gram::rounding(k).accumulate(&pool, &x);
         });
     }
     let p = AttnParams {

@@ -4,43 +4,53 @@ use std::time::Instant;
 
 use crate::arch::{Kernel, LANES, Simd, dispatch};
 use crate::pool::Pool;
+use crate::quantized::{Arena, PREFETCH};
 
 /// Far larger than any cache.
-const BYTES: usize = 512 << 20;
+const LEAST: usize = 256 << 20;
 /// Bytes of one task.
 const CHUNK: usize = 1 << 20;
+const VECTOR_BYTES: usize = LANES * 4;
 
 /// Adds up a chunk in eight independent chains, so that loads are never waited for.
-struct Sum<'a>(&'a [f32]);
+struct Sum<'a>(&'a [u8]);
 
 impl Kernel for Sum<'_> {
     type Output = f32;
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> f32 {
         let mut acc = [S::splat(0.0); 8];
-        for piece in self.0.chunks_exact(8 * LANES) {
+        for piece in self.0.chunks_exact(8 * VECTOR_BYTES) {
             for (i, a) in acc.iter_mut().enumerate() {
-                let p = piece.as_ptr().add(i * LANES);
-                S::prefetch(p.wrapping_add(1024).cast());
-                *a = S::add(*a, S::load(p));
+                let p = piece.as_ptr().add(i * VECTOR_BYTES);
+                S::prefetch(p.wrapping_add(PREFETCH));
+                *a = S::add(*a, S::load(p.cast()));
             }
         }
         acc.into_iter().map(|a| S::sum(a)).sum()
     }
 }
 
-/// Bytes per second that all threads of `pool` together read from memory: the best of five passes
-/// over 512 MiB.
-pub fn read_bandwidth(pool: &Pool) -> f64 {
-    let data = vec![1.0f32; BYTES / size_of::<f32>()];
-    let mut best = f64::INFINITY;
-    for _ in 0..5 {
-        let start = Instant::now();
-        pool.run(BYTES / CHUNK, &|task| {
-            let len = CHUNK / size_of::<f32>();
-            std::hint::black_box(dispatch(Sum(&data[task * len..(task + 1) * len])));
-        });
-        best = best.min(start.elapsed().as_secs_f64());
+/// Memory to measure the read bandwidth with, on huge pages as weights are.
+pub struct BandwidthProbe(Arena);
+
+impl BandwidthProbe {
+    /// Takes `bytes`, up to a whole MiB and at least 256 of them, which no cache holds. The rate falls
+    /// somewhat with the size, as translations of addresses do not fit into caches either.
+    pub fn new(bytes: usize) -> Self {
+        let mut arena = Arena::zeroed(bytes.max(LEAST).next_multiple_of(CHUNK));
+        // Pages that were never written are all the same one.
+        arena.as_mut_slice().fill(1);
+        Self(arena)
     }
-    BYTES as f64 / best
+
+    /// Bytes per second that all threads of `pool` together read, in one pass over the buffer.
+    pub fn measure(&self, pool: &Pool) -> f64 {
+        let data = self.0.as_slice();
+        let start = Instant::now();
+        pool.run(data.len() / CHUNK, &|task| {
+            std::hint::black_box(dispatch(Sum(&data[task * CHUNK..][..CHUNK])));
+        });
+        data.len() as f64 / start.elapsed().as_secs_f64()
+    }
 }

@@ -45,7 +45,7 @@ mod tensor;
 
 pub use activation::{Activation, activate, activate_gated};
 pub use attention::{AttnParams, AttnSpan, KvType, LayerKv, Span, attention};
-pub use bandwidth::read_bandwidth;
+pub use bandwidth::BandwidthProbe;
 pub use cross::{Cross, times_inverse};
 pub use elementwise::{add_scaled, clamp, embed, gather_cols, scale, soft_cap};
 pub use error::{ComputeError, Result};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use gptq_compute::{argmax, gemm_peak_rate, int8_peak_rate, read_bandwidth};
+use gptq_compute::{BandwidthProbe, argmax, gemm_peak_rate, int8_peak_rate};
 use gptq_format::Bits;
 use gptq_model::{Model, Op, OpCost, Profile, Rows, Sequence, Session};
 use gptq_quantize::{Progress, rss};
@@ -20,7 +20,7 @@ use crate::Global;
 /// machine's memory bandwidth that decoding reaches.
 ///
 /// The limits of the machine (read bandwidth, rates of f32 and int8 products) are measured in the
-/// same run.
+/// same run, the bandwidth in turns with decoding steps.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Directory, .gguf file or hub id.
@@ -72,6 +72,10 @@ struct Run {
     bytes_per_step: usize,
 }
 
+/// Rounds of decoding steps and one pass over memory, and the steps of each.
+const ROUNDS: usize = 12;
+const STEPS: usize = 8;
+
 /// Everything that is reported.
 struct Report {
     model: String,
@@ -85,6 +89,8 @@ struct Report {
     /// Steps that `profile` adds up.
     profile_steps: usize,
     bandwidth: f64,
+    /// Share of it that the steps of the first run reach, each compared with the pass beside it.
+    bandwidth_fraction: f64,
     f32_rate: f64,
     int8_rate: f64,
 }
@@ -141,6 +147,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     drop(warm);
 
     let (mut runs, mut profile, mut profile_steps) = (Vec::new(), Vec::new(), 0);
+    let mut first = None;
     for (index, &batch) in args.batch.iter().enumerate() {
         view.phase(&format!("batch of {batch}"));
         let mut bench = Bench::prefill(args, &model, &mut session, batch)?;
@@ -152,9 +159,21 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             let done: Profile = session.ctx.profile.take().map(|p| *p).unwrap_or_default();
             profile = Op::ALL.map(|op| (op, done.cost(op))).into();
         }
+        first.get_or_insert(bench);
+    }
+    // Before the probe, which must not count as the model's memory.
+    let peak_rss_bytes = rss::peak_bytes();
+    view.phase("bandwidth");
+    let probe = BandwidthProbe::new(model.weight_bytes());
+    let (mut bandwidths, mut fractions) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let Some(bench) = &mut first else { break };
+        let seconds = median(bench.steps(STEPS, &model, &mut session)?);
+        let bandwidth = probe.measure(&pool);
+        fractions.push(runs[0].bytes_per_step as f64 / seconds / bandwidth);
+        bandwidths.push(bandwidth);
     }
     view.finish();
-    let peak_rss_bytes = rss::peak_bytes();
     let report = Report {
         model: name,
         load_seconds,
@@ -164,12 +183,17 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         runs,
         profile,
         profile_steps,
-        // Measured after the runs: the buffers must not count as the model's memory.
-        bandwidth: read_bandwidth(&pool),
+        bandwidth: median(bandwidths),
+        bandwidth_fraction: median(fractions),
         f32_rate: gemm_peak_rate(&pool, 1536),
         int8_rate: int8_peak_rate(&pool),
     };
     if args.json { report.print_json(args, &pool) } else { report.print_tables() }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// Sequences that have read their prompts.

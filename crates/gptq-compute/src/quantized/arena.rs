@@ -9,7 +9,7 @@ const HUGE: usize = 2 << 20;
 const LINE: usize = 64;
 
 /// Zeroed bytes that never move.
-pub(super) struct Arena {
+pub(crate) struct Arena {
     /// What the allocator gave, with room to align.
     whole: NonNull<u8>,
     layout: Layout,
@@ -24,7 +24,7 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
-    pub(super) fn zeroed(len: usize) -> Self {
+    pub(crate) fn zeroed(len: usize) -> Self {
         let align = if len < HUGE { LINE } else { HUGE };
         // Not aligned by the allocator, which would then write the zeros itself instead of taking
         // untouched pages, and all before the advice.
@@ -37,12 +37,12 @@ impl Arena {
         Self { whole, layout, start, len }
     }
 
-    pub(super) fn as_slice(&self) -> &[u8] {
+    pub(crate) fn as_slice(&self) -> &[u8] {
         // SAFETY: `start + len` initialised bytes were allocated and live as long as `self`.
         unsafe { std::slice::from_raw_parts(self.whole.as_ptr().add(self.start), self.len) }
     }
 
-    pub(super) fn as_mut_slice(&mut self) -> &mut [u8] {
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as above, and the borrow is exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.whole.as_ptr().add(self.start), self.len) }
     }

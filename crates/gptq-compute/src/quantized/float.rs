@@ -12,7 +12,7 @@ use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_on, dispatch_pairs};
 
 /// How far ahead of the codes to prefetch, in bytes: covers the latency of memory at the bandwidth
 /// of one core.
-pub(super) const PREFETCH: usize = 4096;
+pub(crate) const PREFETCH: usize = 4096;
 /// Bytes of one word of the 16 outputs of a vector.
 const VECTOR_BYTES: usize = LANES * 4;
 

@@ -31,7 +31,8 @@ use std::sync::Arc;
 
 use half::f16;
 
-pub(crate) use float::FloatTile;
+pub(crate) use arena::Arena;
+pub(crate) use float::{FloatTile, PREFETCH};
 pub use input::Activations;
 pub(crate) use input::{Int8Input, Packing, pack_floats, token_floats};
 pub(crate) use int8::{Int8Tiles, TILES as INT8_TILES};
@@ -40,7 +41,6 @@ pub(crate) use tile::{Out, Tiling};
 use crate::arch::LANES;
 use crate::error::{ComputeError, Result};
 use crate::pool::Pool;
-use arena::Arena;
 
 /// Vectors of outputs in a strip.
 pub(crate) const VECTORS: usize = 4;

@@ -16,9 +16,9 @@ const BANDWIDTH_BOUND: f64 = 0.6;
 const SHORT: f64 = 10e-6;
 
 impl Report {
-    /// Bytes per second of a run.
-    fn reached(run: &Run) -> f64 {
-        run.bytes_per_step as f64 / (run.p50_ms / 1e3)
+    /// Share of the read bandwidth that a run reached.
+    fn reached(&self, run: &Run) -> f64 {
+        run.bytes_per_step as f64 / (run.p50_ms / 1e3) / self.bandwidth
     }
 
     /// Floating point operations per second of the blocks' linears in the prefill.
@@ -45,7 +45,7 @@ impl Report {
             "per_token_ms_p50": run.p50_ms,
             "per_token_ms_p95": run.p95_ms,
             "bytes_per_token": run.bytes_per_step,
-            "bandwidth_fraction": Self::reached(run) / self.bandwidth,
+            "bandwidth_fraction": self.reached(run),
             "prefill_operations_per_second": self.prefill_operations(run),
         })
     }
@@ -53,6 +53,7 @@ impl Report {
     pub(super) fn print_json(&self, args: &Args, pool: &Pool) -> anyhow::Result<()> {
         // There is a run for each --batch, of which there is at least one.
         let mut value = self.run_json(&self.runs[0]);
+        value["bandwidth_fraction"] = self.bandwidth_fraction.into();
         let batches: Vec<Value> = self.runs.iter().map(|run| self.run_json(run)).collect();
         let steps = self.profile_steps.max(1) as f64;
         let ran = self.profile.iter().filter(|(_, cost)| cost.calls > 0);
@@ -105,10 +106,7 @@ impl Report {
             ("peak memory", self.peak_rss_bytes.map_or_else(|| "unknown".into(), size::bytes)),
             ("read per step", size::bytes(first.bytes_per_step as u64)),
             ("read bandwidth of this machine", format!("{:.1} GB/s", self.bandwidth / 1e9)),
-            (
-                "share of it reached",
-                format!("{:.0} %", 100.0 * Self::reached(first) / self.bandwidth),
-            ),
+            ("share of it reached", format!("{:.0} %", 100.0 * self.bandwidth_fraction)),
             ("f32 rate of this machine", format!("{:.0} Gop/s", self.f32_rate / 1e9)),
             ("int8 rate of this machine", format!("{:.0} Gop/s", self.int8_rate / 1e9)),
             ("prefill, linears", format!("{:.0} Gop/s", self.prefill_operations(first) / 1e9)),
@@ -141,7 +139,7 @@ impl Report {
                 format!("{:.1}", run.decode_tokens_per_second),
                 format!("{:.2}", run.p50_ms),
                 format!("{:.2}", run.p95_ms),
-                format!("{:.0} %", 100.0 * Self::reached(run) / self.bandwidth),
+                format!("{:.0} %", 100.0 * self.reached(run)),
             ]);
         }
         table
