@@ -30,4 +30,4 @@ fi
 if [ -z "${GPTQ_BINARY:-}" ]; then
     cargo build --release --quiet --locked
 fi
-exec "$venv/bin/python" scripts/compat/main.py "$@"
+exec "$venv/bin/python" "scripts/compat/${COMPAT_SCRIPT:-main.py}" "$@"
