@@ -59,6 +59,7 @@ fn a_row_is_what_quantize_and_eval_do() {
         "results.md",
         "plots/perplexity-text.svg",
         "plots/kl-text.svg",
+        "plots/kl.svg",
         "plots/loss.svg",
         "plots/loss-gptq-3bit.svg",
         "plots/error-gptq-3bit.svg",

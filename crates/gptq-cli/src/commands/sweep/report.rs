@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::runner::{Planned, Results, RowResult};
 use super::texts::{TextResult, name};
-use crate::output::plot::{Curves, Point, curves, error_map, loss_by_layer, loss_by_run};
+use crate::output::plot::{Curves, Point, curves, error_map, loss_by_layer, loss_by_run, text_map};
 use crate::output::size;
 use crate::output::table::{Align, Table, colour_allowed};
 
@@ -47,6 +47,14 @@ fn plots(results: &Results) -> Vec<(String, String)> {
         let title = format!("Mean KL divergence from the original on {text}, nats per token");
         plots.push((format!("kl-{text}{number}.svg"), draw(&title, kl, None)));
     }
+    let texts: Vec<String> =
+        results.original.iter().map(|text| name(Path::new(&text.text))).collect();
+    let kl = results.rows.iter().map(|row| {
+        let of = |text: &TextResult| text.result.divergence.map_or(f64::NAN, |d| d.kl_mean);
+        (row.name.as_str(), row.evaluations.iter().map(of).collect())
+    });
+    let title = "Mean KL divergence from the original, nats per token";
+    plots.push(("kl.svg".to_owned(), text_map(title, &texts, &kl.collect::<Vec<_>>())));
     let runs: Vec<(&str, &[_])> =
         results.rows.iter().map(|row| (row.name.as_str(), row.modules.as_slice())).collect();
     plots.push(("loss.svg".to_owned(), loss_by_run(&runs)));

@@ -1,6 +1,6 @@
 //! Curves over a linear axis, such as perplexity over bits per weight.
 
-use super::svg::{BOTTOM, CHART_WIDTH, LEFT, LEGEND_WIDTH, Svg, TOP, chart_height};
+use super::svg::{BOTTOM, CHART_WIDTH, LEFT, Svg, TOP, chart_height, legend_width};
 
 /// One value of a curve.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,7 +26,8 @@ pub(crate) struct Curves<'a> {
 /// Draws curves with a logarithmic axis of y. Values that are not positive and finite are left out.
 pub(crate) fn curves(drawn: &Curves<'_>) -> String {
     let height = chart_height(drawn.series.len() + usize::from(drawn.level.is_some()));
-    let mut svg = Svg::new(drawn.title, LEFT + CHART_WIDTH + LEGEND_WIDTH, TOP + height + BOTTOM);
+    let legend = legend_width(drawn.series.iter().map(|(name, _)| name.as_str()));
+    let mut svg = Svg::new(drawn.title, LEFT + CHART_WIDTH + legend, TOP + height + BOTTOM);
     let valid = |point: &&Point| point.y.is_finite() && point.y > 0.0 && point.x.is_finite();
     let points = || drawn.series.iter().flat_map(|(_, points)| points.iter().filter(valid));
     let level = drawn.level.filter(|(level, _)| level.is_finite() && *level > 0.0);

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 
 use gptq_quantize::report::ModuleRecord;
 
-use super::svg::{BOTTOM, CHART_WIDTH, LEFT, LEGEND_WIDTH, Svg, TOP, chart_height, escape};
+use super::map::{HeatMap, range};
+use super::svg::{BOTTOM, CHART_WIDTH, LEFT, Svg, TOP, chart_height, legend_width};
 
 /// The loss over the layers, a line for each kind of module, with a logarithmic axis. Losses that
 /// are not positive and finite leave a gap.
@@ -30,8 +31,8 @@ pub(crate) fn loss_by_run(runs: &[(&str, &[ModuleRecord])]) -> String {
 
 fn lines(kinds: &Kinds) -> String {
     let height = chart_height(kinds.values.len());
-    let mut svg =
-        Svg::new("Loss per layer", LEFT + CHART_WIDTH + LEGEND_WIDTH, TOP + height + BOTTOM);
+    let legend = legend_width(kinds.values.iter().map(|(kind, _)| kind.as_str()));
+    let mut svg = Svg::new("Loss per layer", LEFT + CHART_WIDTH + legend, TOP + height + BOTTOM);
     let Some((low, high)) = kinds.decades() else {
         return svg.empty();
     };
@@ -52,54 +53,17 @@ fn lines(kinds: &Kinds) -> String {
 }
 
 /// Relative output error of every module: layers from left to right, kinds of modules from top to
-/// bottom, the colour logarithmic. Pointing at a cell shows the value.
+/// bottom.
 pub(crate) fn error_map(records: &[ModuleRecord]) -> String {
     let kinds = Kinds::of(records, |record| record.relative_output_error.unwrap_or(f64::NAN));
-    let rows = kinds.values.len() as f64;
-    let bottom = TOP + rows * CELL_HEIGHT;
-    let width = LEFT_OF_MAP + CHART_WIDTH + LEGEND_WIDTH;
-    let mut svg = Svg::new("Relative output error", width, bottom.max(TOP + MIN_SCALE) + BOTTOM);
-    let Some((low, high)) = kinds.range() else {
-        return svg.empty();
+    let map = HeatMap {
+        title: "Relative output error",
+        rows: &kinds.values,
+        columns: kinds.layers,
+        name: &|layer| format!("layer {}", layer + 1),
+        numbers: false,
     };
-    let cell = CHART_WIDTH / kinds.layers as f64;
-    let x = |layer: usize| LEFT_OF_MAP + cell * (layer as f64 + 0.5);
-    let shade = |value: f64| {
-        if high > low { (value.log10() - low) / (high - low) } else { 0.5 }
-    };
-    for (row, (kind, values)) in kinds.values.iter().enumerate() {
-        let top = TOP + row as f64 * CELL_HEIGHT;
-        svg.text(LEFT_OF_MAP - 8.0, top + CELL_HEIGHT / 2.0 + 4.0, "end", kind);
-        for (layer, value) in values.iter().enumerate() {
-            let Some(value) = value else { continue };
-            svg.push(&format!(
-                "<rect x=\"{:.2}\" y=\"{top}\" width=\"{:.2}\" height=\"{}\" fill=\"{}\"><title>layer {} {}: {value:.3e}</title></rect>\n",
-                x(layer) - cell / 2.0,
-                (cell - 1.0).max(cell * 0.9),
-                CELL_HEIGHT - 1.0,
-                viridis(shade(*value)),
-                layer + 1,
-                escape(kind)
-            ));
-        }
-    }
-    layer_labels(&mut svg, kinds.layers, bottom, x);
-    let (left, height) = (LEFT_OF_MAP + CHART_WIDTH + 24.0, (bottom - TOP).max(MIN_SCALE));
-    for step in 0..SCALE_STEPS {
-        let share = step as f64 / (SCALE_STEPS - 1) as f64;
-        let (y, tall) = (
-            TOP + height * (1.0 - (step + 1) as f64 / SCALE_STEPS as f64),
-            height / SCALE_STEPS as f64,
-        );
-        svg.push(&format!(
-            "<rect x=\"{left}\" y=\"{y:.2}\" width=\"14\" height=\"{:.2}\" fill=\"{}\"/>\n",
-            tall + 0.5,
-            viridis(share)
-        ));
-    }
-    svg.text(left + 20.0, TOP + 10.0, "start", &format!("{:.1e}", 10f64.powf(high)));
-    svg.text(left + 20.0, TOP + height, "start", &format!("{:.1e}", 10f64.powf(low)));
-    svg.finish()
+    map.draw(|svg, bottom, x| layer_labels(svg, kinds.layers, bottom, x))
 }
 
 /// Values by kind of module and layer. The numbered modules of a kind (experts) are averaged.
@@ -134,19 +98,9 @@ impl Kinds {
         Self { layers, values: values.collect() }
     }
 
-    /// Decimal logarithms of the smallest and largest value, `None` where there is no value.
-    fn range(&self) -> Option<(f64, f64)> {
-        let all =
-            self.values.iter().flat_map(|(_, row)| row.iter().flatten()).map(|value| value.log10());
-        all.fold(None, |range, value| {
-            let (low, high) = range.unwrap_or((value, value));
-            Some((value.min(low), value.max(high)))
-        })
-    }
-
     /// The range, widened to whole decades.
     fn decades(&self) -> Option<(f64, f64)> {
-        let (low, high) = self.range()?;
+        let (low, high) = range(&self.values)?;
         let (low, high) = (low.floor(), high.ceil());
         Some((low, if high > low { high } else { low + 1.0 }))
     }
@@ -185,27 +139,6 @@ fn layer_labels(svg: &mut Svg, layers: usize, bottom: f64, x: impl Fn(usize) -> 
     let middle = if layers == 0 { LEFT } else { f64::midpoint(x(0), x(layers - 1)) };
     svg.text(middle, bottom + 34.0, "middle", "layer");
 }
-
-/// The colour at `share` (0 dark, 1 light) of a scale of even steps in lightness, after
-/// matplotlib's viridis.
-fn viridis(share: f64) -> String {
-    let place = share.clamp(0.0, 1.0) * (VIRIDIS.len() - 1) as f64;
-    let below = (place as usize).min(VIRIDIS.len() - 2);
-    let part = place - below as f64;
-    let mix = |channel: usize| {
-        let (a, b) = (VIRIDIS[below][channel], VIRIDIS[below + 1][channel]);
-        (f64::from(a) + (f64::from(b) - f64::from(a)) * part).round() as u8
-    };
-    format!("#{:02x}{:02x}{:02x}", mix(0), mix(1), mix(2))
-}
-
-const VIRIDIS: [[u8; 3]; 5] =
-    [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
-
-const LEFT_OF_MAP: f64 = 180.0;
-const CELL_HEIGHT: f64 = 26.0;
-const MIN_SCALE: f64 = 120.0;
-const SCALE_STEPS: usize = 40;
 
 #[cfg(test)]
 mod tests {
@@ -279,12 +212,5 @@ mod tests {
     fn equal_losses_still_have_an_axis() {
         let svg = loss_by_layer(&[record(0, "a", 1e-3), record(1, "a", 1e-3)]);
         assert!(svg.contains("1e-3") && svg.contains("1e-2"));
-    }
-
-    #[test]
-    fn the_colour_scale_has_its_ends() {
-        assert_eq!(viridis(-1.0), "#440154");
-        assert_eq!(viridis(0.5), "#21918c");
-        assert_eq!(viridis(2.0), "#fde725");
     }
 }

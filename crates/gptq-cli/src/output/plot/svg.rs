@@ -93,6 +93,12 @@ pub(super) fn chart_height(entries: usize) -> f64 {
     CHART_HEIGHT.max(20.0 + entries as f64 * 18.0)
 }
 
+/// Width of a legend with these entries.
+pub(super) fn legend_width<'a>(entries: impl Iterator<Item = &'a str>) -> f64 {
+    let longest = entries.map(|name| name.chars().count()).max().unwrap_or(0);
+    LEGEND_WIDTH.max(48.0 + longest as f64 * CHARACTER)
+}
+
 /// Text as XML wants it. Control characters have no place in XML and become spaces.
 pub(super) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
@@ -123,4 +129,7 @@ pub(super) const TOP: f64 = 44.0;
 pub(super) const BOTTOM: f64 = 48.0;
 pub(super) const CHART_WIDTH: f64 = 620.0;
 const CHART_HEIGHT: f64 = 320.0;
-pub(super) const LEGEND_WIDTH: f64 = 260.0;
+/// Of a legend with short entries.
+const LEGEND_WIDTH: f64 = 260.0;
+/// Width of a character, about.
+pub(super) const CHARACTER: f64 = 6.6;
