@@ -23,11 +23,13 @@ from transformers import AutoModel, AutoTokenizer
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GPTQ = pathlib.Path(os.environ.get("GPTQ_BINARY", ROOT / "target" / "release" / "gptq")).resolve()
 
-# Cosine to transformers in f32, and to our f32 at so many bits: mean over the held-out sentences.
+# Cosine to transformers in f32, and to our f32 at so many bits: of every held-out sentence with groups of 32, their mean with
+# larger ones.
 SAME, KEPT = 0.99999, {"8": 0.999, "4": 0.98}
 SETTINGS = {
     "8 bits, group 32": ("8", ["--bits", 8, "--group-size", 32]),
     "8 bits, group 128": ("8", ["--bits", 8]),
+    "4 bits, group 32, asym, qep": ("4", ["--bits", 4, "--group-size", 32, "--no-sym", "--correction", "qep"]),
     "4 bits, group 32, asym": ("4", ["--bits", 4, "--group-size", 32, "--no-sym"]),
     "4 bits, group 32": ("4", ["--bits", 4, "--group-size", 32]),
     "4 bits, group 64": ("4", ["--bits", 4, "--group-size", 64]),
@@ -99,7 +101,11 @@ the price of oil|a glass of milk|the whole building|a better algorithm|the secre
 WHERE = """in the kitchen|near the station|at the university|during the winter|after a long discussion|without any help
 in 1987|on the way home|before the election|last Tuesday|in northern Italy|at the hospital|by accident|for the first time
 under heavy rain|on the internet|with great care|every single day|in front of the camera|despite the warning""".replace("\n", "|").split("|")
+SHORT = """No|Thanks|Hello|Stop|Maybe|Never|Why|Sure|Good morning|See you|Not yet|Right|Sorry|Of course|What|Please wait|Help|Done
+Later|Welcome""".replace("\n", "|").split("|")
 FORMS = [
+    # A quarter of them, or a single word comes out worst.
+    *["{short}.", "{short}!", "{short}?"],
     "{Who} {did} {what} {where}.",
     "{Where}, {who} {did} {what}.",
     "Why has {who} never {did} {what}?",
@@ -114,7 +120,7 @@ FORMS = [
 def calibration(count, noise):
     """Sentences of the lists above; not one of them is held out."""
     for _ in range(count):
-        words = {"who": WHO, "did": DID, "what": WHAT, "where": WHERE}
+        words = {"short": SHORT, "who": WHO, "did": DID, "what": WHAT, "where": WHERE}
         chosen = {key + end: noise.choice(words[key]) for key in words for end in ("", "2")}
         chosen |= {key.capitalize(): value[0].upper() + value[1:] for key, value in chosen.items()}
         yield noise.choice(FORMS).format(**chosen)
@@ -158,7 +164,7 @@ def main():
         quantized = work / "quantized"
         gptq("quantize", model, "--output", quantized, "--overwrite", "--calibration", texts, *options)
         kept = similarity(plain, ours(quantized, held_out))
-        failed |= kept.mean() < KEPT[bits]
+        failed |= (kept.min() if "group 32" in setting else kept.mean()) < KEPT[bits]
         print(f"| {setting} | {kept.mean():.5f} | {kept.min():.5f} | f32 |", flush=True)
     return 1 if failed else 0
 
