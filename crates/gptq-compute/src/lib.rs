@@ -44,7 +44,9 @@ pub mod sweep;
 mod tensor;
 
 pub use activation::{Activation, activate, activate_gated};
-pub use attention::{AttnParams, AttnSpan, KvType, LayerKv, Span, attention};
+pub use attention::{
+    AttnParams, AttnSpan, Distances, KvType, LayerKv, Span, attention, relative_attention,
+};
 pub use bandwidth::BandwidthProbe;
 pub use cross::{Cross, times_inverse};
 pub use elementwise::{add_scaled, clamp, embed, gather_cols, scale, soft_cap};

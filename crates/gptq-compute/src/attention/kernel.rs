@@ -189,7 +189,7 @@ unsafe fn multiply<S: Simd>(strip: *mut f32, rows: usize, scales: &[f32]) {
 /// Replaces scores in `range` by their exponentials relative to the largest and all others by zero;
 /// returns the largest and the sum. `slope · (index + bias)` is added to scaled scores.
 #[inline(always)]
-unsafe fn exponentials<S: Simd>(
+pub(super) unsafe fn exponentials<S: Simd>(
     row: &mut [f32],
     range: Range<usize>,
     p: &AttnParams,

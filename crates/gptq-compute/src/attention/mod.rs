@@ -3,6 +3,7 @@
 mod cache;
 mod kernel;
 mod product;
+mod relative;
 mod storage;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,7 @@ use std::ops::Range;
 use cache::BLOCK;
 pub use cache::{KvType, LayerKv};
 use kernel::{Chunk, Merge, Partial, Queries};
+pub use relative::{Distances, relative_attention};
 
 use crate::arch::dispatch;
 use crate::pool::Pool;
