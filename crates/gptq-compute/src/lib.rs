@@ -24,6 +24,7 @@ pub mod arch;
 pub mod attention;
 mod bandwidth;
 pub mod cholesky;
+mod convolution;
 mod cross;
 mod elementwise;
 mod error;
@@ -48,6 +49,7 @@ pub use attention::{
     AttnParams, AttnSpan, Distances, KvType, LayerKv, Span, attention, relative_attention,
 };
 pub use bandwidth::BandwidthProbe;
+pub use convolution::{Convolution, convolve};
 pub use cross::{Cross, times_inverse};
 pub use elementwise::{add_scaled, clamp, embed, gather_cols, scale, soft_cap};
 pub use error::{ComputeError, Result};
