@@ -531,7 +531,7 @@ fn attention_params(spec: &Spec, layer: usize) -> AttnParams {
         soft_cap: attention.soft_cap,
         alibi: match &spec.positions {
             Positions::Alibi { slopes } => Some(slopes.clone()),
-            Positions::Rotary(_) | Positions::Learned { .. } => None,
+            Positions::Rotary(_) | Positions::Learned { .. } | Positions::None => None,
         },
     }
 }

@@ -33,15 +33,16 @@ impl Embedder {
         let loader = Loader { checkpoint, spec };
         let Spec { base, embedding, hidden, .. } = &**spec;
         let weight = |name: &str| format!("{base}{name}.weight");
+        let width = if embedding.project_sum { embedding.width } else { *hidden };
         let positions = match spec.positions {
             Positions::Learned { name, offset, .. } => {
                 let rows = spec.max_positions + offset;
-                Some(loader.matrix(&weight(name), rows, *hidden, source)?)
+                Some(loader.matrix(&weight(name), rows, width, source)?)
             }
-            Positions::Rotary(_) | Positions::Alibi { .. } => None,
+            Positions::Rotary(_) | Positions::Alibi { .. } | Positions::None => None,
         };
         let types =
-            embedding.types.map(|(name, rows)| loader.matrix(&weight(name), rows, *hidden, source));
+            embedding.types.map(|(name, rows)| loader.matrix(&weight(name), rows, width, source));
         let norm =
             embedding.norm.map(|name| loader.norm(&format!("{base}{name}"), *hidden, spec.norm));
         let project_in = embedding.project_in.map(|name| {
@@ -91,10 +92,14 @@ impl Embedder {
         if self.spec.embedding.scale != 1.0 {
             scale(&pool, out, self.spec.embedding.scale);
         }
-        if let Some(project_in) = &self.project_in {
-            linear(&pool, out, &mut [(project_in, &mut ctx.spare)], &mut ctx.scratch);
-            swap(out, &mut ctx.spare);
-        }
+        let sum_first = self.spec.embedding.project_sum;
+        let project = |ctx: &mut Ctx, out: &mut Tensor, now: bool| {
+            if let Some(project_in) = self.project_in.as_ref().filter(|_| now) {
+                linear(&pool, out, &mut [(project_in, &mut ctx.spare)], &mut ctx.scratch);
+                swap(out, &mut ctx.spare);
+            }
+        };
+        project(ctx, out, !sum_first);
         if let Some(table) = &self.types {
             ctx.rows.clear();
             ctx.rows.extend((0..ids.len()).map(|row| types.get(row).copied().unwrap_or(0)));
@@ -113,6 +118,7 @@ impl Embedder {
             embed(table, &ctx.rows, &mut ctx.spare);
             add_scaled(&pool, out, &ctx.spare, 1.0);
         }
+        project(ctx, out, sum_first);
         if let Some(embedding_norm) = &self.norm {
             norm(&pool, out, embedding_norm, &mut ctx.spare);
             swap(out, &mut ctx.spare);

@@ -81,7 +81,7 @@ impl Model {
         }
         let padding = match self.spec.positions {
             Positions::Learned { padding, .. } => padding,
-            Positions::Rotary(_) | Positions::Alibi { .. } => None,
+            Positions::Rotary(_) | Positions::Alibi { .. } | Positions::None => None,
         };
         let typed = batch.iter().any(|input| !input.types.is_empty());
         for (index, EncodeInput { ids: all, types: kinds, mask }) in batch.iter().enumerate() {

@@ -66,22 +66,23 @@ impl HeadLayer {
     pub fn load_without_projection(checkpoint: &Checkpoint, spec: &Arc<Spec>) -> Result<Self> {
         let loader = Loader { checkpoint, spec };
         let Spec { base, embedding, hidden, head, .. } = &**spec;
-        let square = |module: String, bias| {
-            let (name, out_features, in_features) = (module.clone(), *hidden, *hidden);
+        let dense = |module: String, out_features, bias| {
+            let (name, in_features) = (module.clone(), *hidden);
             let linear =
                 LinearSpec { name, module, out_features, in_features, bias, transposed: false };
             loader.linear(&linear, LinearSource::Mapped)
         };
         let transform = head.transform.map(|transform| -> Result<_> {
-            let dense = square(transform.dense.to_owned(), transform.bias)?;
-            Ok((dense, transform.activation, loader.norm(transform.norm, *hidden, spec.norm)?))
+            let width = embedding.width;
+            let dense = dense(transform.dense.to_owned(), width, transform.bias)?;
+            Ok((dense, transform.activation, loader.norm(transform.norm, width, spec.norm)?))
         });
         let project_out = head.project_out.map(|name| {
             let name = format!("{base}{name}.weight");
             let matrix = loader.matrix(&name, embedding.width, *hidden, LinearSource::Mapped)?;
             Ok::<_, ModelError>(Linear { weight: Matrix::Dense(matrix), bias: None })
         });
-        let pooler = head.pooler.map(|name| square(format!("{base}{name}"), true));
+        let pooler = head.pooler.map(|name| dense(format!("{base}{name}"), *hidden, true));
         Ok(Self {
             norm: head
                 .norm

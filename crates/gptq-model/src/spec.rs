@@ -54,6 +54,8 @@ pub struct Embedding {
     pub scale: f32,
     /// Bias-free linear `[hidden, width]` after the embedding.
     pub project_in: Option<&'static str>,
+    /// It comes after types and positions are added, which have `width` columns too; else they have `hidden`.
+    pub project_sum: bool,
     /// Tensor `[types, hidden]` of token types (sentence A or B), added to the embedding, and its number of rows.
     pub types: Option<(&'static str, usize)>,
     /// Norm of the sum of all embeddings.
@@ -63,7 +65,15 @@ pub struct Embedding {
 impl Embedding {
     /// A plain lookup of full width.
     pub fn plain(name: &'static str, hidden: usize) -> Self {
-        Self { name, width: hidden, scale: 1.0, project_in: None, types: None, norm: None }
+        Self {
+            name,
+            width: hidden,
+            scale: 1.0,
+            project_in: None,
+            project_sum: false,
+            types: None,
+            norm: None,
+        }
     }
 }
 
@@ -86,6 +96,8 @@ pub enum Positions {
         /// One slope per head.
         slopes: Vec<f32>,
     },
+    /// It does not.
+    None,
 }
 
 /// A norm's formula and parameters.
@@ -407,7 +419,7 @@ pub struct Head {
 /// `norm(activation(dense(x)))`; full names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Transform {
-    /// A linear `[hidden, hidden]`.
+    /// A linear `[width, hidden]` to the width of the embedding.
     pub dense: &'static str,
     /// It has a bias.
     pub bias: bool,
@@ -484,7 +496,7 @@ impl Spec {
     pub fn rope(&self, layer: usize) -> Option<&Rope> {
         match &self.positions {
             Positions::Rotary(ropes) => self.layers[layer].rope.and_then(|index| ropes.get(index)),
-            Positions::Learned { .. } | Positions::Alibi { .. } => None,
+            Positions::Learned { .. } | Positions::Alibi { .. } | Positions::None => None,
         }
     }
 
@@ -504,7 +516,7 @@ impl Spec {
         let bounded = match &self.positions {
             Positions::Learned { .. } => true,
             Positions::Rotary(ropes) => ropes.iter().any(limited),
-            Positions::Alibi { .. } => false,
+            Positions::Alibi { .. } | Positions::None => false,
         };
         if bounded && length > self.max_positions {
             let limit = self.max_positions;

@@ -93,7 +93,7 @@ impl FamilyTable {
         if let Some(name) = m.positions.as_deref().filter(|name| !name.is_empty()) {
             match &mut spec.positions {
                 Positions::Learned { name: old, .. } => *old = keep(name),
-                Positions::Rotary(_) | Positions::Alibi { .. } => {
+                Positions::Rotary(_) | Positions::Alibi { .. } | Positions::None => {
                     return Err(lacks("modules.positions"));
                 }
             }

@@ -26,7 +26,7 @@ impl FamilyTable {
                 embedding: text(embedding.name),
                 positions: match spec.positions {
                     Positions::Learned { name, .. } => text(name),
-                    Positions::Rotary(_) | Positions::Alibi { .. } => None,
+                    Positions::Rotary(_) | Positions::Alibi { .. } | Positions::None => None,
                 },
                 token_types: embedding.types.and_then(|(name, _)| text(name)),
                 embedding_norm: optional(embedding.norm),
@@ -96,7 +96,7 @@ impl FamilyTable {
                         RopeStyle::Half => RopeName::Half,
                         RopeStyle::Interleaved => RopeName::Interleaved,
                     }),
-                    Positions::Learned { .. } | Positions::Alibi { .. } => None,
+                    Positions::Learned { .. } | Positions::Alibi { .. } | Positions::None => None,
                 },
             },
             mlp: MlpTable {
