@@ -13,6 +13,7 @@ use crate::fused::FusedColumns;
 use crate::load::{LinearSource, Loader};
 use crate::moe::Router;
 use crate::profile::Op;
+use crate::relative::DistanceTable;
 use crate::rope::Rope;
 use crate::spec::{Attention, GateUp, Mlp, Moe, NormOver, Positions, Qkv, Spec, SublayerNorms};
 use crate::stages::{LinearSpec, Part, Stage};
@@ -29,6 +30,7 @@ pub struct Block {
     qk_norms: Option<[Vec<Norm>; 2]>,
     params: AttnParams,
     fused: Option<FusedColumns>,
+    distances: Option<DistanceTable>,
     router: Option<Router>,
     order: Vec<Stage>,
     /// By [`Stage::place`].
@@ -88,6 +90,9 @@ impl Block {
             };
             spec.stage_linears(layer, stage).into_iter().map(slot).collect()
         };
+        let distances = spec.attention.relative;
+        let distances =
+            distances.map(|scheme| DistanceTable::load(&loader, &block, scheme, source));
         let order = spec.stage_order(layer);
         let mut attention_names = spec.residual.attention;
         attention_names.before = attention_names.before.filter(|_| !spec.layers[layer].bare);
@@ -101,6 +106,7 @@ impl Block {
                 Qkv::Fused { order, .. } => Some(order.columns(&spec.attention)),
                 Qkv::Separate { .. } => None,
             },
+            distances: distances.transpose()?,
             router: spec.moe(layer).map(|moe| Router::load(&loader, &block, moe)).transpose()?,
             linears: order.iter().map(slots).collect::<Result<_>>()?,
             order,
@@ -198,6 +204,18 @@ impl Block {
         };
         let active = self.moe().map_or(0, |moe| experts(true) * moe.top_k / moe.count);
         experts(false) + active
+    }
+
+    /// What the linears `[queries, keys, values]` of the first stage read besides tokens: rows `ids` of the embedding of
+    /// distances `[ids, hidden]`, and which of the linears do; `None` in a block where none does.
+    pub fn distance_inputs(&self, ctx: &mut Ctx, ids: &[u32]) -> Option<(Tensor, Vec<usize>)> {
+        let distances = self.distances.as_ref()?;
+        let linears = self.spec.attention.relative?.shared();
+        let mut rows = Tensor::default();
+        (!linears.is_empty()).then(|| {
+            distances.rows(ctx, ids, &mut rows);
+            (rows, linears)
+        })
     }
 
     /// Computes the input of the first stage from the stream.
@@ -348,14 +366,23 @@ impl Block {
         {
             rotate(ctx, index, rope, shape.head_dim, seqs);
         }
-        for seq in &mut *seqs {
-            seq.kv.append(&ctx.k, &ctx.v, seq.rows.clone());
+        // Whole sequences, which nothing is appended to.
+        if self.distances.is_none() {
+            for seq in &mut *seqs {
+                seq.kv.append(&ctx.k, &ctx.v, seq.rows.clone());
+            }
         }
         if self.spec.residual.parallel && self.mlp_norms.before.is_none() {
             swap(&mut state.input, &mut state.shared);
         }
         ctx.lap(Op::Rotate, || 0);
-        attention(&ctx.pool, &ctx.q, seqs, &self.params, &mut state.input);
+        match &self.distances {
+            Some(distances) => {
+                let linears = [self.get(Stage::Qkv, 0)?, self.get(Stage::Qkv, 1)?];
+                distances.attend(ctx, linears, seqs, &self.params, &mut state.input);
+            }
+            None => attention(&ctx.pool, &ctx.q, seqs, &self.params, &mut state.input),
+        }
         let cached = |seq: &SeqSpan<'_>| {
             let kv = &*seq.kv;
             kv.len() * kv.kind().bytes_per_token(kv.kv_heads(), kv.head_dim())

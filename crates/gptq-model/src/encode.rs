@@ -109,7 +109,8 @@ impl Model {
             if ids.len() == first {
                 return Err(ModelError::Batch(format!("sequence {index} has no real token")));
             }
-            let absolute = matches!(self.spec.positions, Positions::Learned { .. });
+            let absolute = matches!(self.spec.positions, Positions::Learned { .. })
+                && self.spec.attention.relative.is_none();
             let new = &positions[first..];
             if !absolute && (new[new.len() - 1] - new[0]) as usize + 1 != new.len() {
                 return Err(ModelError::Batch(format!(

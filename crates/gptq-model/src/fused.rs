@@ -71,6 +71,7 @@ mod tests {
             scale: 1.0,
             scale_by_depth: false,
             causal: true,
+            relative: None,
             soft_cap: None,
             clip_qkv: None,
             qkv: Qkv::Fused { name: "qkv", order: FusedOrder::Concat },

@@ -33,6 +33,7 @@ mod moe;
 pub mod pooling;
 pub mod profile;
 mod random;
+pub mod relative;
 pub mod rope;
 pub mod sampler;
 pub mod spec;

@@ -3,6 +3,7 @@
 use gptq_compute::{Activation, KvType, NormKind};
 
 use crate::fused::FusedOrder;
+use crate::relative::Relative;
 use crate::rope::{Rope, RopeScaling};
 use crate::{ModelError, Result};
 
@@ -96,7 +97,7 @@ pub enum Positions {
         /// One slope per head.
         slopes: Vec<f32>,
     },
-    /// It does not.
+    /// It does not, but for [`Attention::relative`].
     None,
 }
 
@@ -152,6 +153,8 @@ pub struct Attention {
     pub scale_by_depth: bool,
     /// A query sees no later key.
     pub causal: bool,
+    /// Scores have terms of the distance between query and key.
+    pub relative: Option<Relative>,
     /// Scores become `cap * tanh(score / cap)`.
     pub soft_cap: Option<f32>,
     /// Queries, keys and values are clamped to `[-limit, limit]`.

@@ -89,6 +89,7 @@ impl Sizes {
             scale: inverse_root(self.head_dim as f64),
             scale_by_depth: false,
             causal: true,
+            relative: None,
             soft_cap: None,
             clip_qkv: None,
             qkv: Qkv::Separate {

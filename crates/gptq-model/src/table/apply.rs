@@ -4,7 +4,7 @@ use gptq_compute::{Activation, NormKind, RopeStyle};
 
 use super::{Experts, FamilyTable, NormName, OrderName, OverName, RopeName, Stages};
 use crate::fused::FusedOrder;
-use crate::spec::{GateUp, Mlp, NormOver, NormSpec, Positions, QkNorm, Qkv, Spec};
+use crate::spec::{Attention, GateUp, Mlp, NormOver, NormSpec, Positions, QkNorm, Qkv, Spec};
 
 type Checked<T> = Result<T, String>;
 
@@ -77,7 +77,7 @@ impl FamilyTable {
         set(&mut spec.head.tied, self.head.tied.as_ref());
         set(&mut spec.head.bias, self.head.bias.as_ref());
         set_f32(&mut spec.head.scale, self.head.scale);
-        Ok(())
+        self.check_distances(spec)
     }
 
     fn apply_modules(&self, spec: &mut Spec) -> Checked<()> {
@@ -210,6 +210,20 @@ impl FamilyTable {
                     RopeName::Interleaved => RopeStyle::Interleaved,
                 };
             }
+        }
+        Ok(())
+    }
+
+    /// What goes together with distances between tokens.
+    fn check_distances(&self, spec: &Spec) -> Checked<()> {
+        let Attention { relative, causal, qkv, qk_norm, .. } = &spec.attention;
+        let base = &self.base;
+        let plain = !causal && qk_norm.is_none() && matches!(qkv, Qkv::Separate { .. });
+        if relative.is_some() && !plain {
+            return Err(format!(
+                "base {base} has scores of distances: it needs three linears in stages.qkv, no norms.queries and \
+                 norms.keys, and attention.causal = false"
+            ));
         }
         Ok(())
     }
