@@ -9,6 +9,7 @@ use gptq_compute::{
 };
 use gptq_format::Checkpoint;
 
+use crate::convolution::ConvolutionLayer;
 use crate::fused::FusedColumns;
 use crate::load::{LinearSource, Loader};
 use crate::moe::Router;
@@ -31,6 +32,7 @@ pub struct Block {
     params: AttnParams,
     fused: Option<FusedColumns>,
     distances: Option<DistanceTable>,
+    convolution: Option<ConvolutionLayer>,
     router: Option<Router>,
     order: Vec<Stage>,
     /// By [`Stage::place`].
@@ -93,6 +95,8 @@ impl Block {
         let distances = spec.attention.relative;
         let distances =
             distances.map(|scheme| DistanceTable::load(&loader, &block, scheme, source));
+        let convolution = spec.residual.convolution.filter(|_| layer == 0);
+        let convolution = convolution.map(|scheme| ConvolutionLayer::load(&loader, scheme));
         let order = spec.stage_order(layer);
         let mut attention_names = spec.residual.attention;
         attention_names.before = attention_names.before.filter(|_| !spec.layers[layer].bare);
@@ -107,6 +111,7 @@ impl Block {
                 Qkv::Separate { .. } => None,
             },
             distances: distances.transpose()?,
+            convolution: convolution.transpose()?,
             router: spec.moe(layer).map(|moe| Router::load(&loader, &block, moe)).transpose()?,
             linears: order.iter().map(slots).collect::<Result<_>>()?,
             order,
@@ -336,6 +341,9 @@ impl Block {
         seqs: &mut [SeqSpan<'_>],
     ) -> Result<()> {
         check_spans(seqs, state.input.rows())?;
+        if let Some(convolution) = &self.convolution {
+            convolution.begin(ctx, &state.hidden, seqs, &mut state.carry);
+        }
         let Ctx { pool, scratch, q, k, v, wide, .. } = ctx;
         if let Some(columns) = &self.fused {
             linear(pool, &state.input, &mut [(self.get(Stage::Qkv, 0)?, wide)], scratch);
@@ -475,6 +483,9 @@ impl Block {
             add_scaled(&ctx.pool, &mut state.hidden, &state.carry, self.spec.residual.multiplier);
         }
         self.add(ctx, state, &self.mlp_norms);
+        if let Some(convolution) = &self.convolution {
+            convolution.finish(ctx, &state.carry, &mut state.hidden);
+        }
         ctx.lap(Op::Add, || 0);
         Ok(())
     }

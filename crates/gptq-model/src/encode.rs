@@ -110,7 +110,8 @@ impl Model {
                 return Err(ModelError::Batch(format!("sequence {index} has no real token")));
             }
             let absolute = matches!(self.spec.positions, Positions::Learned { .. })
-                && self.spec.attention.relative.is_none();
+                && self.spec.attention.relative.is_none()
+                && self.spec.residual.convolution.is_none();
             let new = &positions[first..];
             if !absolute && (new[new.len() - 1] - new[0]) as usize + 1 != new.len() {
                 return Err(ModelError::Batch(format!(

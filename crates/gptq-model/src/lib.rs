@@ -18,6 +18,7 @@
 
 pub mod block;
 pub mod cache;
+pub mod convolution;
 pub mod embedder;
 pub mod encode;
 pub mod error;

@@ -187,10 +187,15 @@ impl Loader<'_> {
         matrix.map_err(|source| ModelError::Compute { tensor: name.to_owned(), source })
     }
 
+    /// A tensor of floats, row-major.
+    pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        self.check_shape(name, shape)?;
+        Ok(self.store().read_f32(name, shape)?)
+    }
+
     /// A vector of floats.
     pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        self.check_shape(name, &[len])?;
-        Ok(self.store().read_f32(name, &[len])?)
+        self.tensor(name, &[len])
     }
 
     /// The bias of `module`: required where the family has one, else absent or zero.

@@ -2,6 +2,7 @@
 
 use gptq_compute::{Activation, KvType, NormKind};
 
+use crate::convolution::TokenConvolution;
 use crate::fused::FusedOrder;
 use crate::relative::Relative;
 use crate::rope::{Rope, RopeScaling};
@@ -345,6 +346,8 @@ pub struct Residual {
     pub from_norm: bool,
     /// Factor of each sublayer's output.
     pub multiplier: f32,
+    /// What is added to the output of the first block.
+    pub convolution: Option<TokenConvolution>,
 }
 
 impl Residual {
@@ -356,6 +359,7 @@ impl Residual {
             parallel: false,
             from_norm: false,
             multiplier: 1.0,
+            convolution: None,
         }
     }
 

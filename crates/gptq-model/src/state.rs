@@ -102,7 +102,7 @@ pub struct BlockState {
     pub input: Tensor,
     /// Input that both sublayers of a parallel block share, kept while the attention runs.
     pub(crate) shared: Tensor,
-    /// Output of the attention of a parallel block, kept while the MLP runs.
+    /// Output of the attention of a parallel block, kept while the MLP runs; or of the convolution beside a block.
     pub(crate) carry: Tensor,
     /// The MLP's input and output while its experts run.
     pub(crate) moe: MoeState,
@@ -135,7 +135,8 @@ impl BlockState {
         let inputs = linears.filter_map(|stage| stage.linears.first().map(|l| l.in_features));
         // `shared` or the stage's input, and `carry`.
         let parallel = if spec.residual.parallel { 2 * spec.hidden } else { 0 };
-        let width = spec.hidden + inputs.max().unwrap_or(0) + parallel;
+        let convolved = spec.residual.convolution.map_or(0, |_| spec.hidden);
+        let width = spec.hidden + inputs.max().unwrap_or(0) + parallel + convolved;
         let moe =
             spec.moe.as_ref().map_or(0, |moe| MoeState::saved_bytes(moe, spec.hidden, rows, kind));
         // Shapes of six tensors, lengths of three lists.

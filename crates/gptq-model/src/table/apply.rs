@@ -225,6 +225,11 @@ impl FamilyTable {
                  norms.keys, and attention.causal = false"
             ));
         }
+        if spec.residual.convolution.is_some() && spec.residual.parallel {
+            return Err(format!(
+                "base {base} has a convolution: it needs residual.parallel = false"
+            ));
+        }
         Ok(())
     }
 
