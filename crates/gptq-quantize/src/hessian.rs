@@ -86,6 +86,18 @@ impl Hessian {
         Self { matrix: self.matrix.iter().enumerate().map(element).collect(), ..*self }
     }
 
+    /// With 2 Σ w x xᵀ for further inputs, given as the sum over x √w.
+    ///
+    /// # Panics
+    /// If the widths differ.
+    #[track_caller]
+    pub(crate) fn with(&self, weighted: Gram) -> Self {
+        assert_eq!(self.width, weighted.width(), "width of the Hessians");
+        let mut matrix = weighted.into_symmetric(2.0);
+        matrix.iter_mut().zip(self.matrix.iter()).for_each(|(sum, x)| *sum += x);
+        Self { matrix: matrix.into(), width: self.width, tokens: self.tokens }
+    }
+
     /// Number of inputs.
     pub fn width(&self) -> usize {
         self.width

@@ -10,6 +10,7 @@ use gptq_model::{
     ActivationType, Block, BlockState, Ctx, Embedder, HeadLayer, LinearSource, SeqSpan, Spec, Stage,
 };
 
+use super::distances::DistanceInputs;
 use super::held_out::{Part, is_held_out, split};
 use super::native::Native;
 use super::scratch::{Scratch, not_kept};
@@ -270,6 +271,7 @@ impl<'a> Activations<'a> {
             sum.gram = all.gram;
         }
         let mut inputs = sum.finish(stage, fallback);
+        inputs.distances = phases.time("hessian", || self.distances(ctx, block, stage));
         if inputs.can_be_corrected()
             && let Some(mut native) = self.native.take()
         {
@@ -340,6 +342,9 @@ impl<'a> Activations<'a> {
         }
         let inputs = stages.iter().zip(sums).map(|(&stage, sum)| sum.finish(stage, fallback));
         let mut inputs: Vec<StageInputs> = inputs.collect();
+        for (inputs, &stage) in inputs.iter_mut().zip(stages) {
+            inputs.distances = self.distances(ctx, block, stage);
+        }
         if let Some(mut native) = self.native.take() {
             let crosses = native.all_crosses(ctx, self, block, phases);
             self.native = Some(native);
@@ -419,6 +424,8 @@ pub(crate) struct StageInputs {
     pub(crate) held: Option<Gram>,
     /// X̂ᵀ(X - X̂) for the inputs X of the float model; `None`: they are not corrected.
     pub(crate) cross: Option<Cross>,
+    /// What some of the linears read besides.
+    pub(crate) distances: Option<DistanceInputs>,
     /// What the report says of an expert.
     pub(crate) expert: Option<ExpertRecord>,
 }
@@ -519,6 +526,7 @@ impl Sum {
             gram: self.gram.filter(|_| !rounded),
             held: self.held.filter(|_| !rounded),
             cross: None,
+            distances: None,
             expert,
         }
     }

@@ -7,7 +7,7 @@ use gptq_format::gptq_linear::LinearShape;
 use gptq_format::{
     Checkpoint, DType, Dynamic, ModuleSettings, QuantizeConfig, ShardPlan, TensorSpec,
 };
-use gptq_model::{LinearSpec, Spec};
+use gptq_model::{LinearSpec, Spec, StageSpec};
 use serde_json::json;
 
 use super::options::QuantizeOptions;
@@ -62,6 +62,15 @@ impl Layout {
         let blocks = spec.blocks_name();
         if !GUESSED_BY_OPTIMUM.contains(&blocks.as_str()) {
             config.other.insert("block_name_to_quantize".into(), json!(blocks));
+        }
+        if spec.attention.relative.is_some_and(|relative| relative.own().next().is_some()) {
+            // Linears that stay floats in every block: optimum would take them for quantized ones.
+            let stages = spec.stages(0).into_iter();
+            let names = |stage: StageSpec| -> Vec<String> {
+                stage.linears.into_iter().map(|linear| linear.name).collect()
+            };
+            config.modules_in_block_to_quantize =
+                Some(json!(stages.map(names).collect::<Vec<_>>()));
         }
         let mut modules = HashMap::new();
         for layer in 0..spec.layer_count() {

@@ -43,6 +43,8 @@ pub(crate) struct Memory<'a> {
     correction: Correction,
     /// Bytes of the buffers of a chunk on its way through a block.
     temporaries: u64,
+    /// Bytes of a Hessian with distances between tokens.
+    distances: u64,
 }
 
 /// Needs of the linears that share one input.
@@ -79,7 +81,13 @@ impl<'a> Memory<'a> {
             activations: state(tokens, kind) + state(whole, ActivationType::F32),
             chunk: state(chunk_tokens, ActivationType::F32),
             slot: state(chunk_tokens, kind),
-            temporaries: if tokens > 0 { temporaries(spec, chunk_tokens, seqlen) } else { 0 },
+            temporaries: if tokens > 0 {
+                temporaries(spec, chunk_tokens, seqlen)
+                    + job.pool.threads() as u64 * distance_products(spec, seqlen)
+            } else {
+                0
+            },
+            distances: if tokens > 0 { distance_hessian(spec) } else { 0 },
         }
     }
 
@@ -178,7 +186,10 @@ impl<'a> Memory<'a> {
     /// Sum over the inputs of a stage, its factor, and the solution of its linears.
     fn solving(&self, spill: bool, stage: Shared, block: u64, others: u64) -> [Moment; 3] {
         let matrix = stage.inputs * stage.inputs * F32;
-        let kept = vec![("block", block), ("Hessians of a block", others)];
+        let mut kept = vec![("block", block), ("Hessians of a block", others)];
+        if self.distances > 0 {
+            kept.push(("Hessian with distances", self.distances));
+        }
         let solve = ("linear being solved", stage.solving);
         if self.tokens == 0 {
             return [vec![("block", block), solve], Vec::new(), Vec::new()];
@@ -337,6 +348,21 @@ fn temporaries(spec: &Spec, chunk_tokens: usize, seqlen: usize) -> u64 {
     // A window's cache grows by whole blocks of positions.
     let positions = windows_per_chunk(seqlen) * seqlen.next_multiple_of(64);
     (chunk_tokens * columns + positions * kv) as u64 * F32
+}
+
+/// Bytes of the products of a sequence's keys with distances, and of a tile's scores.
+fn distance_products(spec: &Spec, seqlen: usize) -> u64 {
+    const TILE: usize = 64;
+    spec.attention.relative.map_or(0, |relative| {
+        let rows = (2 * relative.span).min(2 * seqlen);
+        (seqlen * rows + TILE * (seqlen + rows)) as u64 * F32
+    })
+}
+
+/// Bytes of the Hessian of projections that read distances beside tokens.
+fn distance_hessian(spec: &Spec) -> u64 {
+    let shared = spec.attention.relative.is_some_and(|relative| !relative.shared().is_empty());
+    if shared { (spec.hidden * spec.hidden) as u64 * F32 } else { 0 }
 }
 
 /// Codes, scales, zero points and indices of a quantized linear.

@@ -1,6 +1,7 @@
 //! The run: plan, then block after block and stage after stage.
 
 mod activations;
+mod distances;
 mod fold;
 mod head;
 mod held_out;

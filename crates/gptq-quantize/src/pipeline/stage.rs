@@ -13,8 +13,8 @@ use crate::order::OrderOptions;
 use crate::solver::awq::unfactored;
 use crate::solver::{Corrected, Shift};
 
-/// What makes two linears of a stage share a factor.
-type FactorKey = (OrderOptions, Damping);
+/// What makes two linears of a stage share a factor: order, damping, and whether they read the same.
+type FactorKey = (OrderOptions, Damping, bool);
 
 impl Run<'_> {
     /// Solves the linears of `stage` and puts them into the block as packed codes.
@@ -41,7 +41,7 @@ impl Run<'_> {
         inputs: StageInputs,
         mut done: impl FnMut(usize, GptqLinear) -> Result<()>,
     ) -> Result<()> {
-        let StageInputs { gram, held, cross, expert } = inputs;
+        let StageInputs { gram, held, cross, distances, expert } = inputs;
         let quantized: Vec<(usize, &LinearSpec, ModuleSettings)> = linears
             .iter()
             .enumerate()
@@ -61,8 +61,9 @@ impl Run<'_> {
             }
             hessian = Some(fit.join(&held));
         }
-        // What is solved; errors are measured with the inputs as they are.
-        let solved = hessian.as_ref().map(|hessian| hessian.shrunk(chosen.shrink));
+        let with_distances = hessian.as_ref().zip(distances).map(|(hessian, distances)| {
+            self.phases.time("hessian", || (hessian.with(distances.gram), distances.linears))
+        });
         let options = self.job.options;
         let shift = cross.zip(hessian.as_ref()).zip(options.correction_share()).map(
             |((cross, hessian), share)| {
@@ -71,30 +72,34 @@ impl Run<'_> {
         );
         self.progress.phase("solve");
         // One factor at a time is in memory; only overrides for single modules need another.
-        let mut factor: Option<(FactorKey, Factor)> = None;
+        let mut factor: Option<(FactorKey, Factor, Hessian)> = None;
         let mut passed_on: Option<Vec<f32>> = None;
         for (index, linear, settings) in &quantized {
-            if let Some(solved) = &solved {
-                let key = self.factor_key(settings, chosen.damp_percent);
-                if factor.as_ref().is_none_or(|(made, _)| *made != key) {
+            let special = with_distances.as_ref().filter(|(_, linears)| linears.contains(index));
+            let inputs = special.map(|(hessian, _)| hessian).or(hessian.as_ref());
+            if let Some(inputs) = inputs {
+                let key = self.factor_key(settings, chosen.damp_percent, special.is_some());
+                if factor.as_ref().is_none_or(|(made, ..)| *made != key) {
                     drop((factor.take(), passed_on.take()));
+                    // Errors are measured with the inputs as they are.
+                    let solved = inputs.shrunk(chosen.shrink);
                     let made = self.phases.time("factor", || match self.job.options.method {
-                        Method::Awq => unfactored(solved, settings.group_size),
+                        Method::Awq => unfactored(&solved, settings.group_size),
                         _ => solved.factor(key.0, key.1),
                     });
                     if let Some(shift) = &shift {
                         let pool = self.job.pool;
                         passed_on = self.phases.time("correct", || shift.passed_on(pool, &made));
                     }
-                    factor = Some((key, made));
+                    factor = Some((key, made, solved));
                 }
             }
-            let fitted = match (&factor, &solved, &hessian) {
-                (Some((_, factor)), Some(solved), Some(inputs)) => {
-                    Some(Fitted { factor, solved, inputs, shrink: chosen.shrink })
-                }
-                _ => None,
-            };
+            let fitted = factor.as_ref().zip(inputs).map(|((_, factor, solved), inputs)| Fitted {
+                factor,
+                solved,
+                inputs,
+                shrink: chosen.shrink,
+            });
             let expert = expert.as_ref();
             let passed_on = passed_on.as_deref();
             let corrected = shift.as_ref().map(|shift| Corrected { shift, passed_on });
@@ -105,7 +110,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn factor_key(&self, settings: &ModuleSettings, percent: f64) -> FactorKey {
+    fn factor_key(&self, settings: &ModuleSettings, percent: f64, special: bool) -> FactorKey {
         let options = self.job.options;
         // OBQ chooses its own order within the row.
         let ordered = options.method == Method::Gptq;
@@ -114,6 +119,6 @@ impl Run<'_> {
             percent: settings.damp_percent.unwrap_or(percent),
             auto_increment: options.damp_auto_increment,
         };
-        (order, damping)
+        (order, damping, special)
     }
 }

@@ -50,7 +50,13 @@ pub(super) fn sites(spec: &Spec, layer: usize) -> Vec<Site> {
         Some(_) if !spec.norm.weight => Source::Nothing("the norm before it has no weight"),
         Some(name) => Source::Norm(format!("{}.{name}", spec.block_name(layer))),
     };
-    let mut first = Site { stages: vec![Stage::Qkv], source: norm(attention) };
+    let distances = spec.attention.relative.is_some_and(|relative| !relative.shared().is_empty());
+    let source = if distances {
+        Source::Nothing("distances between tokens go through the same projections")
+    } else {
+        norm(attention)
+    };
+    let mut first = Site { stages: vec![Stage::Qkv], source };
     let mut sites = vec![Site { stages: vec![Stage::AttnOut], source: values(spec) }];
     for stage in spec.stage_order(layer) {
         match stage {
