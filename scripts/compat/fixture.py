@@ -1,7 +1,9 @@
-"""Writes a conformance fixture of a family: `fixture.py FAMILY [NAME]` makes testdata/fixtures/NAME from the family's entry
-in families.py, small (a few ten KiB): config.json as transformers writes it, the weights, and what transformers computes.
+"""Writes a conformance fixture of a family: `fixture.py FAMILY [NAME [CHANGES]]` makes testdata/fixtures/NAME from the
+family's entry in families.py with the CHANGES (a JSON object), small (a few ten KiB): config.json as transformers writes it,
+the weights, and what transformers computes.
 """
 
+import json
 import sys
 
 import torch
@@ -15,8 +17,9 @@ SMALLER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_
 def main():
     family = sys.argv[1]
     directory = ROOT / "testdata" / "fixtures" / (sys.argv[2:] or [family])[0]
+    changes = json.loads((sys.argv[3:] or ["{}"])[0])
     smaller = {key: value for key, value in SMALLER.items() if key in FAMILIES[family]["base"]}
-    model = build(family, smaller, seed=11)
+    model = build(family, smaller | changes, seed=11)
     inputs, expected = ask(model, FAMILIES[family].get("masked", False), seed=12)
     if "attention_mask" not in inputs:
         with torch.no_grad():

@@ -94,14 +94,17 @@ def ask(model, masked, seed):
     if masked:
         mask = torch.ones_like(ids)
         mask[1, LENGTH - 11 :] = 0
-        padding = getattr(model.config, "pad_token_id", None) or 0
-        ids[1, LENGTH - 11 :] = padding
+        if seed % 2 and FAMILIES[model.config.model_type].get("masked"):  # decoders differ in how they count padding
+            mask[0, :7] = 0
+        ids[mask == 0] = getattr(model.config, "pad_token_id", None) or 0
         inputs["attention_mask"] = mask
         if getattr(model.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = (torch.arange(LENGTH) >= 15).long().expand(ROWS, -1).contiguous()
     with torch.no_grad():
         answer = model(**inputs)
     found = {name: answer[name] for name in ("logits", "last_hidden_state", "pooler_output") if answer.get(name) is not None}
+    if "attention_mask" in inputs and not inputs["attention_mask"][:, 0].all():
+        found.pop("pooler_output", None)  # of a padding token there, of the first real one here
     return inputs, found
 
 
