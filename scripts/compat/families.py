@@ -292,6 +292,21 @@ FAMILIES = {
         axes=[[{}, {"__class": "AutoModel"}], axis("activation", "gelu", "relu"), [{}, {"n_heads": 8}, {"hidden_dim": 96}],
               axis("tie_word_embeddings", True, False), axis("sinusoidal_pos_embds", False, True)],
     ),  # fmt: skip
+    "deberta-v2": dict(
+        base={**ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16, "share_att_key": True,
+              "norm_rel_ebd": "layer_norm", "position_biased_input": False},
+        masked=True,
+        axes=[[{}, {"__class": "AutoModel"}], PLAIN, TIED[::-1], axis("layer_norm_eps", 1e-7, 1e-3),
+              [{}, {"num_attention_heads": 8}, {"hidden_size": 96, "num_attention_heads": 6}, {"intermediate_size": 176}],
+              [{}, {"embedding_size": 32}, {"legacy": False}],
+              axis("type_vocab_size", 0, 1, 3), axis("position_biased_input", False, True),
+              axis("relative_attention", True, False), axis("share_att_key", True, False),
+              axis("pos_att_type", ["p2c", "c2p"], "c2p | P2C", ["c2p"], ["p2c"], [], None),
+              axis("position_buckets", 16, -1, 0, 2, 7, 40, 256), axis("max_relative_positions", -1, 24, 512),
+              axis("norm_rel_ebd", "layer_norm", "none"),
+              [{}, {"conv_kernel_size": 3, "conv_act": "gelu"}, {"conv_kernel_size": 5, "conv_groups": 4},
+               {"conv_kernel_size": 1, "conv_act": "relu"}, {"conv_kernel_size": 97, "conv_groups": 2}]],
+    ),  # fmt: skip
     "modernbert": dict(
         base={**ENCODER, "local_attention": 8, "num_hidden_layers": 4, "cls_token_id": 1, "sep_token_id": 2, "eos_token_id": 2,
               "bos_token_id": 1},

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use gptq_format::Config;
+use gptq_model::relative::Buckets;
 use gptq_model::spec::Positions;
 use gptq_model::{ModelError, Spec, Stage};
 use serde_json::{Value, json};
@@ -49,7 +50,11 @@ fn encoders_refuse_what_they_do_not_compute() {
         &["position_embedding_type", "relative_key"],
     );
     refused(&bert(), &json!({ "add_cross_attention": true }), &["add_cross_attention"]);
-    refused(&bert(), &json!({ "model_type": "deberta-v2" }), &["deberta-v2", "xlm-roberta"]);
+    refused(
+        &bert(),
+        &json!({ "model_type": "deberta" }),
+        &["\"deberta\"", "deberta-v2", "xlm-roberta"],
+    );
     let roberta = with(&bert(), &json!({ "model_type": "roberta" }));
     refused(&roberta, &json!({ "pad_token_id": 65 }), &["pad_token_id", "65"]);
     refused(&roberta, &json!({ "pad_token_id": -1 }), &["pad_token_id"]);
@@ -58,6 +63,51 @@ fn encoders_refuse_what_they_do_not_compute() {
     // Keys of the multilingual BERT.
     let old = json!({ "pooler_num_attention_heads": 12, "pooler_size_per_head": 128, "directionality": "bidi" });
     read(&with(&bert(), &old)).unwrap();
+}
+
+fn deberta(changes: &Value) -> Value {
+    let base = json!({
+        "model_type": "deberta-v2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "vocab_size": 256, "relative_attention": true, "pos_att_type": "p2c|c2p",
+        "position_buckets": 256, "max_relative_positions": -1, "share_att_key": true, "norm_rel_ebd": "layer_norm",
+        "position_biased_input": false, "attention_head_size": 16, "type_vocab_size": 0, "pooler_hidden_act": "gelu"
+    });
+    with(&base, changes)
+}
+
+#[test]
+fn deberta_reads_what_decides_its_distances_and_refuses_the_rest() {
+    let relative = |changes: &Value| read(&deberta(changes)).unwrap().attention.relative;
+    let usual = relative(&json!({})).unwrap();
+    assert_eq!((usual.span, usual.shared()), (256, vec![0, 1]));
+    // Of 512 positions, which is the default.
+    assert_eq!(usual.buckets, Some(Buckets { half: 128, limit: 512 }));
+    let plain = json!({ "position_buckets": -1, "max_relative_positions": 24, "share_att_key": null,
+        "pos_att_type": ["c2p"], "norm_rel_ebd": null });
+    let plain = relative(&plain).unwrap();
+    assert_eq!((plain.span, plain.buckets, plain.norm, plain.queries), (24, None, None, None));
+    assert_eq!(plain.own().collect::<Vec<_>>(), ["attention.self.pos_key_proj"]);
+    assert_eq!(relative(&json!({ "relative_attention": false })), None);
+    // Terms count for the scale even where they are not computed.
+    let scale = |changes: &Value| read(&deberta(changes)).unwrap().attention.scale;
+    assert_eq!(scale(&json!({ "relative_attention": false })), scale(&json!({})));
+    assert_eq!(scale(&json!({ "pos_att_type": null })), 0.25);
+
+    for (changes, key) in [
+        (json!({ "pos_att_type": "c2p|p2p" }), "pos_att_type"),
+        (json!({ "norm_rel_ebd": "rms" }), "norm_rel_ebd"),
+        (json!({ "position_buckets": 1 }), "position_buckets"),
+        (json!({ "position_buckets": 2.5 }), "position_buckets"),
+        (json!({ "conv_kernel_size": 4 }), "conv_kernel_size"),
+        (json!({ "conv_kernel_size": 3, "conv_groups": 3 }), "conv_groups"),
+        (json!({ "conv_act": "selu" }), "conv_act"),
+        (json!({ "attention_head_size": 32 }), "attention_head_size"),
+        (json!({ "num_key_value_heads": 2 }), "num_key_value_heads"),
+        (json!({ "legacy": false, "embedding_size": 32 }), "legacy"),
+        (json!({ "relative_position_scale": 2 }), "relative_position_scale"),
+    ] {
+        refused(&deberta(&changes), &json!({}), &[key]);
+    }
 }
 
 #[test]

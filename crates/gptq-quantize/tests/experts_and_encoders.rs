@@ -13,6 +13,7 @@ use gptq_quantize::{
     QuantizeOptions, quantize,
 };
 use gptq_testkit::{difference, fixtures};
+use serde_json::json;
 
 const WINDOWS: usize = 16;
 const LENGTH: usize = 48;
@@ -53,7 +54,7 @@ fn run(source: &Path, output: &Path, windows: usize, options: QuantizeOptions) -
 fn hidden(directory: &Path) -> Tensor {
     let model = Model::load(&Checkpoint::open(directory).unwrap()).unwrap();
     let mut session = Session::new(Arc::new(Pool::new(2)));
-    let ids: Vec<u32> = (0..40).map(|i| (i * 7 + 3) % 200).collect();
+    let ids: Vec<u32> = (0..40).map(|i| (i * 7 + 3) % model.spec().vocab.min(200) as u32).collect();
     let input = EncodeInput { ids: &ids, ..EncodeInput::default() };
     model.encode(&mut session, &[input]).unwrap().hidden.clone()
 }
@@ -154,6 +155,8 @@ fn encoders_are_quantized_like_decoders() {
         ("bert_mlm", "bert.encoder.layer"),
         ("roberta", "encoder.layer"),
         ("distilbert", "transformer.layer"),
+        ("deberta_v2", "deberta.encoder.layer"),
+        ("deberta_v2_own", "deberta.encoder.layer"),
     ] {
         let Some(source) = fixtures::dir(name) else { continue };
         let folder = tempfile::tempdir().unwrap();
@@ -164,6 +167,10 @@ fn encoders_are_quantized_like_decoders() {
         // transformers does not find the blocks of an encoder by itself.
         let config = Checkpoint::open(&output).unwrap().quantize_config.unwrap();
         assert_eq!(config.other["block_name_to_quantize"], blocks, "{name}");
+        // Nor does it know which linears of a block stay floats.
+        let listed = config.modules_in_block_to_quantize.map(|listed| listed[1].clone());
+        let out = (name == "deberta_v2_own").then(|| json!(["attention.output.dense"]));
+        assert_eq!(listed, out, "{name}");
         assert!(report.modules.iter().all(|r| r.nsamples == (WINDOWS * LENGTH) as u64));
         let error = error_of(&source, &output);
         assert!(error < LARGEST_ERROR, "{name}: {error}");

@@ -9,6 +9,7 @@ mod bert;
 mod bloom;
 mod codegen;
 mod cohere;
+mod deberta_v2;
 mod distilbert;
 mod experts;
 mod falcon;
@@ -104,6 +105,7 @@ pub const FAMILIES: &[Family] = &[
     family!("camembert", roberta::spec),
     family!("codegen", codegen::spec),
     family!("cohere", cohere::spec),
+    family!("deberta-v2", deberta_v2::spec),
     family!("distilbert", distilbert::spec),
     family!("falcon", falcon::spec),
     family!("gemma", gemma::spec),

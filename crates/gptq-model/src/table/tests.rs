@@ -133,4 +133,17 @@ fn what_is_wrong_is_named_with_what_is_possible() {
     contradicts("base = \"llama\"\n[mlp]\ngated = false", &["stages", "not gated"]);
     contradicts("base = \"llama\"\n[modules]\npositions = \"wpe\"", &["modules.positions"]);
     contradicts("base = \"llama\"\n[norms]\nqueries = \"q\"", &["norms.queries"]);
+    let mut deberta = llama();
+    map_insert(&mut deberta, "num_key_value_heads", Value::Null);
+    map_insert(&mut deberta, "pos_att_type", json!(["c2p"]));
+    map_insert(&mut deberta, "relative_attention", json!(true));
+    for text in [
+        "[attention]\ncausal = true",
+        "[attention]\nfused_order = \"concat\"\n[stages]\nqkv = [\"a\"]",
+        "[norms]\nqueries = \"q\"\nkeys = \"k\"",
+    ] {
+        let table = FamilyTable::parse(&format!("base = \"deberta-v2\"\n{text}")).unwrap();
+        let error = table.spec(&config(&deberta)).unwrap_err().to_string();
+        assert!(error.contains("deberta-v2 has scores of distances"), "{error}");
+    }
 }
