@@ -1,8 +1,11 @@
 """A tiny model of every family and its variants, for variants.py and every_family.py.
 
 `base` is what AutoConfig.for_model gets; each of `axes` lists alternatives, the first of which is usually the base itself;
-`attention` is the implementation that serves as reference (eager by default).
+`attention` is the implementation that serves as reference (eager by default). Of a family that transformers lacks, `source` is
+one that computes the same and `layout` a module that rewrites its checkpoints.
 """
+
+import chatglm
 
 SMALL = dict(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
@@ -267,6 +270,11 @@ FAMILIES = {
         base={**SMALL, "head_dim": 16},
         axes=[HEADS, HEAD_DIM, GATE, TIED, axis("attention_bias", True, False), EPS, SIZES, partial(0.25, 0.5, 1.0)],
     ),
+    "chatglm": dict(  # rewritten from a glm
+        base={**SMALL, "head_dim": 16}, source="glm", layout=chatglm,
+        axes=[HEADS, HEAD_DIM, axis("attention_bias", True, False), axis("rms_norm_eps", 1.5625e-7, 1e-3), SIZES,
+              [{}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5}}]],
+    ),  # fmt: skip
     "glm4": dict(
         base={**SMALL, "head_dim": 16},
         axes=[HEADS, HEAD_DIM, GATE, TIED, axis("attention_bias", True, False), EPS, SIZES, partial(0.25, 0.5, 1.0)],

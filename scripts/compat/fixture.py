@@ -9,7 +9,7 @@ import sys
 import torch
 from families import FAMILIES
 from safetensors.torch import save_file
-from variants import ROOT, ask, build
+from variants import ROOT, ask, build, save
 
 SMALLER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=96)
 
@@ -25,7 +25,7 @@ def main():
         with torch.no_grad():
             states = model(**inputs, output_hidden_states=True).hidden_states
         expected |= {f"hidden_states.{index}": state.contiguous() for index, state in enumerate(states)}
-    model.save_pretrained(directory)
+    save(family, model, directory)
     (directory / "generation_config.json").unlink(missing_ok=True)
     save_file({**inputs, **expected}, directory / "expected.safetensors")
     print(directory, sum(file.stat().st_size for file in directory.iterdir()), "bytes")

@@ -78,11 +78,18 @@ def build(model_type, changes, seed):
     arguments = {**entry["base"], **changes}
     task = arguments.pop("__class", entry.get("class", "AutoModelForCausalLM"))
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(model_type, **arguments)
+    config = transformers.AutoConfig.for_model(entry.get("source", model_type), **arguments)
     config._attn_implementation = entry.get("attention", "eager")
     model = getattr(transformers, task).from_config(config, attn_implementation=config._attn_implementation)
     randomize(model, torch.Generator().manual_seed(seed))
     return model.eval().float()
+
+
+def save(model_type, model, directory):
+    """Writes the checkpoint."""
+    model.save_pretrained(directory)
+    if layout := FAMILIES[model_type].get("layout"):
+        layout.rewrite(directory)
 
 
 def ask(model, masked, seed):
@@ -164,7 +171,7 @@ def main():
                 # Scaling that depends on the length depends on the padded length in transformers, on each sequence's own here.
                 padded = index % 4 == 3 and not any(name in str(changes) for name in ("dynamic", "longrope"))
                 inputs, expected = ask(model, entry.get("masked", padded), options.seed + index)
-                model.save_pretrained(directory)
+                save(model_type, model, directory)
             except Exception as error:  # the combination is not one that transformers runs
                 invalid += 1
                 if os.environ.get("VERBOSE"):
@@ -174,6 +181,8 @@ def main():
             new = json.loads((directory / "config.json").read_text())
             short = {**model.config.to_diff_dict(), "model_type": model_type}
             short.pop("_attn_implementation", None)
+            if "layout" in entry:
+                short = entry["layout"].short(new)
             for spelling, config in (("5", new), ("4", old_spelling(new)), ("short", short)):
                 if config is None:
                     continue

@@ -65,6 +65,45 @@ fn encoders_refuse_what_they_do_not_compute() {
     read(&with(&bert(), &old)).unwrap();
 }
 
+#[test]
+fn the_models_that_are_called_chatglm_are_told_apart_or_refused() {
+    // The keys of the published GLM-4 9B, with smaller sizes.
+    let base = json!({
+        "model_type": "chatglm", "add_bias_linear": false, "add_qkv_bias": true,
+        "apply_query_key_layer_scaling": true, "apply_residual_connection_post_layernorm": false,
+        "attention_dropout": 0.0, "attention_softmax_in_fp32": true, "bias_dropout_fusion": true,
+        "ffn_hidden_size": 96, "fp32_residual_connection": false, "hidden_dropout": 0.0, "hidden_size": 64,
+        "kv_channels": 16, "layernorm_epsilon": 1.5625e-07, "multi_query_attention": true,
+        "multi_query_group_num": 2, "num_attention_heads": 4, "num_layers": 2, "original_rope": true,
+        "padded_vocab_size": 256, "post_layer_norm": true, "rmsnorm": true, "rope_ratio": 500, "seq_length": 128,
+        "use_cache": true, "torch_dtype": "bfloat16", "tie_word_embeddings": false, "eos_token_id": [1, 2]
+    });
+    let spec = read(&base).unwrap();
+    let Positions::Rotary(ropes) = &spec.positions else { panic!() };
+    assert_eq!((ropes[0].theta, ropes[0].rotary_dim), (5e6, 8));
+    assert_eq!(spec.stages(1)[0].linears[0].out_features, (4 + 2 * 2) * 16);
+    for (changes, key) in [
+        (json!({ "position_encoding_2d": true }), "position_encoding_2d"),
+        (json!({ "inner_hidden_size": 16384 }), "inner_hidden_size"),
+        (json!({ "pre_seq_len": 128 }), "pre_seq_len"),
+        (json!({ "quantization_bit": 4 }), "quantization_bit"),
+        (json!({ "vision_config": { "num_heads": 16 } }), "vision_config"),
+        (json!({ "original_rope": false }), "original_rope"),
+        (json!({ "tie_word_embeddings": true }), "tie_word_embeddings"),
+        (json!({ "padded_vocab_size": 65024 }), "rope_ratio"),
+        (json!({ "multi_query_group_num": 3 }), "multi_query_group_num"),
+        (json!({ "kv_channels": 18 }), "kv_channels"),
+        (json!({ "rope_theta": 1e6 }), "rope_theta"),
+    ] {
+        refused(&base, &changes, &[key]);
+    }
+    // ChatGLM 2 and 3.
+    let plain =
+        json!({ "padded_vocab_size": 65024, "rope_ratio": 1, "multi_query_attention": false });
+    let spec = read(&with(&base, &plain)).unwrap();
+    assert_eq!(spec.attention.kv_heads, 4);
+}
+
 fn deberta(changes: &Value) -> Value {
     let base = json!({
         "model_type": "deberta-v2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

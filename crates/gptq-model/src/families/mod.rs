@@ -7,6 +7,7 @@ mod arcee;
 mod baichuan;
 mod bert;
 mod bloom;
+mod chatglm;
 mod codegen;
 mod cohere;
 mod deberta_v2;
@@ -103,6 +104,7 @@ pub const FAMILIES: &[Family] = &[
     family!("bert", bert::spec),
     family!("bloom", bloom::spec),
     family!("camembert", roberta::spec),
+    family!("chatglm", chatglm::spec),
     family!("codegen", codegen::spec),
     family!("cohere", cohere::spec),
     family!("deberta-v2", deberta_v2::spec),

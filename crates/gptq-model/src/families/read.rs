@@ -50,10 +50,7 @@ impl Sizes {
     /// Reads and cross-checks the sizes; `num_key_value_heads` and `head_dim` are optional.
     pub(super) fn read(f: &Fields<'_>, keys: &SizeKeys) -> Result<Self> {
         let hidden = f.count(keys.hidden)?;
-        let layers = f.count(keys.layers)?;
-        if layers > MAX_LAYERS {
-            return Err(f.bad(keys.layers, format!("at most {MAX_LAYERS}")));
-        }
+        let layers = layer_count(f, keys.layers)?;
         let heads = f.count(keys.heads)?;
         let kv_heads = f.count_or("num_key_value_heads", heads)?;
         if !heads.is_multiple_of(kv_heads) {
@@ -108,6 +105,12 @@ impl Sizes {
     pub(super) fn alike(&self) -> Vec<Layer> {
         vec![Layer { rope: Some(0), ..Layer::default() }; self.layers]
     }
+}
+
+/// A number of blocks.
+pub(super) fn layer_count(f: &Fields<'_>, key: &str) -> Result<usize> {
+    let layers = f.count(key)?;
+    if layers > MAX_LAYERS { Err(f.bad(key, format!("at most {MAX_LAYERS}"))) } else { Ok(layers) }
 }
 
 /// 1/sqrt(x), the usual scale of attention scores.
