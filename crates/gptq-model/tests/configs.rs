@@ -222,6 +222,22 @@ fn impossible_mixtures_are_refused_by_name() {
 }
 
 #[test]
+fn late_versions_of_transformers_4_write_the_rotated_share_twice() {
+    let neox = json!({
+        "model_type": "gpt_neox", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "vocab_size": 96, "max_position_embeddings": 64, "hidden_act": "gelu"
+    });
+    for both in [
+        json!({ "partial_rotary_factor": 0.25 }),
+        json!({ "rotary_pct": 0.5, "partial_rotary_factor": 0.5 }),
+    ] {
+        assert_eq!(read(&with(&neox, &both)).unwrap().family, "gpt_neox");
+    }
+    let other = json!({ "rotary_pct": 0.5, "partial_rotary_factor": 0.25 });
+    refused(&neox, &other, &["partial_rotary_factor", "0.25"]);
+}
+
+#[test]
 fn baichuan_versions_are_told_apart_or_refused() {
     let config = json!({
         "model_type": "baichuan", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

@@ -14,6 +14,9 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
         partial: ("rotary_pct", 0.25),
         ..RopeDefaults::default()
     };
+    // Written beside it by late versions of transformers 4.
+    let share = f.value("rotary_pct").cloned().unwrap_or(defaults.partial.1.into());
+    f.only("partial_rotary_factor", &share)?;
     let bias = f.flag_or("attention_bias", true)?;
     let (attention_norm, mlp_norm) = ("input_layernorm", "post_attention_layernorm");
     Ok(Spec {
