@@ -1,6 +1,7 @@
 //! Mixtures of experts and encoders through the pipeline: every expert is solved on its own tokens, and what is saved is
 //! what was computed.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -101,6 +102,13 @@ fn experts_are_solved_on_the_tokens_routed_to_them() {
                 assert_eq!(expert.fallback, None);
             }
         }
+        // transformers 4 has routers among its linears and is told that they are none of ours.
+        let config = Checkpoint::open(&output).unwrap().quantize_config.unwrap();
+        let listed: Vec<Vec<String>> =
+            serde_json::from_value(config.modules_in_block_to_quantize.unwrap()).unwrap();
+        let listed: HashSet<String> = listed.into_iter().flatten().collect();
+        let quantized = report.modules.iter().map(|record| record.module.clone()).collect();
+        assert_eq!(listed, quantized, "{name}");
         let error = error_of(&source, &output);
         assert!(error < LARGEST_ERROR, "{name}: {error}");
     }

@@ -7,7 +7,7 @@ use gptq_format::gptq_linear::LinearShape;
 use gptq_format::{
     Checkpoint, DType, Dynamic, ModuleSettings, QuantizeConfig, ShardPlan, TensorSpec,
 };
-use gptq_model::{LinearSpec, Spec, StageSpec};
+use gptq_model::{LinearSpec, Spec};
 use serde_json::json;
 
 use super::options::QuantizeOptions;
@@ -63,14 +63,11 @@ impl Layout {
         if !GUESSED_BY_OPTIMUM.contains(&blocks.as_str()) {
             config.other.insert("block_name_to_quantize".into(), json!(blocks));
         }
-        if spec.attention.relative.is_some_and(|relative| relative.own().next().is_some()) {
-            // Linears that stay floats in every block: optimum would take them for quantized ones.
-            let stages = spec.stages(0).into_iter();
-            let names = |stage: StageSpec| -> Vec<String> {
-                stage.linears.into_iter().map(|linear| linear.name).collect()
-            };
-            config.modules_in_block_to_quantize =
-                Some(json!(stages.map(names).collect::<Vec<_>>()));
+        let own = spec.attention.relative.is_some_and(|relative| relative.own().next().is_some());
+        if own || spec.moe.is_some() {
+            // Linears that stay floats in every block (routers, projections of distances): transformers
+            // would take them for quantized ones.
+            config.modules_in_block_to_quantize = Some(json!(stages_of_all_blocks(spec)));
         }
         let mut modules = HashMap::new();
         for layer in 0..spec.layer_count() {
@@ -152,6 +149,18 @@ impl Layout {
         let bf16 = self.copied.iter().any(|c| c.dtype == DType::BF16);
         if bf16 { "bfloat16" } else { "float16" }
     }
+}
+
+/// The names of the linears of each stage that some block has, blocks' differences joined.
+fn stages_of_all_blocks(spec: &Spec) -> Vec<Vec<String>> {
+    let mut stages: Vec<Vec<String>> = Vec::new();
+    for stage in (0..spec.layer_count()).flat_map(|layer| spec.stages(layer)) {
+        let names: Vec<String> = stage.linears.into_iter().map(|linear| linear.name).collect();
+        if !stages.contains(&names) {
+            stages.push(names);
+        }
+    }
+    stages
 }
 
 /// The head, if it can be quantized.
