@@ -21,6 +21,12 @@ if ! cmp -s "$requirements" "$venv/installed.txt"; then
     "$venv/bin/pip" install --quiet --requirement "$requirements"
     cp "$requirements" "$venv/installed.txt"
 fi
+older=scripts/compat/requirements-4.txt
+if ! cmp -s "$older" "$venv/transformers-4/installed.txt"; then
+    rm -rf "$venv/transformers-4"
+    "$venv/bin/pip" install --quiet --no-deps --no-build-isolation --target "$venv/transformers-4" --requirement "$older"
+    cp "$older" "$venv/transformers-4/installed.txt"
+fi
 # Compiled from source; the other parts do not need it.
 if ! "$venv/bin/python" -c 'import llama_cpp' 2>/dev/null; then
     CMAKE_ARGS="-DLLAVA_BUILD=OFF" "$venv/bin/pip" install --quiet llama-cpp-python==0.3.36 ||

@@ -39,6 +39,12 @@ PARTS = {
         "GPTQModel's own checkpoint does and gptq opens that one; what a tool does not open is explained below the table, "
         "with the tool's message. Encoders have their masked-language head.",
     ),
+    "ours_in_transformers_4": (
+        "Every family, in transformers 4",
+        "The same checkpoints opened by transformers 4.57.3 with optimum 1.27.0 and GPTQModel 5.7.0: differences of logits in "
+        "f32 arithmetic. Mixtures of experts, GPT-2's Conv1D and Falcon open here and not in transformers 5. ModernBERT "
+        "opens in no version: transformers initialises the weights of its linears, which GPTQModel's do not have.",
+    ),
     "theirs_in_ours": (
         "What GPTQModel writes, in gptq",
         "The same model is quantized by GPTQModel on CPU and opened by both.",

@@ -228,7 +228,7 @@ fn late_versions_of_transformers_4_write_the_rotated_share_twice() {
         "num_attention_heads": 2, "vocab_size": 96, "max_position_embeddings": 64, "hidden_act": "gelu"
     });
     for both in [
-        json!({ "partial_rotary_factor": 0.25 }),
+        json!({ "partial_rotary_factor": 0.25, "rope_theta": 10000 }),
         json!({ "rotary_pct": 0.5, "partial_rotary_factor": 0.5 }),
     ] {
         assert_eq!(read(&with(&neox, &both)).unwrap().family, "gpt_neox");

@@ -1,6 +1,8 @@
 //! GPT-NeoX (Pythia, Dolly, StableLM alpha): query, key and value interleaved head by head, a quarter of each head rotates,
 //! attention and MLP side by side with a norm each (or one after the other).
 
+use serde_json::Value;
+
 use super::read::{RopeDefaults, Sizes, USUAL, activation, rope};
 use crate::Result;
 use crate::fields::Fields;
@@ -14,9 +16,9 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
         partial: ("rotary_pct", 0.25),
         ..RopeDefaults::default()
     };
-    // Written beside it by late versions of transformers 4.
-    let share = f.value("rotary_pct").cloned().unwrap_or(defaults.partial.1.into());
-    f.only("partial_rotary_factor", &share)?;
+    let ropes = vec![rope(f, &sizes, defaults)?];
+    also(f, "partial_rotary_factor", "rotary_pct", 0.25)?;
+    also(f, "rope_theta", "rotary_emb_base", 10000.0)?;
     let bias = f.flag_or("attention_bias", true)?;
     let (attention_norm, mlp_norm) = ("input_layernorm", "post_attention_layernorm");
     Ok(Spec {
@@ -28,7 +30,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
         blocks: "layers",
         conv1d: false,
         embedding: Embedding::plain("embed_in", sizes.hidden),
-        positions: Positions::Rotary(vec![rope(f, &sizes, defaults)?]),
+        positions: Positions::Rotary(ropes),
         norm: NormSpec::layer(f.eps_or("layer_norm_eps", 1e-5)?),
         attention: Attention {
             qkv: Qkv::Fused { name: "attention.query_key_value", order: FusedOrder::Grouped },
@@ -57,4 +59,11 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
         ),
         layers: sizes.alike(),
     })
+}
+
+/// Late versions of transformers 4 write the value of `key` under another name, too: it has to be the same.
+fn also(f: &Fields<'_>, name: &str, key: &str, default: f64) -> Result<()> {
+    let number = |key: &str| f.value(key).and_then(Value::as_f64);
+    let value = number(key).unwrap_or(default);
+    if number(name) == Some(value) { Ok(()) } else { f.only(name, &value.into()) }
 }
