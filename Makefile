@@ -1,7 +1,7 @@
 # Everything a contributor runs. `make` alone lists the targets.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-peers compat fuzz
+.PHONY: help demo test check bench bench-peers compat quality fuzz
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ bench-peers: ## The same shapes in gptq, llama.cpp and OpenVINO side by side: co
 
 compat: ## Check against the real tools (transformers, GPTQModel, llama.cpp): installs 5 GiB, tens of minutes
 	@scripts/compat.sh
+
+quality: ## GPTQModel beside gptq on the same calibration tokens: ARGS="--calibration TEXT --eval TEXT..."
+	@scripts/quality.sh $(ARGS)
 
 fuzz: ## Fuzz the readers of untrusted bytes, 20 seconds each (needs `cargo install cargo-fuzz`)
 	cd fuzz && for target in safetensors_index gguf gptq_unpack config chat_template; do \
