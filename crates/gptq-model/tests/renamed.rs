@@ -249,9 +249,11 @@ fn gate_and_up_taken_apart() {
     }
 }
 
-/// config.v4.json of a fixture.
+/// config.v4.json of a fixture, or config.json where there is none.
 fn source(name: &str) -> Value {
-    let path = fixtures::dir(name).unwrap().join("config.v4.json");
+    let dir = fixtures::dir(name).unwrap();
+    let v4 = dir.join("config.v4.json");
+    let path = if v4.exists() { v4 } else { dir.join("config.json") };
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
