@@ -171,22 +171,14 @@ fn head(f: &Fields<'_>, activation: Activation, full_width: bool) -> Result<Head
     if !legacy && !full_width {
         return Err(f.bad("legacy", "true where embedding_size is not hidden_size"));
     }
-    let bias = true;
+    let transform = |dense, norm| Transform { dense, bias: true, activation, norm };
     Ok(if legacy {
-        let transform = Transform {
-            dense: "cls.predictions.transform.dense",
-            bias,
-            activation,
-            norm: "cls.predictions.transform.LayerNorm",
-        };
+        let transform =
+            transform("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm");
         Head::masked(transform, "cls.predictions.decoder", tied, None)
     } else {
-        let transform = Transform {
-            dense: "lm_predictions.lm_head.dense",
-            bias,
-            activation,
-            norm: "lm_predictions.lm_head.LayerNorm",
-        };
+        let transform =
+            transform("lm_predictions.lm_head.dense", "lm_predictions.lm_head.LayerNorm");
         Head::masked(transform, "lm_predictions.lm_head", true, None)
     })
 }
