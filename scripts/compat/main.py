@@ -43,7 +43,7 @@ PARTS = {
         "Every family, in transformers 4",
         "The same checkpoints opened by transformers 4.57.3 with optimum 1.27.0 and GPTQModel 5.7.0: differences of logits in "
         "f32 arithmetic. Mixtures of experts, GPT-2's Conv1D and Falcon open here and not in transformers 5. ModernBERT "
-        "opens in no version: transformers initialises the weights of its linears, which GPTQModel's do not have.",
+        "opens in neither version: transformers initialises the weights of its linears, which GPTQModel's do not have.",
     ),
     "theirs_in_ours": (
         "What GPTQModel writes, in gptq",

@@ -11,7 +11,7 @@ import sys
 from tools import WORK, Row, gptq
 
 HEAD = ["family", "modules", "logits, f32 arithmetic"]
-# Its initialisation reads `weight` of linears, which GPTQModel's do not have, in every version.
+# Its initialisation reads `weight` of linears, which GPTQModel's do not have, in either version.
 NOT_OPENED = ["modernbert"]
 
 
