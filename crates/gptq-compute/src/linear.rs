@@ -215,7 +215,7 @@ impl Pass<'_> {
                 let rows = tiling.tile(index);
                 // SAFETY: tiles occupy disjoint ranges.
                 let out = unsafe { raw.range(rows.place * token_len, rows.height * token_len) };
-                pack_floats(layout, x, rows, packing, sums, out);
+                pack_floats(isa, layout, x, rows, packing, sums, out);
             });
             buffer
         };

@@ -10,6 +10,14 @@ pub(crate) fn nearest(x: f32) -> i32 {
     (x + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32
 }
 
+/// `x` rounded to bfloat16, ties to even. A NaN stays one.
+#[inline(always)]
+pub(crate) fn to_bf16(x: f32) -> f32 {
+    let bits = x.to_bits();
+    let up = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
+    f32::from_bits(if x.is_nan() { bits | 0x0040_0000 } else { up } & 0xFFFF_0000)
+}
+
 /// e^x, relative error below 2e-7; 0 below -87.3 and e^88.3 above 88.3.
 ///
 /// Range reduction x = n ln 2 + r with the two-part constant of Cody and Waite, then the Taylor
@@ -142,6 +150,15 @@ mod tests {
     fn nearest_is_round_ties_even() {
         for x in (-4000..4000).map(|i| i as f32 / 16.0).chain([4_194_303.5, -4_194_303.5, -0.0]) {
             assert_eq!(nearest(x), x.round_ties_even() as i32, "{x}");
+        }
+    }
+
+    #[test]
+    fn rounds_as_bfloat16_does() {
+        for bits in (0..=u32::MAX).step_by(65_521).chain([0x7F80_0000, 0x7F80_0001, 0xFFFF_FFFF]) {
+            let x = f32::from_bits(bits);
+            let (got, want) = (to_bf16(x), half::bf16::from_f32(x).to_f32());
+            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{x}");
         }
     }
 

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::{triangle, triangle_len};
 use crate::arch::{Isa, Kernel, LANES, Simd, dispatch, dispatch_pairs};
+use crate::math::to_bf16;
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
 
@@ -70,21 +71,13 @@ impl Kernel for Pack<'_> {
             if token + 1 < self.tokens.end {
                 let high = &self.x.row(token + 1)[self.columns.clone()];
                 for ((to, &low), &high) in to.iter_mut().zip(low).zip(high) {
-                    *to = rounded(low) >> 16 | rounded(high) & 0xFFFF_0000;
+                    *to = to_bf16(low).to_bits() >> 16 | to_bf16(high).to_bits();
                 }
             } else {
-                to.iter_mut().zip(low).for_each(|(to, &low)| *to = rounded(low) >> 16);
+                to.iter_mut().zip(low).for_each(|(to, &low)| *to = to_bf16(low).to_bits() >> 16);
             }
         }
     }
-}
-
-/// The bits of `x` rounded to bfloat16, ties to even, in the high half; a NaN stays one.
-#[inline(always)]
-fn rounded(x: f32) -> u32 {
-    let bits = x.to_bits();
-    let up = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
-    if x.is_nan() { bits | 0x0040_0000 } else { up }
 }
 
 /// One piece of the triangle.
@@ -147,16 +140,6 @@ mod tests {
     use half::bf16;
 
     use super::*;
-
-    #[test]
-    fn rounds_as_bfloat16_does() {
-        for bits in (0..=u32::MAX).step_by(65_521).chain([0x7F80_0000, 0x7F80_0001, 0xFFFF_FFFF]) {
-            let x = f32::from_bits(bits);
-            let (got, want) =
-                (f32::from_bits(rounded(x) & 0xFFFF_0000), bf16::from_f32(x).to_f32());
-            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{x}");
-        }
-    }
 
     #[test]
     fn matches_f64_on_every_instruction_set_and_thread_count() {

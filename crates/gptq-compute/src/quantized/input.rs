@@ -3,11 +3,10 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use half::bf16;
-
 use super::tile::{Rows, Tiling};
 use super::{Layout, PAD, QuantizedMatrix};
 use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_on};
+use crate::math;
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
 
@@ -74,40 +73,92 @@ pub(crate) fn token_floats(layout: Layout<'_>, packing: Packing) -> usize {
 /// followed by `[groups, height]` sums, which only asymmetric matrices read (`with_sums`). Missing
 /// rows are zero.
 pub(crate) fn pack_floats(
+    isa: Isa,
     layout: Layout<'_>,
     x: &Tensor,
-    Rows { first, tokens, height, .. }: Rows,
+    rows: Rows,
     packing: Packing,
     with_sums: bool,
     out: &mut [f32],
 ) {
-    let m = layout.0;
+    let (m, height) = (layout.0, rows.height);
     let len = token_floats(layout, packing);
     let (inputs, sums) = out[..len * height].split_at_mut((len - m.groups.len()) * height);
-    if tokens < height {
+    if rows.tokens < height {
         inputs.fill(0.0);
         sums.fill(0.0);
     }
-    for i in 0..tokens {
-        let row = x.row(first + i);
-        let input = |k: usize| {
-            let v = m.order.as_ref().map_or_else(|| row[k], |order| pick(row, order[k]));
-            if packing == Packing::Exact { v } else { bf16::from_f32(v).to_f32() }
-        };
-        if packing == Packing::Pairs {
-            let pair = |low: f32, high: f32| f32::from_bits(low.to_bits() >> 16 | high.to_bits());
-            for (q, cells) in inputs.chunks_exact_mut(2 * height).enumerate() {
-                let four = [0, 1, 2, 3].map(|j| input(4 * q + j));
-                cells[i] = pair(four[0], four[2]);
-                cells[height + i] = pair(four[1], four[3]);
+    dispatch_on(isa, Pack { matrix: m, x, rows, packing, with_sums, inputs, sums });
+}
+
+/// Inputs of [`Pack`] that are rounded at a time, then turned.
+const PIECE: usize = 64;
+/// Tokens of the tallest tile.
+const TALLEST: usize = 12;
+
+struct Pack<'a> {
+    matrix: &'a QuantizedMatrix,
+    x: &'a Tensor,
+    rows: Rows,
+    packing: Packing,
+    with_sums: bool,
+    inputs: &'a mut [f32],
+    sums: &'a mut [f32],
+}
+
+impl Kernel for Pack<'_> {
+    type Output = ();
+
+    // Plain code, which the compiler turns into vectors of each instruction set.
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { matrix: m, x, rows, packing, with_sums, inputs, sums } = self;
+        let Rows { first, tokens, height, .. } = rows;
+        let mut piece = [[0.0f32; PIECE]; TALLEST];
+        let piece = &mut piece[..tokens];
+        for (group, sums) in m.groups.iter().zip(sums.chunks_exact_mut(height)) {
+            let mut totals = [0.0f32; TALLEST];
+            let end = group.first + group.columns;
+            for at in (group.first..end).step_by(PIECE) {
+                let n = PIECE.min(end - at);
+                for (i, piece) in piece.iter_mut().enumerate() {
+                    let row = x.row(first + i);
+                    match &m.order {
+                        None => piece[..n].copy_from_slice(&row[at..at + n]),
+                        Some(order) => {
+                            let from = order[at..at + n].iter().map(|&k| pick(row, k));
+                            piece.iter_mut().zip(from).for_each(|(to, v)| *to = v);
+                        }
+                    }
+                    if packing != Packing::Exact {
+                        piece.iter_mut().for_each(|v| *v = math::to_bf16(*v));
+                    }
+                }
+                if with_sums {
+                    // Tokens in the inner loop: each of their sums waits for its last addition.
+                    for k in 0..n {
+                        totals.iter_mut().zip(&*piece).for_each(|(t, row)| *t += row[k]);
+                    }
+                }
+                if packing == Packing::Pairs {
+                    let cells = inputs[at / 2 * height..].chunks_exact_mut(height);
+                    for (pair, cells) in cells.enumerate().take(n / 2) {
+                        // 0 and 2, 1 and 3, 4 and 6, ...
+                        let k = 2 * pair - pair % 2;
+                        for (cell, row) in cells.iter_mut().zip(&*piece) {
+                            let (low, high) = (row[k].to_bits(), row[k + 2].to_bits());
+                            *cell = f32::from_bits(low >> 16 | high);
+                        }
+                    }
+                } else {
+                    let cells = inputs[at * height..].chunks_exact_mut(height);
+                    for (k, cells) in cells.enumerate().take(n) {
+                        cells.iter_mut().zip(&*piece).for_each(|(cell, row)| *cell = row[k]);
+                    }
+                }
             }
-        } else {
-            let cells = inputs[i..].iter_mut().step_by(height);
-            cells.enumerate().for_each(|(k, cell)| *cell = input(k));
-        }
-        if with_sums {
-            for (sum, group) in sums[i..].iter_mut().step_by(height).zip(m.groups.iter()) {
-                *sum = (group.first..group.first + group.columns).map(input).sum();
+            if with_sums {
+                sums.iter_mut().zip(totals).take(tokens).for_each(|(sum, t)| *sum = t);
             }
         }
     }
