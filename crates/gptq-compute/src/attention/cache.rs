@@ -5,8 +5,8 @@ use std::ops::Range;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use super::storage::{Element, F16, F32, Int8};
-use crate::arch::LANES;
+use super::storage::{Bf16, Element, F16, F32, Int8};
+use crate::arch::{LANES, has_pairs, isa};
 use crate::math;
 use crate::tensor::Tensor;
 
@@ -23,15 +23,24 @@ pub enum KvType {
     F16,
     /// 8-bit integers with one f32 scale per head and token.
     Int8,
+    /// bfloat16, multiplied with queries and weights that are rounded to it, too; sums in f32. For
+    /// processors that multiply pairs of these ([`KvType::rounding`]).
+    Bf16,
 }
 
 impl KvType {
+    /// [`KvType::Bf16`] where the processor multiplies these faster, else [`KvType::F32`].
+    pub fn rounding() -> Self {
+        if has_pairs(isa()) { Self::Bf16 } else { Self::F32 }
+    }
+
     /// Bytes of one stored element, scales left out.
     pub fn size(self) -> usize {
         match self {
             Self::F32 => F32::SIZE,
             Self::F16 => F16::SIZE,
             Self::Int8 => Int8::SIZE,
+            Self::Bf16 => Bf16::SIZE / Bf16::STEPS,
         }
     }
 
@@ -42,15 +51,17 @@ impl KvType {
 
     /// Bytes that the keys and values of one token take in one layer.
     pub fn bytes_per_token(self, kv_heads: usize, head_dim: usize) -> usize {
-        kv_heads
-            * ((head_dim + head_dim.next_multiple_of(LANES)) * self.size() + self.scale_bytes())
+        let keys =
+            if self == Self::Bf16 { head_dim.next_multiple_of(Bf16::STEPS) } else { head_dim };
+        kv_heads * ((keys + head_dim.next_multiple_of(LANES)) * self.size() + self.scale_bytes())
     }
 }
 
 /// The cache grows by blocks of 64 positions. A block holds, for each kv head, the keys transposed
 /// `[head_dim, 64]` (so that scores of 64 positions are one product without horizontal sums), the
 /// values `[64, head_dim rounded up to 16]` and, for [`KvType::Int8`], the scales of the keys
-/// `[64]` and of the values `[64]`.
+/// `[64]` and of the values `[64]`. [`KvType::Bf16`] keeps two rows in one: columns 2i and 2i + 1 of
+/// the keys; positions i and i + 16 of each 32 of the values, so that weights are paired lane by lane.
 #[derive(Debug, Clone)]
 pub struct LayerKv {
     /// Words, so that every kind of element is aligned.
@@ -64,9 +75,9 @@ pub struct LayerKv {
 /// One head's part of a block.
 #[derive(Clone, Copy)]
 pub(super) struct Part<'a, E: Element> {
-    /// `[head_dim, 64]`
+    /// `[head_dim / STEPS, 64]`
     pub(super) keys: &'a [E::Item],
-    /// `[64, padded_dim]`
+    /// `[64 / STEPS, padded_dim]`
     pub(super) values: &'a [E::Item],
     /// Of the keys `[64]` and of the values `[64]`; empty where elements have none.
     pub(super) scales: (&'a [f32], &'a [f32]),
@@ -148,6 +159,7 @@ impl LayerKv {
                     KvType::F32 => self.put_f32(head, key, value),
                     KvType::F16 => self.put_f16(head, key, value),
                     KvType::Int8 => self.put_int8(head, key, value),
+                    KvType::Bf16 => self.put_bf16(head, key, value),
                 }
             }
             self.len += 1;
@@ -201,6 +213,19 @@ impl LayerKv {
         values.iter_mut().zip(value).for_each(|(cell, x)| *cell = code(x, v));
     }
 
+    fn put_bf16(&mut self, head: usize, key: &[f32], value: &[f32]) {
+        let high = self.len / LANES % Bf16::STEPS == 1;
+        let (keys, values) = self.cells::<Bf16>(head);
+        let bits = |x: &f32| math::to_bf16(*x).to_bits();
+        for (cell, pair) in keys.zip(key.chunks(Bf16::STEPS)) {
+            *cell = bits(&pair[0]) >> 16 | pair.get(1).map_or(0, bits);
+        }
+        for (cell, x) in values.iter_mut().zip(value) {
+            // A position whose partner is still to come has zeros there.
+            *cell = if high { *cell & 0xFFFF | bits(x) } else { bits(x) >> 16 };
+        }
+    }
+
     /// Where the key and the value of the next position of one head go.
     fn cells<E: Element>(
         &mut self,
@@ -209,8 +234,10 @@ impl LayerKv {
         let (d, at, padded) = (self.head_dim, self.len % BLOCK, self.padded_dim());
         let size = self.head_words();
         let words = &mut self.blocks[self.len / BLOCK][head * size..(head + 1) * size];
-        let (keys, values) = bytemuck::cast_slice_mut(words).split_at_mut(d * BLOCK);
-        (keys[at..].iter_mut().step_by(BLOCK), &mut values[at * padded..at * padded + d])
+        let rows = d.div_ceil(E::STEPS);
+        let (keys, values) = bytemuck::cast_slice_mut(words).split_at_mut(rows * BLOCK);
+        let first = value_row::<E>(at) * padded;
+        (keys[at..].iter_mut().step_by(BLOCK), &mut values[first..first + d])
     }
 
     /// head_dim rounded up to whole vectors.
@@ -229,10 +256,22 @@ impl LayerKv {
         let size = self.head_words();
         let words = &self.blocks[block][head * size..(head + 1) * size];
         let (words, scales) = words.split_at(size - BLOCK * self.kind.scale_bytes() / 4);
-        let (keys, values) = bytemuck::cast_slice(words).split_at(self.head_dim * BLOCK);
+        let (keys, values) =
+            bytemuck::cast_slice(words).split_at(self.head_dim.div_ceil(E::STEPS) * BLOCK);
         let scales: &[f32] = bytemuck::cast_slice(scales);
         Part { keys, values, scales: scales.split_at(scales.len() / 2) }
     }
+}
+
+/// Row of the values of a block that holds position `at`.
+fn value_row<E: Element>(at: usize) -> usize {
+    at / (E::STEPS * LANES) * LANES + at % LANES
+}
+
+/// Rows that hold the values of the first `n` positions of a block.
+pub(super) fn value_rows<E: Element>(n: usize) -> usize {
+    let part = E::STEPS * LANES;
+    n / part * LANES + (n % part).min(LANES)
 }
 
 /// The scale that takes the largest magnitude to 127.

@@ -7,11 +7,11 @@
 
 use std::ops::Range;
 
-use super::cache::{BLOCK, LayerKv};
+use super::cache::{BLOCK, LayerKv, value_rows};
 use super::product::product;
-use super::storage::{Element, F16, F32, Int8};
+use super::storage::{Bf16, Element, F16, F32, Int8};
 use super::{AttnParams, CHUNK, KvType, visible};
-use crate::arch::{Kernel, LANES, Simd};
+use crate::arch::{Kernel, LANES, Simd, dispatch, dispatch_pairs, isa};
 use crate::math;
 use crate::tensor::Tensor;
 
@@ -91,9 +91,35 @@ pub(super) struct Chunk<'a> {
     pub(super) queries: Queries<'a>,
     /// Positions `index * CHUNK..(index + 1) * CHUNK`.
     pub(super) index: usize,
-    /// `[rows, CHUNK]`, any content.
+    /// `[rows, CHUNK]` for scores, then `[rows, head_dim]` for queries; any content.
     pub(super) strip: &'a mut [f32],
     pub(super) out: Partial<'a>,
+}
+
+impl Chunk<'_> {
+    /// Floats of `strip`.
+    pub(super) fn room(rows: usize, head_dim: usize) -> usize {
+        rows * (CHUNK + head_dim)
+    }
+
+    pub(super) fn compute(self) {
+        match self.queries.kv.kind() {
+            KvType::Bf16 => dispatch_pairs(isa(), PairChunk(self)),
+            _ => dispatch(self),
+        }
+    }
+}
+
+/// A chunk of pairs of bfloat16.
+struct PairChunk<'a>(Chunk<'a>);
+
+impl Kernel for PairChunk<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        chunk::<S, Bf16>(self.0);
+    }
 }
 
 impl Kernel for Chunk<'_> {
@@ -105,6 +131,7 @@ impl Kernel for Chunk<'_> {
             KvType::F32 => chunk::<S, F32>(self),
             KvType::F16 => chunk::<S, F16>(self),
             KvType::Int8 => chunk::<S, Int8>(self),
+            KvType::Bf16 => unreachable!("compute() takes PairChunk"),
         }
     }
 }
@@ -114,8 +141,15 @@ unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
     let Chunk { queries, index, strip, out } = task;
     let Queries { p, q, kv, kv_head, .. } = queries;
     let (rows, padded, len) = (queries.rows(), kv.padded_dim(), kv.len());
-    assert!(strip.len() >= rows * CHUNK && out.outputs.len() >= rows * padded);
+    assert!(strip.len() >= Chunk::room(rows, p.head_dim) && out.outputs.len() >= rows * padded);
     let strip = strip.as_mut_ptr();
+    let rounded = strip.add(rows * CHUNK);
+    if E::STEPS == 2 {
+        for r in 0..rows {
+            let to = std::slice::from_raw_parts_mut(rounded.add(r * p.head_dim), p.head_dim);
+            round_query(&q.as_slice()[queries.offset(r)..][..p.head_dim], to);
+        }
+    }
     let outputs = out.outputs.as_mut_ptr();
     let base = index * CHUNK;
     let seen = queries.seen();
@@ -133,8 +167,11 @@ unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
         product::<S, E>(
             rows,
             BLOCK / LANES,
-            p.head_dim,
-            |r| q.as_slice().as_ptr().add(queries.offset(r)),
+            p.head_dim.div_ceil(E::STEPS),
+            |r| match E::STEPS {
+                2 => rounded.add(r * p.head_dim).cast_const(),
+                _ => q.as_slice().as_ptr().add(queries.offset(r)),
+            },
             (part.keys.as_ptr(), next.as_ptr(), BLOCK),
             |r| strip.add(r * CHUNK + at),
             false,
@@ -149,6 +186,9 @@ unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
         let slope = p.alibi.as_ref().map_or(0.0, |a| a[queries.head(r)]);
         let bias = base as f32 - queries.position(r) as f32;
         (out.max[r], out.sum[r]) = exponentials::<S>(row, range, p, slope, bias);
+        if E::STEPS == 2 {
+            round_weights::<S>(row);
+        }
     }
     if begin >= end {
         out.outputs[..rows * padded].fill(0.0);
@@ -161,12 +201,40 @@ unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
         product::<S, E>(
             rows,
             padded / LANES,
-            BLOCK.min(len - block * BLOCK),
-            |r| strip.add(r * CHUNK + at).cast_const(),
+            value_rows::<E>(BLOCK.min(len - block * BLOCK)),
+            |r| strip.add(r * CHUNK + at / E::STEPS).cast_const(),
             (part.values.as_ptr(), next.as_ptr(), padded),
             |r| outputs.add(r * padded),
             block > begin,
         );
+    }
+}
+
+/// Rounds a query to bfloat16, two columns in a word, as keys are kept.
+#[inline(always)]
+fn round_query(from: &[f32], to: &mut [f32]) {
+    let bits = |x: &f32| math::to_bf16(*x).to_bits();
+    for (to, pair) in to.iter_mut().zip(from.chunks(2)) {
+        *to = f32::from_bits(bits(&pair[0]) >> 16 | pair.get(1).map_or(0, bits));
+    }
+}
+
+/// Rounds a row of weights to bfloat16, two positions in a word, as values are kept.
+#[inline(always)]
+unsafe fn round_weights<S: Simd>(row: &mut [f32]) {
+    // As `math::to_bf16`, but for NaNs of odd payloads, which arithmetic does not make.
+    let rounded = |v: S::F| {
+        let (bits, one) = (S::bits(v), S::splat_i32(1));
+        let odd = S::and(S::shr(bits, 16), one);
+        S::add_i32(bits, S::add_i32(odd, S::splat_i32(0x7FFF)))
+    };
+    let top = S::splat_i32(0xFFFF_0000_u32 as i32);
+    let (vectors, row) = (row.len() / LANES, row.as_mut_ptr());
+    for i in 0..vectors / 2 {
+        let pair = row.add(2 * i * LANES);
+        let (low, high) = (rounded(S::load(pair)), rounded(S::load(pair.add(LANES))));
+        // Never ahead of what is read.
+        S::store_i32(row.add(i * LANES).cast(), S::or(S::shr(low, 16), S::and(high, top)));
     }
 }
 

@@ -207,17 +207,18 @@ fn run_task(
     let (rows, padded) = (queries.rows(), span.kv().padded_dim());
     let size = Partial::len(rows, padded);
     SCRATCH.with_borrow_mut(|scratch| {
-        let needed = rows * CHUNK + 2 * size;
+        let strip = Chunk::room(rows, p.head_dim);
+        let needed = strip + 2 * size;
         if scratch.len() < needed {
             scratch.resize(needed, 0.0);
         }
-        let (strip, buffers) = scratch.split_at_mut(rows * CHUNK);
+        let (strip, buffers) = scratch.split_at_mut(strip);
         if cut.splits > 1 {
             // SAFETY: each head and chunk has a place of its own.
             let buffer =
                 unsafe { partials.range(at + (split * p.kv_heads + kv_head) * size, size) };
             let out = Partial::new(buffer, rows, padded);
-            return dispatch(Chunk { queries, index: cut.first + split, strip, out });
+            return Chunk { queries, index: cut.first + split, strip, out }.compute();
         }
         let (a, b) = buffers.split_at_mut(size);
         let seen = queries.seen();
@@ -225,11 +226,11 @@ fn run_task(
         for chunk in chunks.clone() {
             if chunk == chunks.start {
                 let out = Partial::new(a, rows, padded);
-                dispatch(Chunk { queries, index: chunk, strip, out });
+                Chunk { queries, index: chunk, strip, out }.compute();
                 continue;
             }
             let out = Partial::new(b, rows, padded);
-            dispatch(Chunk { queries, index: chunk, strip, out });
+            Chunk { queries, index: chunk, strip, out }.compute();
             let (mut into, next) = (Partial::new(a, rows, padded), Partial::new(b, rows, padded));
             dispatch(Merge { into: &mut into, next: &next, padded });
         }

@@ -1,5 +1,5 @@
 //! The register tile of both products of attention: broadcast elements of the left side times rows
-//! of 16 lanes of the cache, which are widened as they are loaded.
+//! of 16 lanes of the cache.
 
 use super::storage::Element;
 use crate::arch::{LANES, Simd};
@@ -8,7 +8,7 @@ use crate::arch::{LANES, Simd};
 const CACHE_LINE: usize = 64;
 
 /// C[r][..] (+)= Σ_k A[r][k] B[k][..] for `R` rows and `V` vectors. With `AHEAD`, memory at `ahead`
-/// is fetched as B is read; otherwise the pointer is not used.
+/// is fetched as B is read; otherwise the pointer is not used. What A and B hold is up to `E`.
 ///
 /// # Safety
 /// `a[r]` is valid for `k` elements, `b` for `k` rows of V·16 at stride `ldb`, `c[r]` for V·16.
@@ -30,20 +30,17 @@ unsafe fn tile<S: Simd, E: Element, const R: usize, const V: usize, const AHEAD:
         }
     }
     for i in 0..k {
-        let row = b.add(i * ldb);
-        let mut lanes = [S::splat(0.0); V];
+        let (mut row, mut left) = ([b.add(i * ldb); V], a);
         for v in 0..V {
-            lanes[v] = E::load::<S>(row.add(v * LANES));
+            row[v] = row[v].add(v * LANES);
             if AHEAD && (v * LANES * E::SIZE).is_multiple_of(CACHE_LINE) {
                 S::prefetch(ahead.wrapping_add(i * ldb + v * LANES).cast());
             }
         }
         for r in 0..R {
-            let x = S::splat(*a[r].add(i));
-            for v in 0..V {
-                acc[r][v] = S::fma(x, lanes[v], acc[r][v]);
-            }
+            left[r] = left[r].add(i);
         }
+        E::multiply::<S, R, V>(&mut acc, left, row);
     }
     for r in 0..R {
         for v in 0..V {

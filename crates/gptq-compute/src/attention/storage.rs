@@ -1,4 +1,4 @@
-//! The kinds of elements that keys and values are kept as.
+//! The kinds of elements that keys and values are kept as, and how they are multiplied.
 
 use super::KvType;
 use crate::arch::Simd;
@@ -9,41 +9,101 @@ pub(super) trait Element {
     type Item: bytemuck::Pod;
     const KIND: KvType;
     const SIZE: usize = size_of::<Self::Item>();
+    /// Steps along the sum of a product that one item holds.
+    const STEPS: usize = 1;
 
-    /// Widens 16 elements.
+    /// C + A B for 16 lanes of B, which begin at `b`, and one item of A at each pointer. `STEPS` numbers of
+    /// A are in the place of one f32.
     ///
     /// # Safety
-    /// 16 elements at `p` are readable and the processor has the instruction set of `S`.
+    /// 16 items at each `b` and one word at each `a` are readable, and the processor has the instruction set
+    /// of `S`; for [`Bf16`], the extension of [`Simd::dot_pairs`].
+    unsafe fn multiply<S: Simd, const R: usize, const V: usize>(
+        acc: &mut [[S::F; V]; R],
+        a: [*const f32; R],
+        b: [*const Self::Item; V],
+    );
+}
+
+/// [`Element::multiply`] for items that `load` widens to f32.
+#[inline(always)]
+unsafe fn widened<S: Simd, E: Widened, const R: usize, const V: usize>(
+    acc: &mut [[S::F; V]; R],
+    a: [*const f32; R],
+    b: [*const E::Item; V],
+) {
+    let mut lanes = [S::splat(0.0); V];
+    for v in 0..V {
+        lanes[v] = E::load::<S>(b[v]);
+    }
+    for r in 0..R {
+        let x = S::splat(*a[r]);
+        for v in 0..V {
+            acc[r][v] = S::fma(x, lanes[v], acc[r][v]);
+        }
+    }
+}
+
+trait Widened: Element {
+    /// Widens 16 elements.
     unsafe fn load<S: Simd>(p: *const Self::Item) -> S::F;
 }
 
 pub(super) struct F32;
 pub(super) struct F16;
 pub(super) struct Int8;
+/// Two steps of a sum in a lane, the first in the low half.
+pub(super) struct Bf16;
 
-impl Element for F32 {
-    type Item = f32;
-    const KIND: KvType = KvType::F32;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const f32) -> S::F {
-        S::load(p)
-    }
+macro_rules! widened {
+    ($($name:ident $item:ty, $load:ident;)*) => {$(
+        impl Widened for $name {
+            #[inline(always)]
+            unsafe fn load<S: Simd>(p: *const $item) -> S::F {
+                S::$load(p)
+            }
+        }
+
+        impl Element for $name {
+            type Item = $item;
+            const KIND: KvType = KvType::$name;
+            #[inline(always)]
+            unsafe fn multiply<S: Simd, const R: usize, const V: usize>(
+                acc: &mut [[S::F; V]; R],
+                a: [*const f32; R],
+                b: [*const $item; V],
+            ) {
+                widened::<S, Self, R, V>(acc, a, b);
+            }
+        }
+    )*};
 }
 
-impl Element for F16 {
-    type Item = u16;
-    const KIND: KvType = KvType::F16;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const u16) -> S::F {
-        S::load_f16(p)
-    }
+widened! {
+    F32 f32, load;
+    F16 u16, load_f16;
+    Int8 i8, load_i8;
 }
 
-impl Element for Int8 {
-    type Item = i8;
-    const KIND: KvType = KvType::Int8;
+impl Element for Bf16 {
+    type Item = u32;
+    const KIND: KvType = KvType::Bf16;
+    const STEPS: usize = 2;
     #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const i8) -> S::F {
-        S::load_i8(p)
+    unsafe fn multiply<S: Simd, const R: usize, const V: usize>(
+        acc: &mut [[S::F; V]; R],
+        a: [*const f32; R],
+        b: [*const u32; V],
+    ) {
+        let mut lanes = [S::splat_i32(0); V];
+        for v in 0..V {
+            lanes[v] = S::load_i32(b[v]);
+        }
+        for r in 0..R {
+            let x = S::splat_i32(*a[r].cast::<i32>());
+            for v in 0..V {
+                acc[r][v] = S::dot_pairs(acc[r][v], lanes[v], x);
+            }
+        }
     }
 }

@@ -40,7 +40,12 @@ fn oracle(q: &Tensor, row: usize, k: &Tensor, v: &Tensor, pos: usize, p: &AttnPa
     out
 }
 
-const KINDS: [KvType; 3] = [KvType::F32, KvType::F16, KvType::Int8];
+/// All that this processor has.
+fn kinds() -> Vec<KvType> {
+    let mut kinds = vec![KvType::F32, KvType::F16, KvType::Int8];
+    kinds.extend((KvType::rounding() == KvType::Bf16).then_some(KvType::Bf16));
+    kinds
+}
 
 /// What a cache of `kind` keeps of `x`, head by head.
 fn stored(x: &Tensor, head_dim: usize, kind: KvType) -> Tensor {
@@ -52,6 +57,7 @@ fn stored(x: &Tensor, head_dim: usize, kind: KvType) -> Tensor {
                 KvType::F32 => *v,
                 KvType::F16 => half::f16::from_f32(*v).to_f32(),
                 KvType::Int8 => (*v * (1.0 / scale)).round_ties_even() * scale,
+                KvType::Bf16 => half::bf16::from_f32(*v).to_f32(),
             };
         }
     }
@@ -101,7 +107,7 @@ fn matches_f64_for_prefill_and_decode() {
             };
             let (k, v) = (tensor(len, kv_heads * head_dim, 1), tensor(len, kv_heads * head_dim, 2));
             let q = tensor(len - past + 3, heads * head_dim, 3);
-            for kind in KINDS {
+            for kind in kinds() {
                 let mut kv = LayerKv::with_type(kv_heads, head_dim, kind);
                 kv.append(&k, &v, 0..past);
                 kv.append(&k, &v, past..len);
@@ -113,11 +119,17 @@ fn matches_f64_for_prefill_and_decode() {
                 // The oracle reads the rounded keys and values, so that what is left is the rounding
                 // of f32 arithmetic, whatever the storage.
                 let (k, v) = (stored(&k, head_dim, kind), stored(&v, head_dim, kind));
+                // Queries are rounded for bfloat16, too; the weights, which add up to one, by 2⁻⁹ of
+                // themselves at most, and values are below 1.5.
+                let (q, limit) = match kind {
+                    KvType::Bf16 => (stored(&q, head_dim, kind), 3e-3),
+                    _ => (q.clone(), 1e-5),
+                };
                 for row in (3..q.rows()).step_by(11) {
                     let want = oracle(&q, row, &k, &v, past + row - 3, &p);
                     for (y, t) in out.row(row).iter().zip(want) {
                         let error = (f64::from(*y) - t).abs();
-                        assert!(error < 1e-5, "{kind:?} {heads} {head_dim} {len} {row}: {error}");
+                        assert!(error < limit, "{kind:?} {heads} {head_dim} {len} {row}: {error}");
                     }
                 }
             }
@@ -131,7 +143,9 @@ fn a_token_has_one_result_however_it_comes() {
     let pool = Pool::new(2);
     let len = 600;
     let (q, k, v) = (tensor(len, 6 * 32, 1), tensor(len, 64, 2), tensor(len, 64, 3));
-    for (kind, window) in [(KvType::F16, None), (KvType::Int8, Some(270)), (KvType::F32, Some(40))]
+    let other = KvType::rounding();
+    for (kind, window) in
+        [(KvType::F16, None), (KvType::Int8, Some(270)), (KvType::F32, Some(40)), (other, None)]
     {
         let p = AttnParams { window, ..plain(6, 2, 32) };
         let (mut all, mut some) = (Tensor::default(), Tensor::default());
@@ -155,7 +169,7 @@ fn a_token_has_one_result_however_it_comes() {
 #[test]
 fn memory_grows_with_the_positions() {
     let x = tensor(130, 48, 5);
-    for kind in KINDS {
+    for kind in kinds() {
         let mut kv = LayerKv::with_type(2, 24, kind);
         assert_eq!(kv.bytes(), 0);
         kv.append(&x, &x, 0..130);
@@ -172,13 +186,17 @@ fn extreme_values_stay_numbers() {
     let p = plain(1, 1, 16);
     let q = Tensor::from_vec(1, 16, vec![1.0; 16]);
     let k = Tensor::from_vec(2, 16, [vec![1e6; 16], vec![0.0; 16]].concat());
-    for kind in KINDS {
+    for kind in kinds() {
         let mut kv = LayerKv::with_type(1, 16, kind);
         kv.append(&k, &k, 0..2);
         let mut out = Tensor::default();
         attention(&pool, &q, &[AttnSpan { rows: 0..1, kv: &kv }], &p, &mut out);
         // All the weight is on the large key; f16 holds it as its largest number.
-        let want = if kind == KvType::F16 { 65504.0 } else { 1e6 };
+        let want = match kind {
+            KvType::F16 => 65504.0,
+            KvType::Bf16 => half::bf16::from_f32(1e6).to_f32(),
+            _ => 1e6,
+        };
         assert!(out.as_slice().iter().all(|y| (y - want).abs() < 1.0), "{kind:?}");
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use gptq_compute::{Cross, Gram, LayerKv, Tensor};
+use gptq_compute::{Cross, Gram, KvType, LayerKv, Tensor};
 use gptq_format::Checkpoint;
 use gptq_model::{
     ActivationType, Block, BlockState, Ctx, Embedder, HeadLayer, LinearSource, SeqSpan, Spec, Stage,
@@ -224,11 +224,17 @@ impl<'a> Activations<'a> {
         self.weights.rows(stage, self.spec.attention.causal)
     }
 
-    /// Keys and values of a chunk's windows.
-    pub(super) fn caches(&self) -> Vec<LayerKv> {
+    /// Keys and values of a chunk's windows, as exact as the linears of the forward pass are.
+    pub(super) fn caches(&self, ctx: &Ctx) -> Vec<LayerKv> {
         let attention = &self.spec.attention;
         let most = self.chunks.iter().map(Vec::len).max().unwrap_or(0);
-        (0..most).map(|_| LayerKv::new(attention.kv_heads, attention.head_dim)).collect()
+        let kind = match ctx.scratch.activations() {
+            gptq_compute::Activations::F32 => KvType::F32,
+            _ => KvType::rounding(),
+        };
+        (0..most)
+            .map(|_| LayerKv::with_type(attention.kv_heads, attention.head_dim, kind))
+            .collect()
     }
 
     /// Computes the inputs of a block's first stage.
@@ -290,7 +296,7 @@ impl<'a> Activations<'a> {
         stage: Stage,
         phases: &mut Phases,
     ) -> Result<()> {
-        let mut caches = self.caches();
+        let mut caches = self.caches(ctx);
         self.pass(ctx, phases, true, |ctx, state, windows, phases| {
             phases.time("inputs", || run(ctx, block, stage, state, windows, &mut caches))
         })?;
@@ -363,7 +369,7 @@ impl<'a> Activations<'a> {
         phases: &mut Phases,
         mut visit: impl FnMut(&mut Ctx, usize, &BlockState, &[Range<usize>], &mut Phases) -> Result<()>,
     ) -> Result<()> {
-        let mut caches = self.caches();
+        let mut caches = self.caches(ctx);
         self.pass(ctx, phases, false, |ctx, state, windows, phases| {
             let mut state = BlockState::new(state.hidden.clone());
             phases.time("inputs", || block.begin(ctx, &mut state));

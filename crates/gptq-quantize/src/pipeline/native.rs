@@ -111,7 +111,7 @@ impl<'a> Native<'a> {
         let stages = block.stages();
         let sum = |&stage: &Stage| ShiftSum::new(quantized.row_weights(stage));
         let mut sums: Vec<ShiftSum> = stages.iter().map(sum).collect();
-        let mut caches = [quantized.caches(), quantized.caches()];
+        let mut caches = [quantized.caches(ctx), quantized.caches(ctx)];
         let mut float = Tensor::default();
         let mut buffer = BlockState::default();
         for (index, windows) in quantized.chunks.iter().enumerate() {
