@@ -12,7 +12,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::float::{PREFETCH, spare_codes};
+use super::float::{PREFETCH, prefetch_header, spare_codes};
 use super::input::{BLOCK, Int8Input, RECORD};
 use super::tile::{Out, Rows, Sums};
 use super::{QuantizedMatrix, SCALE_BYTES, STRIP, VECTORS, WORD_BYTES, unit_columns, unit_words};
@@ -71,6 +71,7 @@ impl<const BITS: u32> Kernel for Strip<'_, BITS> {
         let y = std::slice::from_raw_parts_mut(sums.as_mut_ptr().cast::<[f32; STRIP]>(), out.rows);
         for (g, group) in m.groups.iter().enumerate() {
             let header = base.add(group.offset);
+            prefetch_header::<S>(header, m.header_bytes());
             let codes = header.add(m.header_bytes());
             let mut start = 0;
             while start < group.columns {
