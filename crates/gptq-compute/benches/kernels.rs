@@ -9,9 +9,9 @@
 use std::time::Instant;
 
 use gptq_compute::{
-    Activations, AttnParams, AttnSpan, BandwidthProbe, DenseMatrix, GptqParts, Gram, LayerKv,
-    Linear, Matrix, Pool, QuantizedMatrix, Scratch, Tensor, attention, cholesky::inverse_factor,
-    gemm_nt, gemm_peak_rate, int8_peak_rate, linear,
+    Activations, AttnParams, AttnSpan, BandwidthProbe, DenseMatrix, GptqParts, Gram, KvType,
+    LayerKv, Linear, Matrix, Pool, QuantizedMatrix, Scratch, Tensor, attention,
+    cholesky::inverse_factor, gemm_nt, gemm_peak_rate, int8_peak_rate, linear,
 };
 use half::f16;
 
@@ -135,6 +135,25 @@ fn main() {
     report("attention 2048".into(), 2.0 * 2048.0 * 2048.0 * 576.0, 0.0, peak, 7, &mut || {
         attention(&pool, &q, &[AttnSpan { rows: 0..2048, kv: &kv }], &p, &mut out);
     });
+    // One token, in the shape of a 1.1 B model: caches take turns, as those of its layers do.
+    for (positions, kind) in [(512, KvType::F16), (2048, KvType::F16), (2048, KvType::Int8)] {
+        let name = format!("attention decode {kind:?} {positions}");
+        if !name.contains(&filter) {
+            continue;
+        }
+        let p = AttnParams { heads: 32, kv_heads: 4, head_dim: 64, ..p.clone() };
+        let (q, k) = (input(1, 2048), input(positions, 256));
+        let mut kv = LayerKv::with_type(4, 64, kind);
+        kv.append(&k, &k, 0..positions);
+        let bytes = kind.bytes_per_token(4, 64) * positions;
+        let layers = vec![kv; BEYOND_CACHES / bytes + 1];
+        let flops = 4.0 * positions as f64 * 2048.0;
+        let mut turn = 0;
+        report(name, flops, bytes as f64, peak, 2 * layers.len(), &mut || {
+            turn = (turn + 1) % layers.len();
+            attention(&pool, &q, &[AttnSpan { rows: 0..1, kv: &layers[turn] }], &p, &mut out);
+        });
+    }
     for n in [576, 1536] {
         let mut h = vec![0.1; n * n];
         (0..n).for_each(|i| h[i * n + i] = 1.0);
