@@ -61,6 +61,13 @@ impl Queries<'_> {
     pub(super) fn seen(&self) -> Range<usize> {
         self.visible(0).start..self.visible(self.rows() - 1).end
     }
+
+    /// Blocks of a chunk that any row sees.
+    pub(super) fn blocks(&self, chunk: usize) -> Range<usize> {
+        let (seen, base) = (self.seen(), chunk * CHUNK);
+        let start = (seen.start / BLOCK).max(base / BLOCK);
+        start..seen.end.div_ceil(BLOCK).min((base + CHUNK) / BLOCK)
+    }
 }
 
 /// What one chunk, or several merged ones, give for some rows.
@@ -91,6 +98,8 @@ pub(super) struct Chunk<'a> {
     pub(super) queries: Queries<'a>,
     /// Positions `index * CHUNK..(index + 1) * CHUNK`.
     pub(super) index: usize,
+    /// Block and head whose keys this thread probably reads next.
+    pub(super) next: Option<(usize, usize)>,
     /// `[rows, CHUNK]` for scores, then `[rows, head_dim]` for queries; any content.
     pub(super) strip: &'a mut [f32],
     pub(super) out: Partial<'a>,
@@ -138,7 +147,7 @@ impl Kernel for Chunk<'_> {
 
 #[inline(always)]
 unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
-    let Chunk { queries, index, strip, out } = task;
+    let Chunk { queries, index, next: then, strip, out } = task;
     let Queries { p, q, kv, kv_head, .. } = queries;
     let (rows, padded, len) = (queries.rows(), kv.padded_dim(), kv.len());
     assert!(strip.len() >= Chunk::room(rows, p.head_dim) && out.outputs.len() >= rows * padded);
@@ -152,10 +161,7 @@ unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
     }
     let outputs = out.outputs.as_mut_ptr();
     let base = index * CHUNK;
-    let seen = queries.seen();
-    // Blocks that any row sees, those of this chunk alone.
-    let begin = (seen.start / BLOCK).max(base / BLOCK);
-    let end = seen.end.div_ceil(BLOCK).min((base + CHUNK) / BLOCK);
+    let Range { start: begin, end } = queries.blocks(index);
     for block in begin..end {
         let part = kv.part::<E>(block, kv_head);
         let next = if block + 1 < end {
@@ -195,7 +201,10 @@ unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
     }
     for block in begin..end {
         let part = kv.part::<E>(block, kv_head);
-        let next = kv.part::<E>((block + 1).min(end - 1), kv_head).values;
+        let next = match then {
+            Some((block, head)) if block + 1 == end => kv.part::<E>(block, head).keys,
+            _ => kv.part::<E>((block + 1).min(end - 1), kv_head).values,
+        };
         let at = block * BLOCK - base;
         multiply::<S>(strip.add(at), rows, part.scales.1);
         product::<S, E>(

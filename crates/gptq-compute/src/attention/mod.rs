@@ -131,6 +131,7 @@ pub fn attention<S: Span>(pool: &Pool, q: &Tensor, spans: &[S], p: &AttnParams, 
         work += rows.len() * kv.len() * q.cols();
     }
     let raw = RawSlice::new(out.as_mut_slice());
+    let threads = if work <= SERIAL { 1 } else { pool.threads() };
     PARTIALS.with_borrow_mut(|partials| {
         if partials.len() < parts {
             partials.resize(parts, 0.0);
@@ -142,13 +143,13 @@ pub fn attention<S: Span>(pool: &Pool, q: &Tensor, spans: &[S], p: &AttnParams, 
                 let cut = Cut::new(s, p);
                 let count = cut.tiles * cut.splits * p.kv_heads;
                 if task < count {
-                    return run_task(q, s, &cut, task, p, partials, at, raw);
+                    return run_task(q, s, &cut, (task, threads), p, partials, at, raw);
                 }
                 task -= count;
                 at += partials_of(s, &cut, p);
             }
         };
-        if work <= SERIAL {
+        if threads == 1 {
             (0..tasks).for_each(run);
         } else {
             pool.run(tasks, &run);
@@ -188,12 +189,12 @@ fn queries<'a>(
     Queries { p, q, kv, kv_head, first_row: rows.start + first, position, tokens }
 }
 
-/// Task number `task` of a span: tiles, then chunks, then heads.
+/// Task number `task` of a span: tiles, then chunks, then heads. So many `threads` are at it.
 fn run_task(
     q: &Tensor,
     span: &impl Span,
     cut: &Cut,
-    task: usize,
+    (task, threads): (usize, usize),
     p: &AttnParams,
     partials: RawSlice,
     at: usize,
@@ -218,7 +219,12 @@ fn run_task(
             let buffer =
                 unsafe { partials.range(at + (split * p.kv_heads + kv_head) * size, size) };
             let out = Partial::new(buffer, rows, padded);
-            return Chunk { queries, index: cut.first + split, strip, out }.compute();
+            // Threads take tasks in turns.
+            let (head, split_then) =
+                ((task + threads) % p.kv_heads, (task + threads) / p.kv_heads % cut.splits);
+            let next = (task + threads < cut.splits * p.kv_heads)
+                .then(|| (queries.blocks(cut.first + split_then).start, head));
+            return Chunk { queries, index: cut.first + split, next, strip, out }.compute();
         }
         let (a, b) = buffers.split_at_mut(size);
         let seen = queries.seen();
@@ -226,11 +232,11 @@ fn run_task(
         for chunk in chunks.clone() {
             if chunk == chunks.start {
                 let out = Partial::new(a, rows, padded);
-                Chunk { queries, index: chunk, strip, out }.compute();
+                Chunk { queries, index: chunk, next: None, strip, out }.compute();
                 continue;
             }
             let out = Partial::new(b, rows, padded);
-            Chunk { queries, index: chunk, strip, out }.compute();
+            Chunk { queries, index: chunk, next: None, strip, out }.compute();
             let (mut into, next) = (Partial::new(a, rows, padded), Partial::new(b, rows, padded));
             dispatch(Merge { into: &mut into, next: &next, padded });
         }
