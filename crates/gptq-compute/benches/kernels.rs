@@ -9,8 +9,8 @@
 use std::time::Instant;
 
 use gptq_compute::{
-    Activations, AttnParams, AttnSpan, BandwidthProbe, DenseMatrix, GptqParts, Gram, KvType,
-    LayerKv, Linear, Matrix, Pool, QuantizedMatrix, Scratch, Tensor, attention,
+    Activations, AttnParams, AttnSpan, BandwidthProbe, DenseMatrix, GptqParts, Gram, KvMemory,
+    KvType, LayerKv, Linear, Matrix, Pool, QuantizedMatrix, Scratch, Tensor, attention,
     cholesky::inverse_factor, gemm_nt, gemm_peak_rate, int8_peak_rate, linear,
 };
 use half::f16;
@@ -143,10 +143,14 @@ fn main() {
         }
         let p = AttnParams { heads: 32, kv_heads: 4, head_dim: 64, ..p.clone() };
         let (q, k) = (input(1, 2048), input(positions, 256));
-        let mut kv = LayerKv::with_type(4, 64, kind);
-        kv.append(&k, &k, 0..positions);
         let bytes = kind.bytes_per_token(4, 64) * positions;
-        let layers = vec![kv; BEYOND_CACHES / bytes + 1];
+        let memory = KvMemory::default();
+        let layer = |_| {
+            let mut kv = LayerKv::sharing(&memory, 4, 64, kind);
+            kv.append(&k, &k, 0..positions);
+            kv
+        };
+        let layers: Vec<LayerKv> = (0..BEYOND_CACHES / bytes + 1).map(layer).collect();
         let flops = 4.0 * positions as f64 * 2048.0;
         let mut turn = 0;
         report(name, flops, bytes as f64, peak, 2 * layers.len(), &mut || {

@@ -3,8 +3,9 @@
 use std::time::Instant;
 
 use crate::arch::{Kernel, LANES, Simd, dispatch};
+use crate::arena::Arena;
 use crate::pool::Pool;
-use crate::quantized::{Arena, PREFETCH};
+use crate::quantized::PREFETCH;
 
 /// Far larger than any cache.
 const LEAST: usize = 256 << 20;

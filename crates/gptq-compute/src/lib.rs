@@ -21,6 +21,7 @@
 
 mod activation;
 pub mod arch;
+mod arena;
 pub mod attention;
 mod bandwidth;
 pub mod cholesky;
@@ -46,7 +47,7 @@ mod tensor;
 
 pub use activation::{Activation, activate, activate_gated};
 pub use attention::{
-    AttnParams, AttnSpan, Distances, KvType, LayerKv, Span, attention, relative_attention,
+    AttnParams, AttnSpan, Distances, KvMemory, KvType, LayerKv, Span, attention, relative_attention,
 };
 pub use bandwidth::BandwidthProbe;
 pub use convolution::{Convolution, convolve};

@@ -1,6 +1,6 @@
 //! The state of one sequence: keys and values of every block.
 
-use gptq_compute::{KvType, LayerKv};
+use gptq_compute::{KvMemory, KvType, LayerKv};
 
 use crate::spec::Spec;
 
@@ -17,7 +17,8 @@ impl Sequence {
 
     /// An empty sequence that keeps keys and values as `kind`.
     pub fn with_cache(spec: &Spec, kind: KvType) -> Self {
-        let layer = || LayerKv::with_type(spec.attention.kv_heads, spec.attention.head_dim, kind);
+        let (memory, attention) = (KvMemory::default(), &spec.attention);
+        let layer = || LayerKv::sharing(&memory, attention.kv_heads, attention.head_dim, kind);
         Self { layers: (0..spec.layer_count()).map(|_| layer()).collect() }
     }
 

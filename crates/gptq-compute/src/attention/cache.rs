@@ -5,6 +5,7 @@ use std::ops::Range;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use super::memory::{KvMemory, Words};
 use super::storage::{Bf16, Element, F16, F32, Int8};
 use crate::arch::{LANES, has_pairs, isa};
 use crate::math;
@@ -62,10 +63,11 @@ impl KvType {
 /// values `[64, head_dim rounded up to 16]` and, for [`KvType::Int8`], the scales of the keys
 /// `[64]` and of the values `[64]`. [`KvType::Bf16`] keeps two rows in one: columns 2i and 2i + 1 of
 /// the keys; positions i and i + 16 of each 32 of the values, so that weights are paired lane by lane.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct LayerKv {
     /// Words, so that every kind of element is aligned.
-    blocks: Vec<Box<[u32]>>,
+    blocks: Vec<Words>,
+    memory: KvMemory,
     kind: KvType,
     kv_heads: usize,
     head_dim: usize,
@@ -91,7 +93,13 @@ impl LayerKv {
 
     /// An empty cache.
     pub fn with_type(kv_heads: usize, head_dim: usize, kind: KvType) -> Self {
-        Self { blocks: Vec::new(), kind, kv_heads, head_dim, len: 0 }
+        Self::sharing(&KvMemory::default(), kv_heads, head_dim, kind)
+    }
+
+    /// An empty cache that takes its memory together with others, of which none outlives the others for
+    /// long: the layers of a sequence.
+    pub fn sharing(memory: &KvMemory, kv_heads: usize, head_dim: usize, kind: KvType) -> Self {
+        Self { blocks: Vec::new(), memory: memory.clone(), kind, kv_heads, head_dim, len: 0 }
     }
 
     /// How elements are kept.
@@ -133,7 +141,7 @@ impl LayerKv {
     pub fn reserve(&mut self, positions: usize) {
         self.blocks.reserve(positions.div_ceil(BLOCK).saturating_sub(self.blocks.len()));
         while self.blocks.len() * BLOCK < positions {
-            self.blocks.push(vec![0; self.kv_heads * self.head_words()].into());
+            self.blocks.push(self.memory.take(self.kv_heads * self.head_words()));
         }
     }
 

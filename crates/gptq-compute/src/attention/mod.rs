@@ -2,6 +2,7 @@
 
 mod cache;
 mod kernel;
+mod memory;
 mod product;
 mod relative;
 mod storage;
@@ -14,6 +15,7 @@ use std::ops::Range;
 use cache::BLOCK;
 pub use cache::{KvType, LayerKv};
 use kernel::{Chunk, Merge, Partial, Queries};
+pub use memory::KvMemory;
 pub use relative::{Distances, relative_attention};
 
 use crate::arch::dispatch;

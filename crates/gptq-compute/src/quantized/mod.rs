@@ -19,7 +19,6 @@
 //! `order` then tells where each position takes its input from, and the input is permuted once
 //! while it is prepared for all outputs.
 
-mod arena;
 mod float;
 mod input;
 mod int8;
@@ -31,7 +30,6 @@ use std::sync::Arc;
 
 use half::f16;
 
-pub(crate) use arena::Arena;
 pub(crate) use float::{FloatTile, PREFETCH};
 pub use input::Activations;
 pub(crate) use input::{Int8Input, Packing, pack_floats, token_floats};
@@ -39,6 +37,7 @@ pub(crate) use int8::{Int8Tiles, TILES as INT8_TILES};
 pub(crate) use tile::{Out, Tiling};
 
 use crate::arch::LANES;
+use crate::arena::Arena;
 use crate::error::{ComputeError, Result};
 use crate::pool::Pool;
 

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use super::arena::Arena;
 use super::input::BLOCK;
 use super::{
     GptqParts, Group, PAD, QuantizedMatrix, SCALE_BYTES, STRIP, WORD_BYTES, unit_columns,
     unit_words,
 };
+use crate::arena::Arena;
 use crate::pool::Pool;
 use crate::tensor::RawSlice;
 

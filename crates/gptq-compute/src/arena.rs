@@ -1,12 +1,12 @@
-//! Memory for weights: aligned to cache lines, on huge pages where the system gives them.
+//! Memory for weights, keys and values: aligned to cache lines, on huge pages where the system gives them.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 
 /// Size of a huge page on the systems that have them.
-const HUGE: usize = 2 << 20;
+pub(crate) const HUGE: usize = 2 << 20;
 /// Size of a cache line.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 
 /// Zeroed bytes that never move.
 pub(crate) struct Arena {
@@ -37,14 +37,29 @@ impl Arena {
         Self { whole, layout, start, len }
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The first byte. Who writes through it must know that nobody else has these bytes.
+    pub(crate) fn ptr(&self) -> *mut u8 {
+        self.whole.as_ptr().wrapping_add(self.start)
+    }
+
     pub(crate) fn as_slice(&self) -> &[u8] {
         // SAFETY: `start + len` initialised bytes were allocated and live as long as `self`.
-        unsafe { std::slice::from_raw_parts(self.whole.as_ptr().add(self.start), self.len) }
+        unsafe { std::slice::from_raw_parts(self.ptr(), self.len) }
     }
 
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as above, and the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.whole.as_ptr().add(self.start), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.ptr(), self.len) }
+    }
+}
+
+impl std::fmt::Debug for Arena {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Arena[{}]", self.len)
     }
 }
 
