@@ -4,20 +4,19 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use gptq_compute::{Cross, Gram, KvType, LayerKv, Tensor};
+use gptq_compute::{KvType, LayerKv, Tensor};
 use gptq_format::Checkpoint;
 use gptq_model::{
     ActivationType, Block, BlockState, Ctx, Embedder, HeadLayer, LinearSource, SeqSpan, Spec, Stage,
 };
 
-use super::distances::DistanceInputs;
-use super::held_out::{Part, is_held_out, split};
+use super::held_out::is_held_out;
+use super::inputs::{StageInputs, Sum};
 use super::native::Native;
 use super::scratch::{Scratch, not_kept};
 use super::{MoeFallback, Phases};
 use crate::calibration::CalibrationSet;
 use crate::error::Result;
-use crate::report::ExpertRecord;
 use crate::token_weights::{RowWeights, TokenWeights};
 
 /// Tokens of a chunk: enough rows for the products to run at full rate, few enough for the
@@ -202,7 +201,7 @@ impl<'a> Activations<'a> {
 
     /// An empty sum over the inputs of `stage`.
     fn sum(&self, stage: Stage) -> Sum {
-        Sum { weights: self.row_weights(stage), ..Sum::default() }
+        Sum::new(self.row_weights(stage))
     }
 
     /// Which windows of each chunk are held out; empty where none are.
@@ -419,131 +418,6 @@ fn pack(state: &BlockState, kind: ActivationType, packed: &mut Vec<u8>) -> Resul
 fn unpack(packed: &[u8], kind: ActivationType, state: &mut BlockState) -> Result<()> {
     let mut bytes = packed;
     state.restore(&mut bytes, kind).map_err(|error| not_kept(error, Path::new("memory")))
-}
-
-/// What the linears of a stage are solved against; by default they are rounded to nearest.
-#[derive(Default)]
-pub(crate) struct StageInputs {
-    /// XᵀX of the stage's inputs; `None`: they are rounded to nearest.
-    pub(crate) gram: Option<Gram>,
-    /// That of windows which `gram` leaves out.
-    pub(crate) held: Option<Gram>,
-    /// X̂ᵀ(X - X̂) for the inputs X of the float model; `None`: they are not corrected.
-    pub(crate) cross: Option<Cross>,
-    /// What some of the linears read besides.
-    pub(crate) distances: Option<DistanceInputs>,
-    /// What the report says of an expert.
-    pub(crate) expert: Option<ExpertRecord>,
-}
-
-impl StageInputs {
-    /// Whether they are the inputs of the model: not so for an expert that is solved on tokens that it
-    /// does not see.
-    fn can_be_corrected(&self) -> bool {
-        let fallback = self.expert.as_ref().and_then(|expert| expert.fallback.as_ref());
-        self.gram.is_some() && fallback.is_none()
-    }
-}
-
-/// XᵀX of a stage's inputs as it grows.
-#[derive(Default)]
-struct Sum {
-    weights: RowWeights,
-    scaled: Tensor,
-    gram: Option<Gram>,
-    /// That of the windows which are held out.
-    held: Option<Gram>,
-    /// Tokens that went to the stage, and its inputs.
-    tokens: usize,
-    width: usize,
-}
-
-impl Sum {
-    fn add(&mut self, ctx: &Ctx, input: &Tensor, windows: &[Range<usize>]) {
-        let gram = self.gram.get_or_insert_with(|| gram(ctx, input.cols()));
-        self.weights.accumulate(gram, &ctx.pool, input, windows, &mut self.scaled);
-        self.tokens += input.rows();
-        self.width = input.cols();
-    }
-
-    /// Adds the inputs of `stage` for one chunk of windows, some of which may be `held` out.
-    fn add_chunk(
-        &mut self,
-        ctx: &Ctx,
-        stage: Stage,
-        state: &BlockState,
-        windows: &[Range<usize>],
-        held: Option<&Vec<bool>>,
-    ) {
-        let tokens = held.and_then(|_| state.routed_rows(stage));
-        self.add_rows(ctx, &state.input, windows, held, tokens.as_deref());
-    }
-
-    /// The same of any input; `tokens`: those of its rows, where it has not all of them.
-    fn add_rows(
-        &mut self,
-        ctx: &Ctx,
-        input: &Tensor,
-        windows: &[Range<usize>],
-        held: Option<&Vec<bool>>,
-        tokens: Option<&[u32]>,
-    ) {
-        let Some(held) = held else { return self.add(ctx, input, windows) };
-        let [fit, judge] = split(input, windows, held, tokens);
-        let Part { input, windows } = judge;
-        let gram = self.held.get_or_insert_with(|| gram(ctx, input.cols()));
-        self.weights.accumulate(gram, &ctx.pool, &input, &windows, &mut self.scaled);
-        self.tokens += input.rows();
-        self.add(ctx, &fit.input, &fit.windows);
-    }
-
-    /// Adds what an expert would see if every token were routed to it.
-    fn add_unrouted(
-        &mut self,
-        ctx: &mut Ctx,
-        block: &Block,
-        stage: Stage,
-        state: &BlockState,
-        phases: &mut Phases,
-    ) -> Result<()> {
-        let mut input = Tensor::default();
-        phases.time("inputs", || block.unrouted_input(ctx, stage, state, &mut input))?;
-        phases.time("hessian", || self.add(ctx, &input, &[]));
-        Ok(())
-    }
-
-    fn starved(&self, stage: Stage) -> bool {
-        stage.expert().is_some() && MoeFallback::applies(self.tokens, self.width)
-    }
-
-    /// Whether the stage has to be calibrated on all tokens.
-    fn unrouted(&self, stage: Stage, fallback: MoeFallback) -> bool {
-        fallback == MoeFallback::AllTokens && self.starved(stage)
-    }
-
-    fn finish(self, stage: Stage, fallback: MoeFallback) -> StageInputs {
-        let starved = self.starved(stage);
-        let expert = stage.expert().map(|_| ExpertRecord {
-            tokens: self.tokens as u64,
-            fallback: starved.then(|| fallback.name().to_owned()),
-        });
-        let rounded = starved && fallback == MoeFallback::Rtn;
-        StageInputs {
-            gram: self.gram.filter(|_| !rounded),
-            held: self.held.filter(|_| !rounded),
-            cross: None,
-            distances: None,
-            expert,
-        }
-    }
-}
-
-/// An empty sum, as exact as the linears of the forward pass are.
-fn gram(ctx: &Ctx, width: usize) -> Gram {
-    match ctx.scratch.activations() {
-        gptq_compute::Activations::F32 => Gram::new(width),
-        _ => Gram::rounding(width),
-    }
 }
 
 pub(super) fn run(

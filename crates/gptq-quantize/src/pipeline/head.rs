@@ -3,7 +3,8 @@
 use gptq_model::{Ctx, HeadLayer};
 
 use super::Run;
-use super::activations::{Activations, StageInputs};
+use super::activations::Activations;
+use super::inputs::StageInputs;
 use crate::error::Result;
 
 impl Run<'_> {

@@ -5,6 +5,7 @@ mod distances;
 mod fold;
 mod head;
 mod held_out;
+mod inputs;
 mod journal;
 mod layout;
 mod linear;
@@ -35,8 +36,9 @@ use crate::progress::Progress;
 use crate::report::{self, ModuleRecord, PhaseTime, QuantReport, Totals};
 use crate::rss;
 use crate::solver::Correction;
-use activations::{Activations, StageInputs};
+use activations::Activations;
 use fold::Folded;
+use inputs::StageInputs;
 use layout::Layout;
 use output::Output;
 

@@ -3,8 +3,8 @@
 use gptq_format::{GptqLinear, ModuleSettings};
 use gptq_model::{Block, LinearSpec, Stage};
 
-use super::activations::StageInputs;
 use super::held_out::Regularization;
+use super::inputs::StageInputs;
 use super::linear::{Fitted, Task, runtime_linear};
 use super::{Method, Run};
 use crate::error::{QuantizeError, Result};

@@ -19,7 +19,8 @@ use gptq_model::{Block, Ctx, LinearRows, LinearSource, LinearSpec, Spec, Stage};
 use half::{bf16, f16};
 
 use super::Run;
-use super::activations::{Activations, StageInputs};
+use super::activations::Activations;
+use super::inputs::StageInputs;
 use crate::error::{QuantizeError, Result};
 use crate::hessian::Hessian;
 use crate::report::AwqRecord;
