@@ -121,7 +121,7 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value_t = TokenWeightsArg::Balanced)]
     token_weights: TokenWeightsArg,
     /// How linears that are quantized already take their inputs while the calibration tokens pass through
-    /// them. Unless f32, Hessians are summed in products of bfloat16 where the processor has these.
+    /// them. Unless f32, attention and Hessians are products of bfloat16 where the processor has these.
     #[arg(long, value_enum, default_value_t = ActivationsArg::Bf16, value_name = "TYPE")]
     activations: ActivationsArg,
     /// How the activations of the calibration tokens are kept between stages: f16 takes half the

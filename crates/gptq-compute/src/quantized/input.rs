@@ -131,7 +131,9 @@ impl Kernel for Pack<'_> {
                         }
                     }
                     if packing != Packing::Exact {
-                        piece.iter_mut().for_each(|v| *v = math::to_bf16(*v));
+                        for v in piece.iter_mut() {
+                            *v = math::to_bf16(*v);
+                        }
                     }
                 }
                 if with_sums {
