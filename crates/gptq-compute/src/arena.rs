@@ -28,7 +28,7 @@ impl Arena {
         let align = if len < HUGE { LINE } else { HUGE };
         // Not aligned by the allocator, which would then write the zeros itself instead of taking
         // untouched pages, and all before the advice.
-        let layout = Layout::array::<u8>(len + align).expect("smaller than the buffers it is from");
+        let layout = Layout::array::<u8>(len + align).expect("less than the address space");
         // SAFETY: the size is not zero.
         let whole = unsafe { alloc_zeroed(layout) };
         let Some(whole) = NonNull::new(whole) else { handle_alloc_error(layout) };

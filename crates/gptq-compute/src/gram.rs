@@ -29,8 +29,8 @@ impl Gram {
         Self { sum: vec![0.0; width * width], width, rows: 0, rounds: false }
     }
 
-    /// The same for rows that may be rounded to bfloat16, which is done where the processor multiplies
-    /// these faster. Sums are in f32.
+    /// The same for rows that may be rounded to bfloat16, which is done where kernels for pairs of these
+    /// exist. Sums are in f32.
     pub fn rounding(width: usize) -> Self {
         Self { rounds: has_pairs(isa()), ..Self::new(width) }
     }

@@ -17,7 +17,7 @@ pub(super) const BLOCK: usize = 64;
 /// How keys and values are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KvType {
-    /// 32-bit floats: what evaluation and calibration use.
+    /// 32-bit floats: what evaluation uses.
     #[default]
     F32,
     /// Half precision, rounded to nearest; magnitudes beyond 65504 become 65504.
@@ -30,7 +30,7 @@ pub enum KvType {
 }
 
 impl KvType {
-    /// [`KvType::Bf16`] where the processor multiplies these faster, else [`KvType::F32`].
+    /// [`KvType::Bf16`] where kernels for pairs of these exist, else [`KvType::F32`].
     pub fn rounding() -> Self {
         if has_pairs(isa()) { Self::Bf16 } else { Self::F32 }
     }
@@ -92,13 +92,22 @@ impl LayerKv {
     }
 
     /// An empty cache.
+    ///
+    /// # Panics
+    /// As [`LayerKv::sharing`].
+    #[track_caller]
     pub fn with_type(kv_heads: usize, head_dim: usize, kind: KvType) -> Self {
         Self::sharing(&KvMemory::default(), kv_heads, head_dim, kind)
     }
 
     /// An empty cache that takes its memory together with others, of which none outlives the others for
     /// long: the layers of a sequence.
+    ///
+    /// # Panics
+    /// If this processor has no kernels for [`KvType::Bf16`] ([`KvType::rounding`]).
+    #[track_caller]
     pub fn sharing(memory: &KvMemory, kv_heads: usize, head_dim: usize, kind: KvType) -> Self {
+        assert!(kind != KvType::Bf16 || has_pairs(isa()), "products of bfloat16");
         Self { blocks: Vec::new(), memory: memory.clone(), kind, kv_heads, head_dim, len: 0 }
     }
 
@@ -229,7 +238,8 @@ impl LayerKv {
             *cell = bits(&pair[0]) >> 16 | pair.get(1).map_or(0, bits);
         }
         for (cell, x) in values.iter_mut().zip(value) {
-            // A position whose partner is still to come has zeros there.
+            // A position whose partner is still to come has zeros there, or what `truncate` forgot; both
+            // meet weights of zero.
             *cell = if high { *cell & 0xFFFF | bits(x) } else { bits(x) >> 16 };
         }
     }

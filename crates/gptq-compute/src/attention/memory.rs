@@ -9,6 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::arena::{Arena, HUGE, LINE};
 
+/// The largest piece of several blocks.
+const MOST: usize = 4 * HUGE;
+
 /// Memory that the caches of one sequence share.
 #[derive(Debug, Clone, Default)]
 pub struct KvMemory(Arc<Mutex<Pieces>>);
@@ -23,14 +26,18 @@ struct Pieces {
 }
 
 impl KvMemory {
+    /// Bytes that may be resident beyond those in use: a huge page is so as a whole.
+    pub const SLACK: usize = HUGE;
+
     /// Zeroed words that nobody else has.
     pub(super) fn take(&self, words: usize) -> Words {
         let bytes = (words * size_of::<u32>()).next_multiple_of(LINE);
         let mut pieces = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let last = pieces.last.as_ref().filter(|a| a.len() - pieces.used >= bytes).cloned();
         let arena = last.unwrap_or_else(|| {
-            // As much again as there is, so that short sequences stay small.
-            let size = bytes.max(pieces.total.min(HUGE));
+            // As much again as there is, so that short sequences stay small; whole blocks, as a rest
+            // would be lost.
+            let size = bytes * pieces.total.min(MOST).div_ceil(bytes).max(1);
             let arena = Arc::new(Arena::zeroed(size));
             pieces.total += size;
             (pieces.last, pieces.used) = (Some(Arc::clone(&arena)), 0);
@@ -42,7 +49,8 @@ impl KvMemory {
     }
 }
 
-/// A part of a piece of memory.
+/// A part of a piece of memory. The arena is never borrowed as a whole: its parts are written beside each
+/// other.
 pub(super) struct Words {
     arena: Arc<Arena>,
     /// Byte.
@@ -100,10 +108,16 @@ mod tests {
 
     #[test]
     fn pieces_grow_with_what_was_taken() {
-        let memory = KvMemory::default();
-        let taken: usize = (0..1000).map(|_| memory.take(4096).len() * 4).sum();
-        let total = memory.0.lock().unwrap().total;
-        assert!(total <= taken + HUGE, "{total} for {taken}");
-        drop(memory.take(16));
+        for words in [16, 4096, 320 << 10, 1 << 20] {
+            let memory = KvMemory::default();
+            for taken in (1..50).map(|blocks| blocks * words * size_of::<u32>()) {
+                drop(memory.take(words));
+                let total = memory.0.lock().unwrap().total;
+                assert!(
+                    total <= 2 * taken && total < taken + MOST + 4 * words,
+                    "{total} for {taken}"
+                );
+            }
+        }
     }
 }

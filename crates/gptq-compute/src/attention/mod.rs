@@ -222,10 +222,9 @@ fn run_task(
                 unsafe { partials.range(at + (split * p.kv_heads + kv_head) * size, size) };
             let out = Partial::new(buffer, rows, padded);
             // Threads take tasks in turns.
-            let (head, split_then) =
-                ((task + threads) % p.kv_heads, (task + threads) / p.kv_heads % cut.splits);
-            let next = (task + threads < cut.splits * p.kv_heads)
-                .then(|| (queries.blocks(cut.first + split_then).start, head));
+            let then = task + threads;
+            let next = (then < cut.splits * p.kv_heads)
+                .then(|| (queries.blocks(cut.first + then / p.kv_heads).start, then % p.kv_heads));
             return Chunk { queries, index: cut.first + split, next, strip, out }.compute();
         }
         let (a, b) = buffers.split_at_mut(size);

@@ -50,8 +50,8 @@ unsafe fn tile<S: Simd, E: Element, const R: usize, const V: usize, const AHEAD:
 }
 
 /// The tile for any number of rows and vectors: C (+)= A B with row pointers `a(r)` and `c(r)` for
-/// r below `rows`, and B `[k, vectors * 16]` at stride `ldb`. What will be read next in the same
-/// shape is at `ahead`: a step of decoding finds the whole cache in memory, and the processor's own
+/// r below `rows`, and B `[k, vectors * 16]` at stride `ldb`. What will be read next, in about the same
+/// shape, is at `ahead`: a step of decoding finds the whole cache in memory, and the processor's own
 /// prefetch begins anew at each page.
 ///
 /// # Safety

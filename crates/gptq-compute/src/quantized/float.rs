@@ -21,9 +21,9 @@ const VECTOR_BYTES: usize = LANES * 4;
 pub(crate) struct FloatTile<'a> {
     pub(crate) matrix: &'a QuantizedMatrix,
     pub(crate) strip: usize,
-    /// `[padded inputs][height]`, then sums `[groups][height]` as [`FloatInput`] makes them.
+    /// `[padded inputs][height]`, then sums `[groups][height]` as [`pack_floats`] makes them.
     ///
-    /// [`FloatInput`]: super::FloatInput
+    /// [`pack_floats`]: super::pack_floats
     pub(crate) x: &'a [f32],
     /// `x` is packed as [`Packing::Pairs`].
     ///

@@ -93,7 +93,7 @@ pub(crate) fn pack_floats(
 
 /// Inputs of [`Pack`] that are rounded at a time, then turned.
 const PIECE: usize = 64;
-/// Tokens of the tallest tile.
+/// Tokens of the tallest tile of [`Tiling::float`].
 const TALLEST: usize = 12;
 
 struct Pack<'a> {

@@ -4,14 +4,14 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use gptq_compute::{KvType, LayerKv, Tensor};
+use gptq_compute::{KvMemory, KvType, LayerKv, Tensor};
 use gptq_format::Checkpoint;
 use gptq_model::{
     ActivationType, Block, BlockState, Ctx, Embedder, HeadLayer, LinearSource, SeqSpan, Spec, Stage,
 };
 
 use super::held_out::is_held_out;
-use super::inputs::{StageInputs, Sum};
+use super::inputs::{StageInputs, Sum, rounds};
 use super::native::Native;
 use super::scratch::{Scratch, not_kept};
 use super::{MoeFallback, Phases};
@@ -227,13 +227,10 @@ impl<'a> Activations<'a> {
     pub(super) fn caches(&self, ctx: &Ctx) -> Vec<LayerKv> {
         let attention = &self.spec.attention;
         let most = self.chunks.iter().map(Vec::len).max().unwrap_or(0);
-        let kind = match ctx.scratch.activations() {
-            gptq_compute::Activations::F32 => KvType::F32,
-            _ => KvType::rounding(),
-        };
-        (0..most)
-            .map(|_| LayerKv::with_type(attention.kv_heads, attention.head_dim, kind))
-            .collect()
+        let kind = if rounds(ctx) { KvType::rounding() } else { KvType::F32 };
+        let memory = KvMemory::default();
+        let cache = |_| LayerKv::sharing(&memory, attention.kv_heads, attention.head_dim, kind);
+        (0..most).map(cache).collect()
     }
 
     /// Computes the inputs of a block's first stage.

@@ -134,10 +134,11 @@ impl Sum {
     }
 }
 
-/// An empty sum, as exact as the linears of the forward pass are.
+/// Whether the forward pass rounds what it multiplies, so that sums and attention may do so, too.
+pub(super) fn rounds(ctx: &Ctx) -> bool {
+    ctx.scratch.activations() != Activations::F32
+}
+
 fn gram(ctx: &Ctx, width: usize) -> Gram {
-    match ctx.scratch.activations() {
-        Activations::F32 => Gram::new(width),
-        _ => Gram::rounding(width),
-    }
+    if rounds(ctx) { Gram::rounding(width) } else { Gram::new(width) }
 }

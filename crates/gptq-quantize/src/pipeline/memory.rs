@@ -347,7 +347,7 @@ fn temporaries(spec: &Spec, chunk_tokens: usize, seqlen: usize) -> u64 {
     let kv = 2 * attention.kv_width().next_multiple_of(16);
     // A window's cache grows by whole blocks of positions.
     let positions = windows_per_chunk(seqlen) * seqlen.next_multiple_of(64);
-    (chunk_tokens * columns + positions * kv) as u64 * F32
+    (chunk_tokens * columns + positions * kv) as u64 * F32 + gptq_compute::KvMemory::SLACK as u64
 }
 
 /// Bytes of the products of a sequence's keys with distances, and of a tile's scores.

@@ -133,7 +133,7 @@ fn self_calibration_bytes(job: &Job<'_>, spec: &Spec, report: &CalibrationReport
         CalibrationOptions { nsamples: report.windows, seqlen: report.seqlen, seed: report.seed };
     let kv = spec.kv_bytes_per_token();
     let batch = SelfCalibration::new(windows).batch(kv).min(report.windows);
-    weights + (batch * report.seqlen * kv) as u64
+    weights + (batch * (report.seqlen * kv + gptq_compute::KvMemory::SLACK)) as u64
 }
 
 /// A rough time from the operations and this machine's rate for products, measured on the spot.
