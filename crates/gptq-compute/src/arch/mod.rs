@@ -46,11 +46,13 @@ pub enum Isa {
     Neon,
     /// NEON with the byte products of the dotprod extension.
     NeonDot,
+    /// The same, with those of the i8mm extension, which take unsigned codes.
+    NeonI8mm,
 }
 
 impl Isa {
     /// All, slower ones first.
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Scalar,
         Self::Avx2,
         Self::AvxVnni,
@@ -59,6 +61,7 @@ impl Isa {
         Self::Avx512Bf16,
         Self::Neon,
         Self::NeonDot,
+        Self::NeonI8mm,
     ];
 
     /// Its name in `GPTQ_ISA`.
@@ -72,6 +75,7 @@ impl Isa {
             Self::Avx512Bf16 => "avx512bf16",
             Self::Neon => "neon",
             Self::NeonDot => "neondot",
+            Self::NeonI8mm => "neoni8mm",
         }
     }
 
@@ -107,6 +111,10 @@ impl Isa {
             Self::Neon => true,
             #[cfg(target_arch = "aarch64")]
             Self::NeonDot => std::arch::is_aarch64_feature_detected!("dotprod"),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonI8mm => {
+                Self::NeonDot.is_available() && std::arch::is_aarch64_feature_detected!("i8mm")
+            }
             #[allow(unreachable_patterns)] // Those of other architectures.
             _ => false,
         }
@@ -126,10 +134,29 @@ pub fn isa() -> Isa {
         let available = Isa::available();
         let wanted = std::env::var("GPTQ_ISA").unwrap_or_default();
         let named = available.iter().find(|i| i.name() == wanted);
-        let isa = named.or(available.last()).copied().unwrap_or(Isa::Scalar);
+        if named.is_none() && !wanted.is_empty() {
+            let names: Vec<_> = available.iter().map(|i| i.name()).collect();
+            tracing::warn!("GPTQ_ISA={wanted} is none of this processor's: {}", names.join(", "));
+        }
+        let fastest = available.iter().rfind(|&&i| i != Isa::Avx512Bf16 || bf16_wins());
+        let isa = named.or(fastest).copied().unwrap_or(Isa::Scalar);
         tracing::debug!(?isa, "kernels chosen");
         isa
     })
+}
+
+/// Whether a product of pairs of bfloat16 does more than two of f32. AMD's processors that have it start
+/// one with each of two units; Intel's (Cooper Lake to Emerald Rapids) take two of their f32 products'
+/// time for it, and have their fast ones in AMX.
+fn bf16_wins() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        // The vendor, in the order of the registers.
+        let id = std::arch::x86_64::__cpuid(0);
+        [id.ebx, id.edx, id.ecx].map(u32::to_le_bytes).concat() == *b"AuthenticAMD"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 /// A computation written once for all instruction sets.
@@ -169,7 +196,7 @@ pub fn dispatch_on<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => unsafe { avx512::enter(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon | Isa::NeonDot => unsafe { neon::enter(kernel) },
+        Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe { neon::enter(kernel) },
         // SAFETY: scalar code runs everywhere.
         _ => unsafe { kernel.run::<Scalar>() },
     }
@@ -194,6 +221,9 @@ pub(crate) fn dispatch_dot<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::NeonDot => unsafe { neon::enter_dot(kernel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonI8mm => unsafe { neon::enter_i8mm(kernel) },
         _ => dispatch_on(isa, kernel),
     }
 }

@@ -6,9 +6,16 @@ use std::arch::asm;
 
 use super::{Kernel, Simd};
 
-/// NEON, with the dotprod extension or without.
+/// NEON, with the extension `DOT` for products of bytes.
 #[derive(Debug, Clone, Copy)]
-pub struct Neon<const DOT: bool = false>;
+pub struct Neon<const DOT: u8 = NONE>;
+
+/// No extension.
+const NONE: u8 = 0;
+/// Signed by signed bytes (dotprod).
+const SIGNED: u8 = 1;
+/// Those, and unsigned by signed ones (i8mm).
+const MIXED: u8 = 2;
 
 type F = [float32x4_t; 4];
 type I = [uint32x4_t; 4];
@@ -28,7 +35,16 @@ pub(super) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
 /// The processor must have the features.
 #[target_feature(enable = "neon,dotprod")]
 pub(super) unsafe fn enter_dot<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<Neon<true>>()
+    kernel.run::<Neon<SIGNED>>()
+}
+
+/// Compiles and runs a kernel with NEON, dotprod and i8mm.
+///
+/// # Safety
+/// The processor must have the features.
+#[target_feature(enable = "neon,dotprod,i8mm")]
+pub(super) unsafe fn enter_i8mm<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<Neon<MIXED>>()
 }
 
 /// Applies an intrinsic to each of the four registers. A macro and not a function with a closure:
@@ -56,8 +72,8 @@ unsafe fn widen_f16(p: *const u16) -> float32x4_t {
 
 /// Four signed bytes per lane times four signed bytes, added to the lane.
 #[inline(always)]
-unsafe fn dot_signed<const DOT: bool>(acc: uint32x4_t, w: uint32x4_t, x: uint32x4_t) -> uint32x4_t {
-    if DOT {
+unsafe fn dot_signed<const DOT: u8>(acc: uint32x4_t, w: uint32x4_t, x: uint32x4_t) -> uint32x4_t {
+    if DOT != NONE {
         let mut out = acc;
         // The intrinsic is unstable.
         asm!(
@@ -74,7 +90,20 @@ unsafe fn dot_signed<const DOT: bool>(acc: uint32x4_t, w: uint32x4_t, x: uint32x
     vaddq_u32(acc, vreinterpretq_u32_s32(pairs))
 }
 
-impl<const DOT: bool> Simd for Neon<DOT> {
+/// Four unsigned bytes per lane times four signed bytes, added to the lane.
+#[inline(always)]
+unsafe fn dot_mixed(acc: uint32x4_t, w: uint32x4_t, x: uint32x4_t) -> uint32x4_t {
+    let mut out = acc;
+    // The intrinsic is unstable.
+    asm!(
+        "usdot {0:v}.4s, {1:v}.16b, {2:v}.16b",
+        inout(vreg) out, in(vreg) w, in(vreg) x,
+        options(pure, nomem, nostack)
+    );
+    out
+}
+
+impl<const DOT: u8> Simd for Neon<DOT> {
     type F = F;
     type I = I;
     type M = I;
@@ -237,6 +266,9 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     }
     #[inline(always)]
     unsafe fn dot(bits: u32, acc: I, w: I, x: I) -> I {
+        if DOT == MIXED {
+            return each!(J: dot_mixed(acc[J], w[J], x[J]));
+        }
         if bits < 8 {
             return each!(J: dot_signed::<DOT>(acc[J], w[J], x[J]));
         }
