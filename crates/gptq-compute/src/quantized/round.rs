@@ -78,15 +78,18 @@ impl QuantizedMatrix {
         }
         let zeros = vec![ZERO; out_features];
         let g_idx = vec![0; in_features];
-        let rounded = Self::from_gptq(GptqParts {
-            bits: BITS,
-            in_features,
-            out_features,
-            qweight: &qweight,
-            scales: &scales,
-            zeros: &zeros,
-            g_idx: &g_idx,
-        });
+        let rounded = Self::from_gptq_on(
+            pool,
+            GptqParts {
+                bits: BITS,
+                in_features,
+                out_features,
+                qweight: &qweight,
+                scales: &scales,
+                zeros: &zeros,
+                g_idx: &g_idx,
+            },
+        );
         // All lengths are right by construction.
         Ok(rounded.expect("a matrix of consistent parts"))
     }
