@@ -68,6 +68,7 @@ def main() -> None:
         engines = {
             "gptq 4 bits": lambda: gptq(shape, 4, args, []),
             "gptq 4 bits, f32 activations": lambda: gptq(shape, 4, args, ["--activations", "f32"]),
+            "gptq 4 bits, bf16 activations": lambda: gptq(shape, 4, args, ["--activations", "bf16"]),
             "llama.cpp Q4_0": lambda: llama("Q4_0"),
             "OpenVINO u4, linears alone": lambda: run(
                 [sys.executable, str(HERE / "openvino_linears.py"), shape, *common]

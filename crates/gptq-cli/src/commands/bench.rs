@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use gptq_compute::{BandwidthProbe, argmax, gemm_peak_rate, int8_peak_rate};
+use gptq_compute::{Activations, BandwidthProbe, argmax, gemm_peak_rate, int8_peak_rate};
 use gptq_format::Bits;
 use gptq_model::{Model, Op, OpCost, Profile, Rows, Sequence, Session};
 use gptq_quantize::{Progress, rss};
@@ -91,6 +91,7 @@ struct Report {
     bandwidth: f64,
     /// Share of it that the steps of the first run reach, each compared with the pass beside it.
     bandwidth_fraction: f64,
+    activations: Activations,
     f32_rate: f64,
     int8_rate: f64,
 }
@@ -185,6 +186,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         profile_steps,
         bandwidth: median(bandwidths),
         bandwidth_fraction: median(fractions),
+        activations: args.runtime.activations.into(),
         f32_rate: gemm_peak_rate(&pool, 1536),
         int8_rate: int8_peak_rate(&pool),
     };

@@ -26,6 +26,15 @@ impl Report {
         2.0 * self.products_per_token as f64 * run.prefill_tokens_per_second
     }
 
+    /// That as a share of the rate that this machine has for such products.
+    fn prefill_reached(&self, run: &Run) -> f64 {
+        let rate = match self.activations {
+            Activations::Int8 => self.int8_rate,
+            _ => self.f32_rate,
+        };
+        self.prefill_operations(run) / rate
+    }
+
     /// What keeps an operation from being faster.
     fn bound(&self, cost: &OpCost) -> &'static str {
         if cost.bytes as f64 / cost.seconds >= BANDWIDTH_BOUND * self.bandwidth {
@@ -47,6 +56,7 @@ impl Report {
             "bytes_per_token": run.bytes_per_step,
             "bandwidth_fraction": self.reached(run),
             "prefill_operations_per_second": self.prefill_operations(run),
+            "prefill_fraction": self.prefill_reached(run),
         })
     }
 
@@ -110,6 +120,7 @@ impl Report {
             ("f32 rate of this machine", format!("{:.0} Gop/s", self.f32_rate / 1e9)),
             ("int8 rate of this machine", format!("{:.0} Gop/s", self.int8_rate / 1e9)),
             ("prefill, linears", format!("{:.0} Gop/s", self.prefill_operations(first) / 1e9)),
+            ("share of the rate", format!("{:.0} %", 100.0 * self.prefill_reached(first))),
         ] {
             table.row([label.to_owned(), value]);
         }
