@@ -150,7 +150,7 @@ fn main() {
             kv.append(&k, &k, 0..positions);
             kv
         };
-        let layers: Vec<LayerKv> = (0..BEYOND_CACHES / bytes + 1).map(layer).collect();
+        let layers: Vec<LayerKv> = (0..=BEYOND_CACHES / bytes).map(layer).collect();
         let flops = 4.0 * positions as f64 * 2048.0;
         let mut turn = 0;
         report(name, flops, bytes as f64, peak, 2 * layers.len(), &mut || {
