@@ -10,7 +10,7 @@ use gptq_model::{Model, Session, Spec};
 use gptq_quantize::calibration::{SourceReport, shares, split_weight};
 use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
-    CalibrationOptions, CalibrationReport, CalibrationSet, CalibrationSource, Progress,
+    CalibrationOptions, CalibrationReport, CalibrationSet, CalibrationSource, Plan, Progress,
     QuantizeOptions, SelfCalibration, Windows, plan, self_calibrate,
 };
 
@@ -42,6 +42,8 @@ pub(crate) struct Target<'a> {
     pub(crate) options: &'a QuantizeOptions,
     /// The model does not write, its windows are blank: a plan depends on their number alone.
     pub(crate) dry_run: bool,
+    /// Told what the run will need before the model writes.
+    pub(crate) announce: &'a dyn Fn(&Plan, &Job<'_>),
 }
 
 /// Reads the files, and lets the model write what is asked of it. Windows of the model's own text
@@ -118,7 +120,7 @@ fn written(
         Some(read) => read.clone().followed_by(planned, vocab),
         None => planned,
     };
-    plan(&Job {
+    let job = Job {
         checkpoint,
         tokenizer: Some(tokenizer),
         model: target.model,
@@ -127,7 +129,8 @@ fn written(
         output: Path::new(""),
         plots: None,
         pool,
-    })?;
+    };
+    (target.announce)(&plan(&job)?, &job);
     drop(planned);
     view.phase("load");
     // Opened again: its pages leave memory when the text is written.

@@ -1,5 +1,6 @@
 //! `gptq quantize`.
 
+use std::cell::Cell;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
@@ -417,6 +418,15 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let checkpoint = open(&args.model, &view)?;
     let tokenizer = checkpoint.tokenizer();
     let pool = pool(global);
+    // What was planned before the model wrote its text.
+    let announced = Cell::new(None);
+    let announce = |plan: &Plan, job: &Job<'_>| {
+        view.finish();
+        if !global.quiet {
+            show_plan(plan, job);
+        }
+        announced.set(Some(plan.summary));
+    };
     let calibration = if options.method.needs_calibration() {
         let tokenizer = match &tokenizer {
             Ok(tokenizer) => tokenizer,
@@ -430,6 +440,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             options: &options,
             // Bits are chosen from what real windows show.
             dry_run: args.dry_run && args.target_bpw.is_none(),
+            announce: &announce,
         };
         Some(calibration::load(&args.calibration(&checkpoint)?, &target, &view)?)
     } else {
@@ -451,10 +462,12 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         apply_target(&job, &sensitivity(&job, &view)?, target, &mut chosen)?;
         job.options = &chosen;
     }
-    let plan = plan(&job)?;
+    let mut plan = plan(&job)?;
     view.finish();
-    if !global.quiet {
-        show_plan(&plan, &job);
+    match announced.get().filter(|_| args.target_bpw.is_none()) {
+        Some(summary) => plan.summary = summary,
+        None if global.quiet => (),
+        None => show_plan(&plan, &job),
     }
     if args.dry_run {
         if args.json {
@@ -508,13 +521,14 @@ fn show_plan(plan: &Plan, job: &Job<'_>) {
     }
     if let Some(c) = job.calibration {
         let names: Vec<&str> = c.report.sources.iter().map(|s| s.name.as_str()).collect();
-        eprintln!(
-            "Data  {} · {} windows of {} tokens, {} different tokens",
-            if names.is_empty() { "self".to_owned() } else { names.join(", ") },
-            c.report.windows,
-            c.report.seqlen,
-            c.report.distinct_tokens
-        );
+        let names = if names.is_empty() { "self".to_owned() } else { names.join(", ") };
+        let (windows, seqlen) = (c.report.windows, c.report.seqlen);
+        // Windows that are still to be written hold one token only.
+        let different = match c.report.distinct_tokens {
+            0..=1 => String::new(),
+            n => format!(", {n} different tokens"),
+        };
+        eprintln!("Data  {names} · {windows} windows of {seqlen} tokens{different}");
         if let Some(note) = &c.report.note {
             eprintln!("      {note}");
         }

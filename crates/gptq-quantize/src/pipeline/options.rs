@@ -106,7 +106,7 @@ pub struct QuantizeOptions {
     /// How much each calibration token counts.
     pub token_weights: TokenWeights,
     /// How linears that are quantized already take their inputs in the calibration's forward pass; unless
-    /// in f32, Hessians are sums of products of bfloat16 where the processor has these.
+    /// in f32, attention and Hessians are products of bfloat16 where the processor has these.
     pub activations: Activations,
     /// How activations are kept between stages.
     pub activation_dtype: ActivationType,
@@ -272,7 +272,7 @@ impl QuantizeOptions {
         config.damp_percent = (solves && !self.damp_auto).then_some(self.damp_percent);
         config.true_sequential = Some(self.true_sequential);
         config.static_groups = Some(self.static_groups);
-        config.act_group_aware = Some(self.act_group_aware);
+        config.act_group_aware = Some(self.act_group_aware && self.method == Method::Gptq);
         let (search, norm) = match self.scale_search {
             ScaleSearch::MinMax => ("minmax", 0.0),
             ScaleSearch::Power(norm) => ("mse", f64::from((norm * 1000.0).round()) / 1000.0),
@@ -293,7 +293,14 @@ impl QuantizeOptions {
             ("token_weights", self.token_weights.name().into()),
             ("correction", self.correction.name().into()),
         ] {
-            config.meta.insert(key.to_owned(), value);
+            let used = match key {
+                "order" => self.method == Method::Gptq,
+                "token_weights" => self.method.needs_calibration(),
+                _ => true,
+            };
+            if used {
+                config.meta.insert(key.to_owned(), value);
+            }
         }
         if self.damp_auto {
             config.meta.insert("damp_percent_auto".to_owned(), true.into());

@@ -344,6 +344,7 @@ impl<'a> Runner<'a> {
         }
         let Some(tokenizer) = tokenizer else { bail!("calibration needs the model's tokenizer") };
         let target = calibration::Target {
+            announce: &|_, _| (),
             model: self.model,
             checkpoint: self.checkpoint,
             tokenizer,
