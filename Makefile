@@ -1,7 +1,7 @@
 # Everything a contributor runs. `make` alone lists the targets.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-peers compat quality fuzz
+.PHONY: help demo test check bench bench-peers compat quality neon fuzz
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ compat: ## Check against the real tools (transformers, GPTQModel, llama.cpp): in
 
 quality: ## GPTQModel beside gptq on the same calibration tokens: ARGS="--calibration TEXT --eval TEXT..."
 	@scripts/quality.sh $(ARGS)
+
+neon: ## Check the kernels for 64-bit ARM, and run their tests where qemu-aarch64 and a cross compiler are
+	@scripts/neon.sh
 
 fuzz: ## Fuzz the readers of untrusted bytes, 20 seconds each (needs `cargo install cargo-fuzz`)
 	cd fuzz && for target in safetensors_index gguf gptq_unpack config chat_template; do \
