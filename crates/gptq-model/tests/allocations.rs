@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{open, session};
-use gptq_compute::KvType;
+use gptq_compute::{Activations, KvType};
 use gptq_model::{
     GenerateOptions, HeadBits, LoadOptions, Model, Rows, Sampler, Sampling, Sequence, generate,
 };
@@ -41,8 +41,9 @@ static ALLOCATOR: Counting = Counting;
 const FIRST_TASKS: usize = 8;
 
 /// Allocations of each of 48 steps: up to 56 tokens, since the cache grows by 64 positions at a time.
-fn count(model: &Model, kv: KvType, sequences: usize) -> Vec<usize> {
+fn count(model: &Model, kv: KvType, activations: Activations, sequences: usize) -> Vec<usize> {
     let mut session = session();
+    session.ctx.scratch.set_activations(activations);
     let mut sampler =
         Sampler::new(Sampling { temperature: 1.0, top_p: 0.9, ..Sampling::default() }, 0).unwrap();
     let mut batch: Vec<Sequence> =
@@ -72,15 +73,18 @@ fn decoding_allocates_nothing() {
         let Some(dir) = fixtures::dir(name) else { continue };
         let options = LoadOptions { head: HeadBits::Eight, ..LoadOptions::default() };
         let model = Model::load_with(&open(&dir), &options).unwrap();
-        for (kv, sequences) in
-            [(KvType::F32, 1), (KvType::F16, 1), (KvType::Int8, 1), (KvType::F16, 4)]
-        {
-            let counts = count(&model, kv, sequences);
+        for (kv, activations, sequences) in [
+            (KvType::F32, Activations::F32, 1),
+            (KvType::F16, Activations::Int8, 1),
+            (KvType::Int8, Activations::Bf16, 1),
+            (KvType::F16, Activations::Int8, 4),
+        ] {
+            let counts = count(&model, kv, activations, sequences);
             // The first tokens fill the buffers of each thread. Nobody waits for a thread that the
             // system keeps away, so on a busy machine the only worker may fill its buffer later.
             assert!(
                 counts[24..].iter().sum::<usize>() <= FIRST_TASKS,
-                "{name}, {kv:?}, {sequences} sequences: {counts:?}"
+                "{name}, {kv:?}, {activations:?}, {sequences} sequences: {counts:?}"
             );
         }
 

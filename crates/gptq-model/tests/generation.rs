@@ -5,7 +5,7 @@ mod common;
 use std::ops::ControlFlow;
 
 use common::{greedy, load, open, session};
-use gptq_compute::KvType;
+use gptq_compute::{Activations, KvType};
 use gptq_model::{
     BatchOptions, FinishReason, GenerateOptions, HeadBits, LoadOptions, Model, ModelError, Rows,
     Sampling, Sequence, generate, generate_batch,
@@ -129,6 +129,32 @@ fn sequences_of_different_lengths_do_not_mix_their_frequencies() {
         model.forward(&mut session, &mut batch, &[ids]).unwrap();
         let alone = model.logits(&mut session, Rows::Last);
         assert_close("alone", alone.row(0), together.row(row), 2e-5);
+    }
+}
+
+#[test]
+fn packed_codes_give_the_same_logits_with_any_number_of_threads() {
+    for name in ["quant/b4_g32_sym_desc.gptq", "quant/b4_g32_asym.gptq_v2"] {
+        let Some(dir) = fixtures::dir(name) else { continue };
+        let options = LoadOptions { head: HeadBits::Eight, ..LoadOptions::default() };
+        let model = Model::load_with(&open(&dir), &options).unwrap();
+        let ids: Vec<u32> = (0..90).map(|i| i * 37 % 60).collect();
+        for activations in [Activations::Int8, Activations::Bf16, Activations::F32] {
+            let run = |threads: usize| {
+                let pool = std::sync::Arc::new(gptq_compute::Pool::new(threads));
+                let mut session = gptq_model::Session::new(pool);
+                session.ctx.scratch.set_activations(activations);
+                let mut batch = [Sequence::with_cache(model.spec(), KvType::F16)];
+                model.forward(&mut session, &mut batch, &[&ids[..70]]).unwrap();
+                for id in &ids[70..] {
+                    model.forward(&mut session, &mut batch, &[&[*id]]).unwrap();
+                }
+                model.logits(&mut session, Rows::Last).row(0).to_vec()
+            };
+            let one = run(1);
+            assert_eq!(one, run(2), "{name} {activations:?}");
+            assert_eq!(one, run(3), "{name} {activations:?}");
+        }
     }
 }
 
