@@ -132,6 +132,25 @@ fn sequences_of_different_lengths_do_not_mix_their_frequencies() {
     }
 }
 
+/// Logits behind the last of `ids`, of which 70 are a prompt and the others come one by one.
+fn decoded(
+    model: &Model,
+    ids: &[u32],
+    kv: KvType,
+    activations: Activations,
+    threads: usize,
+) -> Vec<f32> {
+    let pool = std::sync::Arc::new(gptq_compute::Pool::new(threads));
+    let mut session = gptq_model::Session::new(pool);
+    session.ctx.scratch.set_activations(activations);
+    let mut batch = [Sequence::with_cache(model.spec(), kv)];
+    model.forward(&mut session, &mut batch, &[&ids[..70]]).unwrap();
+    for id in &ids[70..] {
+        model.forward(&mut session, &mut batch, &[&[*id]]).unwrap();
+    }
+    model.logits(&mut session, Rows::Last).row(0).to_vec()
+}
+
 #[test]
 fn packed_codes_give_the_same_logits_with_any_number_of_threads() {
     for name in ["quant/b4_g32_sym_desc.gptq", "quant/b4_g32_asym.gptq_v2"] {
@@ -140,17 +159,7 @@ fn packed_codes_give_the_same_logits_with_any_number_of_threads() {
         let model = Model::load_with(&open(&dir), &options).unwrap();
         let ids: Vec<u32> = (0..90).map(|i| i * 37 % 60).collect();
         for activations in [Activations::Int8, Activations::Bf16, Activations::F32] {
-            let run = |threads: usize| {
-                let pool = std::sync::Arc::new(gptq_compute::Pool::new(threads));
-                let mut session = gptq_model::Session::new(pool);
-                session.ctx.scratch.set_activations(activations);
-                let mut batch = [Sequence::with_cache(model.spec(), KvType::F16)];
-                model.forward(&mut session, &mut batch, &[&ids[..70]]).unwrap();
-                for id in &ids[70..] {
-                    model.forward(&mut session, &mut batch, &[&[*id]]).unwrap();
-                }
-                model.logits(&mut session, Rows::Last).row(0).to_vec()
-            };
+            let run = |threads| decoded(&model, &ids, KvType::F16, activations, threads);
             let one = run(1);
             assert_eq!(one, run(2), "{name} {activations:?}");
             assert_eq!(one, run(3), "{name} {activations:?}");
@@ -164,14 +173,7 @@ fn small_caches_and_heads_stay_close_and_do_not_depend_on_threads() {
     let checkpoint = open(&dir);
     let ids: Vec<u32> = (0..80).map(|i| i * 37 % 251).collect();
     let run = |model: &Model, kv: KvType, threads: usize| {
-        let mut session =
-            gptq_model::Session::new(std::sync::Arc::new(gptq_compute::Pool::new(threads)));
-        let mut batch = [Sequence::with_cache(model.spec(), kv)];
-        model.forward(&mut session, &mut batch, &[&ids[..70]]).unwrap();
-        for id in &ids[70..] {
-            model.forward(&mut session, &mut batch, &[&[*id]]).unwrap();
-        }
-        model.logits(&mut session, Rows::Last).row(0).to_vec()
+        decoded(model, &ids, kv, Activations::F32, threads)
     };
     let exact = run(&load(&checkpoint), KvType::F32, 2);
     let size = exact.iter().fold(0.0f32, |m, x| m.max(x.abs()));
