@@ -10,6 +10,7 @@ use gptq_compute::sweep::ScaleSearch;
 use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic};
 use gptq_model::{ActivationType, SentencePooling, Spec};
 use gptq_quantize::pipeline::{Job, MixedReport, apply_target, sensitivity};
+use gptq_quantize::report::PlanSummary;
 use gptq_quantize::{
     CalibrationOptions, Correction, Method, MoeFallback, Plan, QuantizeOptions, TokenWeights,
     Windows, plan, quantize_as_planned,
@@ -465,7 +466,10 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let mut plan = plan(&job)?;
     view.finish();
     match announced.get().filter(|_| args.target_bpw.is_none()) {
-        Some(summary) => plan.summary = summary,
+        // Whether the activations spill is decided by what is resident now.
+        Some(shown) => {
+            plan.summary = PlanSummary { scratch_bytes: plan.summary.scratch_bytes, ..shown };
+        }
         None if global.quiet => (),
         None => show_plan(&plan, &job),
     }
