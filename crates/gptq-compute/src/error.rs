@@ -1,7 +1,7 @@
 //! Errors of this crate: wrong shapes at construction and matrices that cannot be factorised.
 
 /// Result with [`ComputeError`].
-pub type Result<T> = std::result::Result<T, ComputeError>;
+pub type Result<T, E = ComputeError> = std::result::Result<T, E>;
 
 /// What can go wrong in this crate. Shape mistakes between operations are programming errors and
 /// panic instead; these variants depend on data.

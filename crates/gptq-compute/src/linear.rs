@@ -200,7 +200,7 @@ impl Pass<'_> {
         let layout = first.layout();
         let token_len = token_floats(layout, packing);
         let matrices = || self.jobs.iter().flatten().map(|j| j.matrix);
-        // A single token needs no packing unless its inputs move or are summed for zero points.
+        // A single token needs no packing unless its inputs move or are summed for offsets.
         let plain = tokens == 1 && packing == Packing::Exact;
         let packed = if plain && matrices().all(QuantizedMatrix::reads_plain_input) {
             x.as_slice()
@@ -210,7 +210,7 @@ impl Pass<'_> {
                 buffer.resize(size, 0.0);
             }
             let raw = RawSlice::new(buffer);
-            let sums = matrices().any(QuantizedMatrix::is_asymmetric);
+            let sums = matrices().any(QuantizedMatrix::needs_sums);
             self.pool.run(tiles, &|index| {
                 let rows = tiling.tile(index);
                 // SAFETY: tiles occupy disjoint ranges.

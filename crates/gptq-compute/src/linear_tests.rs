@@ -1,11 +1,15 @@
 //! Properties of quantized products: every instruction set, width, group, tail and batch against
 //! an oracle in f64.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use crate::arch::Isa;
 use crate::linear::linear_on;
-use crate::{Activations, GptqParts, Linear, Matrix, Pool, QuantizedMatrix, Scratch, Tensor};
+use crate::{
+    Activations, BlockParts, GptqParts, Linear, Matrix, Pool, QuantizedMatrix, Scratch, Tensor,
+};
 
 struct Random(u64);
 
@@ -123,6 +127,59 @@ fn case(
     }
 }
 
+/// A matrix of block-quantized rows, as GGUF files have them: bits of the codes, group, whether there are minima and
+/// whether f16 holds them.
+const BLOCKS: [(u32, usize, bool, bool); 9] = [
+    (4, 32, false, true),
+    (4, 32, true, true),
+    (5, 32, false, true),
+    (5, 32, true, true),
+    (8, 32, false, true),
+    (2, 16, true, false),
+    (3, 16, false, false),
+    (4, 32, true, false),
+    (6, 16, false, false),
+];
+
+fn block_case(r: &mut Random, k: usize, n: usize, format: (u32, usize, bool, bool)) -> Case {
+    let (bits, group, minima, half) = format;
+    let groups = k / group;
+    let codes: Vec<u8> = (0..n * k).map(|_| (r.next() >> (32 - bits)) as u8).collect();
+    let mut value = |size: f32| {
+        let x = (0.1 + r.unit().abs()) * size;
+        if half { f16::from_f32(x).to_f32() } else { x }
+    };
+    let scales: Vec<f32> = (0..n * groups).map(|_| value(1.0 / (1 << bits) as f32)).collect();
+    let smallest: Vec<f32> =
+        (0..if minima { n * groups } else { 0 }).map(|_| -value(0.5)).collect();
+    let dense = (0..n * k).map(|i| {
+        let (at, code) = (i / k * groups + i % k / group, f32::from(codes[i]));
+        match smallest.get(at) {
+            Some(minimum) => scales[at] * code + minimum,
+            None => scales[at] * (code - (1 << (bits - 1)) as f32),
+        }
+    });
+    let dense = dense.collect();
+    let parts =
+        BlockParts { bits, group_size: group, minima, half, in_features: k, out_features: n };
+    let read = |rows: Range<usize>, c: &mut [u8], s: &mut [f32], m: &mut [f32]| {
+        c.copy_from_slice(&codes[rows.start * k..rows.end * k]);
+        let rows = rows.start * groups..rows.end * groups;
+        s.copy_from_slice(&scales[rows.clone()]);
+        if minima {
+            m.copy_from_slice(&smallest[rows]);
+        }
+        Ok::<_, ()>(())
+    };
+    let weight =
+        Matrix::Quantized(QuantizedMatrix::from_blocks(&Pool::new(2), parts, read).unwrap());
+    Case {
+        linear: Linear { weight, bias: Some((0..n).map(|_| r.unit()).collect()) },
+        dense,
+        groups: (0..groups).map(|g| (g * group..(g + 1) * group).collect()).collect(),
+    }
+}
+
 /// Shapes (inputs, outputs, group) that end inside units, blocks, vectors and strips.
 const SHAPES: [(usize, usize, usize); 9] = [
     (32, 1, 8),
@@ -139,13 +196,24 @@ const SHAPES: [(usize, usize, usize); 9] = [
 /// Runs `check` on every width, shape, column order and symmetry, in all compute modes.
 fn each_case(seed: u64, check: impl Fn(&mut Random, &Case, &Case, usize, Activations, &str)) {
     let mut r = Random(seed);
+    let modes = [Activations::F32, Activations::Bf16, Activations::Int8];
+    for format in BLOCKS {
+        for (k, n) in [(32, 1), (96, 67), (288, 130)] {
+            let one = block_case(&mut r, k, n, format);
+            let other = block_case(&mut r, k, 2 * n, format);
+            for activations in modes {
+                let name = format!("{activations:?} blocks {format:?} {k}x{n} seed {seed:x}");
+                check(&mut r, &one, &other, k, activations, &name);
+            }
+        }
+    }
     for bits in [2, 3, 4, 8] {
         for (k, n, group) in SHAPES {
             for (act_order, sym) in [(false, true), (false, false), (true, false), (true, true)] {
                 let one = case(&mut r, bits, k, n, group, act_order, sym);
                 // Another layer on the same input, with other tails and symmetry.
                 let other = case(&mut r, bits, k, 2 * n, group, act_order, !sym);
-                for activations in [Activations::F32, Activations::Bf16, Activations::Int8] {
+                for activations in modes {
                     let name = format!(
                         "{activations:?} {bits} bits {k}x{n} group {group} act-order {act_order} sym {sym} seed {seed:x}"
                     );

@@ -146,6 +146,27 @@ impl Pool {
             resume_unwind(payload);
         }
     }
+
+    /// As [`Pool::run`] with tasks that can fail.
+    ///
+    /// # Errors
+    /// One of the errors, after all tasks have been run.
+    ///
+    /// # Panics
+    /// As [`Pool::run`].
+    pub fn try_run<E: Send>(
+        &self,
+        tasks: usize,
+        task: &(dyn Fn(usize) -> Result<(), E> + Sync),
+    ) -> Result<(), E> {
+        let failed = Mutex::new(None);
+        self.run(tasks, &|index| {
+            if let Err(error) = task(index) {
+                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
+        });
+        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
 }
 
 impl Drop for Pool {

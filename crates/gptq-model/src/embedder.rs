@@ -4,19 +4,67 @@ use std::mem::swap;
 use std::sync::Arc;
 
 use gptq_compute::{
-    DenseMatrix, Linear, Matrix, Norm, Tensor, add_scaled, embed, linear, norm, scale,
+    DenseMatrix, Linear, Matrix, Norm, SharedBytes, Tensor, add_scaled, embed, linear, norm, scale,
 };
-use gptq_format::Checkpoint;
+use gptq_format::gguf::{GgmlType, dequantize_rows};
+use gptq_format::{Checkpoint, DType};
 
 use crate::load::{LinearSource, Loader};
 use crate::spec::{Positions, Spec};
 use crate::state::Ctx;
 use crate::{ModelError, Result};
 
+/// The table of token embeddings `[vocab, width]`.
+pub(crate) enum Tokens {
+    /// Floats as stored.
+    Floats(DenseMatrix),
+    /// The rows of blocks of a GGUF file, decoded as they are looked up.
+    Blocks { dtype: GgmlType, bytes: SharedBytes, width: usize },
+}
+
+impl Tokens {
+    fn load(loader: &Loader<'_>, name: &str, source: LinearSource) -> Result<Self> {
+        let Spec { vocab, embedding, .. } = loader.spec;
+        let width = embedding.width;
+        let store = &loader.checkpoint.tensors;
+        let info = loader.check_shape(name, &[*vocab, width])?;
+        let DType::Ggml(dtype) = info.dtype else {
+            return Ok(Self::Floats(loader.matrix(name, *vocab, width, source)?));
+        };
+        store.check_finite(name)?;
+        let bytes: SharedBytes = if source == LinearSource::Copied {
+            let mut bytes = vec![0; info.bytes];
+            store.copy_bytes(name, 0, &mut bytes)?;
+            Arc::new(bytes)
+        } else {
+            Arc::new(store.bytes(name)?)
+        };
+        Ok(Self::Blocks { dtype, bytes, width })
+    }
+
+    /// The rows of `ids`, checked to be below `vocab`, in `out` `[ids.len(), width]`.
+    fn look_up(&self, ids: &[u32], out: &mut Tensor) {
+        match self {
+            Self::Floats(table) => embed(table, ids, out),
+            Self::Blocks { dtype, bytes, width } => {
+                let bytes = (**bytes).as_ref();
+                // A row is a whole number of blocks, and the tensor has the bytes of its shape.
+                let row_bytes = dtype.byte_len(*width as u64).unwrap_or(0) as usize;
+                out.resize(ids.len(), *width);
+                for (row, &id) in ids.iter().enumerate() {
+                    let stored = &bytes[id as usize * row_bytes..][..row_bytes];
+                    let decoded = dequantize_rows(*dtype, stored, out.row_mut(row));
+                    debug_assert!(decoded.is_ok(), "a row of blocks");
+                }
+            }
+        }
+    }
+}
+
 /// Token and position embedding and what else happens before the first block.
 pub struct Embedder {
     spec: Arc<Spec>,
-    pub(crate) tokens: DenseMatrix,
+    pub(crate) tokens: Tokens,
     types: Option<DenseMatrix>,
     positions: Option<DenseMatrix>,
     norm: Option<Norm>,
@@ -50,7 +98,7 @@ impl Embedder {
             Ok::<_, ModelError>(Linear { weight: Matrix::Dense(matrix), bias: None })
         });
         Ok(Self {
-            tokens: loader.matrix(&weight(embedding.name), spec.vocab, embedding.width, source)?,
+            tokens: Tokens::load(&loader, &weight(embedding.name), source)?,
             positions,
             types: types.transpose()?,
             norm: norm.transpose()?,
@@ -88,7 +136,7 @@ impl Embedder {
     ) -> Result<()> {
         self.check(ids, types, positions)?;
         let pool = Arc::clone(&ctx.pool);
-        embed(&self.tokens, ids, out);
+        self.tokens.look_up(ids, out);
         if self.spec.embedding.scale != 1.0 {
             scale(&pool, out, self.spec.embedding.scale);
         }

@@ -9,7 +9,7 @@ use gptq_compute::{
 };
 use gptq_format::Checkpoint;
 
-use crate::embedder::Embedder;
+use crate::embedder::{Embedder, Tokens};
 use crate::load::{LinearSource, Loader};
 use crate::model::HeadBits;
 use crate::spec::Spec;
@@ -47,7 +47,7 @@ impl HeadLayer {
     ) -> Result<Self> {
         let loader = Loader { checkpoint, spec };
         let projection = spec.head.name.map(|name| {
-            let mut projection = projection(&loader, name, embedder)?;
+            let mut projection = projection(&loader, name, embedder, pool)?;
             if bits == HeadBits::Eight
                 && let Some(rounded) = rounded(&loader, name, &projection.weight, pool)?
             {
@@ -175,8 +175,8 @@ impl HeadLayer {
 }
 
 /// The projection to logits named `name`, or the embedding where it is tied.
-fn projection(loader: &Loader<'_>, name: &str, embedder: &Embedder) -> Result<Linear> {
-    let Spec { embedding, vocab, head, .. } = loader.spec;
+fn projection(loader: &Loader<'_>, name: &str, embedder: &Embedder, pool: &Pool) -> Result<Linear> {
+    let Spec { base, embedding, vocab, head, .. } = loader.spec;
     let has = |suffix: &str| loader.checkpoint.tensors.contains(&format!("{name}.{suffix}"));
     let owner = bias_owner(loader.checkpoint, name);
     if head.unit_rows {
@@ -189,7 +189,14 @@ fn projection(loader: &Loader<'_>, name: &str, embedder: &Embedder) -> Result<Li
     }
     if head.tied && !has("qweight") {
         let bias = loader.bias(owner, *vocab, head.bias)?;
-        return Ok(Linear { weight: Matrix::Dense(embedder.tokens.clone()), bias });
+        let weight = match &embedder.tokens {
+            Tokens::Floats(table) => Matrix::Dense(table.clone()),
+            Tokens::Blocks { width, .. } => {
+                let name = format!("{base}{}.weight", embedding.name);
+                loader.weight(pool, &name, *vocab, *width, LinearSource::Mapped)?
+            }
+        };
+        return Ok(Linear { weight, bias });
     }
     let linear = LinearSpec {
         name: name.to_owned(),
@@ -199,7 +206,7 @@ fn projection(loader: &Loader<'_>, name: &str, embedder: &Embedder) -> Result<Li
         bias: head.bias && owner == name,
         transposed: false,
     };
-    let mut projection = loader.linear(&linear, LinearSource::Mapped)?;
+    let mut projection = loader.linear_on(pool, &linear, LinearSource::Mapped)?;
     if owner != name {
         projection.bias = loader.bias(owner, *vocab, head.bias)?;
     }

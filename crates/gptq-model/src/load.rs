@@ -3,7 +3,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use gptq_compute::{DenseMatrix, DenseType, GptqParts, Linear, Matrix, Norm, QuantizedMatrix};
+use gptq_compute::{
+    BlockParts, DenseMatrix, DenseType, GptqParts, Linear, Matrix, Norm, Pool, QuantizedMatrix,
+};
+use gptq_format::gguf::CodeRows;
 use gptq_format::{Checkpoint, DType, FormatError, GptqLinear, TensorInfo, TensorStore};
 
 use crate::head::bias_owner;
@@ -14,9 +17,11 @@ use crate::{ModelError, Result, unfused};
 /// Where a block's linears come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LinearSource {
-    /// The checkpoint: packed codes where it has them, else floats that stay in the mapped file where their type allows.
+    /// The checkpoint: packed codes where it has them, also those of GGUF's blocks; else floats that stay in the mapped
+    /// file where their type allows.
     Mapped,
-    /// The checkpoint, with floats copied (in their stored type) so that the mapped file leaves no resident pages behind.
+    /// The checkpoint, with floats copied (in their stored type, from GGUF's blocks as f32) so that the mapped file leaves
+    /// no resident pages behind.
     Copied,
     /// Nowhere: the caller sets them ([`crate::Block::set_linear`]).
     Unset,
@@ -33,6 +38,21 @@ pub fn load_linear(
     source: LinearSource,
 ) -> Result<Linear> {
     Loader { checkpoint, spec }.linear(linear, source)
+}
+
+/// What becomes of the matrix `tensor` of a GGUF file when it is run: codes, if it is stored in blocks.
+pub fn block_parts(checkpoint: &Checkpoint, tensor: &str) -> Option<BlockParts> {
+    let tensors = &checkpoint.tensors;
+    let format = tensors.code_format(tensor)?;
+    let [out_features, in_features] = *tensors.info(tensor).ok()?.shape else { return None };
+    Some(BlockParts {
+        bits: format.bits,
+        group_size: format.group_size,
+        minima: format.minima,
+        half: format.half,
+        in_features,
+        out_features,
+    })
 }
 
 impl Spec {
@@ -134,19 +154,50 @@ impl Loader<'_> {
 
     /// A linear of a block: quantized where the checkpoint has packed codes for it.
     pub(crate) fn linear(&self, linear: &LinearSpec, source: LinearSource) -> Result<Linear> {
+        self.linear_on(&Pool::new(1), linear, source)
+    }
+
+    /// As [`Loader::linear`], with codes repacked on all threads of `pool`.
+    pub(crate) fn linear_on(
+        &self,
+        pool: &Pool,
+        linear: &LinearSpec,
+        source: LinearSource,
+    ) -> Result<Linear> {
         let LinearSpec { module, out_features, in_features, .. } = linear;
         if self.store().contains(&format!("{module}.qweight")) {
-            return self.quantized(linear);
+            return self.quantized(pool, linear);
         }
+        let name = format!("{module}.weight");
         let weight = if linear.transposed {
-            let name = format!("{module}.weight");
             let weights = self.transposed(&name, *out_features, *in_features)?;
-            DenseMatrix::from_f32(*out_features, *in_features, weights)
+            Matrix::Dense(DenseMatrix::from_f32(*out_features, *in_features, weights))
         } else {
-            self.matrix(&format!("{module}.weight"), *out_features, *in_features, source)?
+            self.weight(pool, &name, *out_features, *in_features, source)?
         };
         let bias = self.bias(module, *out_features, linear.bias)?;
-        Ok(Linear { weight: Matrix::Dense(weight), bias })
+        Ok(Linear { weight, bias })
+    }
+
+    /// A weight `[rows, cols]`: the blocks of a GGUF file as codes repacked for the processor unless they are to be copied,
+    /// all else as [`Loader::matrix`].
+    pub(crate) fn weight(
+        &self,
+        pool: &Pool,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        source: LinearSource,
+    ) -> Result<Matrix> {
+        let parts = block_parts(self.checkpoint, name).filter(|_| source == LinearSource::Mapped);
+        let Some(parts) = parts else {
+            return Ok(Matrix::Dense(self.matrix(name, rows, cols, source)?));
+        };
+        self.check_shape(name, &[rows, cols])?;
+        QuantizedMatrix::from_blocks(pool, parts, |rows, codes, scales, minima| {
+            Ok(self.store().read_codes(name, rows, CodeRows { codes, scales, minima })?)
+        })
+        .map(Matrix::Quantized)
     }
 
     /// A float matrix `[rows, cols]` in its stored type where that is one of the three that need no conversion.
@@ -240,14 +291,14 @@ impl Loader<'_> {
     }
 
     /// Packed codes, repacked for the processor.
-    fn quantized(&self, linear: &LinearSpec) -> Result<Linear> {
+    fn quantized(&self, pool: &Pool, linear: &LinearSpec) -> Result<Linear> {
         let LinearSpec { module, out_features, in_features, bias, .. } = linear;
         let config = self.checkpoint.quantize_config.as_ref().ok_or_else(|| {
             ModelError::NoQuantizeConfig { file: self.file().to_owned(), module: module.clone() }
         })?;
         let stored =
             GptqLinear::load(self.store(), module, config, Some([*out_features, *in_features]))?;
-        let matrix = QuantizedMatrix::from_gptq(GptqParts {
+        let parts = GptqParts {
             bits: stored.bits.as_u32(),
             in_features: *in_features,
             out_features: *out_features,
@@ -255,9 +306,9 @@ impl Loader<'_> {
             scales: &stored.scales,
             zeros: &stored.zeros,
             g_idx: &stored.g_idx,
-        });
-        let matrix =
-            matrix.map_err(|source| ModelError::Compute { tensor: module.clone(), source })?;
+        };
+        let matrix = QuantizedMatrix::from_gptq_on(pool, parts)
+            .map_err(|source| ModelError::Compute { tensor: module.clone(), source })?;
         let bias = self.bias(module, *out_features, *bias)?;
         Ok(Linear { weight: Matrix::Quantized(matrix), bias })
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::bail;
 use gptq_compute::Pool;
 use gptq_format::{Checkpoint, Tokenizer};
-use gptq_model::{Model, Session, Spec};
+use gptq_model::{LoadOptions, Model, Session, Spec};
 use gptq_quantize::calibration::{SourceReport, shares, split_weight};
 use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
@@ -135,7 +135,7 @@ fn written(
     view.phase("load");
     // Opened again: its pages leave memory when the text is written.
     let own = Checkpoint::open(&checkpoint.path)?;
-    let model = Model::load(&own)?;
+    let model = Model::load_with(&own, &LoadOptions { pool: Some(pool), ..Default::default() })?;
     let mut session = Session::new(Arc::clone(pool));
     let mut writer = SelfCalibration::new(windows);
     writer.temperature = request.temperature;

@@ -2,12 +2,13 @@
 //! bfloat16, they become pairs of these where the processor multiplies pairs; elsewhere the rounded
 //! activations are taken as f32.
 //!
-//! Within a group, codes less their centre times activations accumulate in f32; at its end the zero
-//! point and the scale are applied once:  y += s · (Σ x q - z Σ x).  The order of all additions is
-//! the same for every tile height, so a token's result does not depend on what it is batched with.
+//! Within a group, codes less their centre times activations accumulate in f32; at its end the scale
+//! and the zero point or minimum are applied once:  y += s · (Σ x q - z Σ x), or
+//! y += s · Σ x q + (s c + m) Σ x.  The order of all additions is the same for every tile height, so
+//! a token's result does not depend on what it is batched with.
 
 use super::tile::{Out, Sums};
-use super::{QuantizedMatrix, SCALE_BYTES, STRIP, VECTORS, WORD_BYTES, unit_columns, unit_words};
+use super::{Offsets, QuantizedMatrix, STRIP, VECTORS, WORD_BYTES, unit_columns, unit_words};
 use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_on, dispatch_pairs};
 
 /// How far ahead of the codes to prefetch, in bytes: covers the latency of memory at the bandwidth
@@ -41,7 +42,7 @@ impl FloatTile<'_> {
     pub(crate) unsafe fn run(self, isa: Isa) {
         let m = self.matrix;
         assert!(self.strip < m.strips() && self.out.rows <= self.height);
-        let sums = if m.asymmetric { m.groups.len() } else { 0 };
+        let sums = if m.needs_sums() { m.groups.len() } else { 0 };
         let inputs = if self.pairs { m.padded_in / 2 } else { m.padded_in };
         assert!(self.x.len() >= (inputs + sums) * self.height);
         macro_rules! heights {
@@ -101,28 +102,43 @@ unsafe fn strip<S: Simd, const BITS: u32, const MT: usize, const P: usize, const
     // Inputs of one word of `x`.
     let wide = if PAIRS { 2 } else { 1 };
     let sums = tile.x.as_ptr().wrapping_add(m.padded_in / wide * MT);
+    let header_bytes = m.header.bytes();
     let mut y = Sums([[0.0; STRIP]; MT]);
     for (g, group) in m.groups.iter().enumerate() {
         let header = base.add(group.offset);
+        let offsets = header.add(m.header.scale_bytes());
         if MT <= 4 {
-            prefetch_header::<S>(header, m.header_bytes());
+            prefetch_header::<S>(header, header_bytes);
         }
         let x = tile.x.as_ptr().add(group.first / wide * MT);
         let units = group.columns / unit_columns(BITS);
         let mut v = 0;
         while v < VECTORS {
-            let codes = header.add(m.header_bytes() + v * VECTOR_BYTES);
+            let codes = header.add(header_bytes + v * VECTOR_BYTES);
             let mut part = products::<S, BITS, MT, P, PAIRS>(codes, units, x);
             for p in 0..P {
-                if m.asymmetric {
-                    let z = S::load_i8(header.add(SCALE_BYTES + (v + p) * LANES).cast());
-                    for i in 0..MT {
-                        part[p][i] = S::fnma(z, S::splat(*sums.add(g * MT + i)), part[p][i]);
+                let lane = (v + p) * LANES;
+                let s = m.header.load::<S>(header, lane);
+                match m.header.offsets {
+                    Offsets::None => {}
+                    Offsets::Zeros => {
+                        let z = S::load_i8(offsets.cast::<i8>().add(lane));
+                        for i in 0..MT {
+                            part[p][i] = S::fnma(z, S::splat(*sums.add(g * MT + i)), part[p][i]);
+                        }
+                    }
+                    Offsets::Minima { centre } => {
+                        let minimum = m.header.load::<S>(offsets, lane);
+                        let b = S::fma(s, S::splat(centre), minimum);
+                        for i in 0..MT {
+                            let to = y.0[i].as_mut_ptr().add(lane);
+                            let sum = S::splat(*sums.add(g * MT + i));
+                            S::store(to, S::fma(b, sum, S::load(to)));
+                        }
                     }
                 }
-                let s = S::load_f16(header.cast::<u16>().add((v + p) * LANES));
                 for i in 0..MT {
-                    let to = y.0[i].as_mut_ptr().add((v + p) * LANES);
+                    let to = y.0[i].as_mut_ptr().add(lane);
                     S::store(to, S::fma(s, part[p][i], S::load(to)));
                 }
             }

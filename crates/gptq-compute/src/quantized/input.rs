@@ -70,7 +70,7 @@ pub(crate) fn token_floats(layout: Layout<'_>, packing: Packing) -> usize {
 }
 
 /// Packs the rows of `x` that belong to a tile: `[padded_in, height]` inputs, or half as many pairs,
-/// followed by `[groups, height]` sums, which only asymmetric matrices read (`with_sums`). Missing
+/// followed by `[groups, height]` sums, which only matrices with offsets read (`with_sums`). Missing
 /// rows are zero.
 pub(crate) fn pack_floats(
     isa: Isa,

@@ -3,8 +3,9 @@
 //! Per block of [`BLOCK`] inputs or a shorter end of a group, with activation codes a, their scale
 //! t, weight codes q with centre h, and per group the weight scale s and zero offset z:
 //!
-//! y += s · (Σ t (Σ a q - h Σ a) - z Σ t Σ a), the inner bracket in integers. Of long groups, parts
-//! of [`CHUNK`] inputs are added to y as they are finished.
+//! y += s · (Σ t (Σ a q - h Σ a) - z Σ t Σ a), the inner bracket in integers; with minima m of codes
+//! of centre c, y += s · Σ t (..) + (s c + m) Σ t Σ a. Of long groups, parts of [`CHUNK`] inputs are
+//! added to y as they are finished.
 //!
 //! Floats are added in this order with a single rounding on every instruction set and for every
 //! tile height, so all of them agree to the bit, and so do all thread counts.
@@ -15,7 +16,9 @@ use std::ops::Range;
 use super::float::{PREFETCH, prefetch_header, spare_codes};
 use super::input::{BLOCK, Int8Input, RECORD};
 use super::tile::{Out, Rows, Sums};
-use super::{QuantizedMatrix, SCALE_BYTES, STRIP, VECTORS, WORD_BYTES, unit_columns, unit_words};
+use super::{
+    Header, Offsets, QuantizedMatrix, STRIP, VECTORS, WORD_BYTES, unit_columns, unit_words,
+};
 use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_dot};
 
 /// Tiles that one call computes: they share a chunk of weights in the first level cache.
@@ -69,10 +72,11 @@ impl<const BITS: u32> Kernel for Strip<'_, BITS> {
         // Only the rows in use: a single token should not pay for all.
         sums.as_mut_ptr().cast::<[f32; STRIP]>().write_bytes(0, out.rows);
         let y = std::slice::from_raw_parts_mut(sums.as_mut_ptr().cast::<[f32; STRIP]>(), out.rows);
+        let header_bytes = m.header.bytes();
         for (g, group) in m.groups.iter().enumerate() {
             let header = base.add(group.offset);
-            prefetch_header::<S>(header, m.header_bytes());
-            let codes = header.add(m.header_bytes());
+            prefetch_header::<S>(header, header_bytes);
+            let codes = header.add(header_bytes);
             let mut start = 0;
             while start < group.columns {
                 let columns = (group.columns - start).min(CHUNK);
@@ -84,8 +88,10 @@ impl<const BITS: u32> Kernel for Strip<'_, BITS> {
                     assert!(row + rows.height <= y.len(), "rows of the tiles");
                     let block = group.block + start / BLOCK;
                     let chunk = Chunk {
-                        scales: header.cast(),
-                        zeros: (m.asymmetric && last).then(|| header.add(SCALE_BYTES).cast()),
+                        header: m.header,
+                        scales: header,
+                        offsets: (last && m.needs_sums())
+                            .then(|| header.add(m.header.scale_bytes())),
                         codes: codes
                             .add(start / unit_columns(BITS) * unit_words(BITS) * WORD_BYTES),
                         columns,
@@ -105,10 +111,11 @@ impl<const BITS: u32> Kernel for Strip<'_, BITS> {
 
 /// A part of a group, times the tokens of one tile.
 struct Chunk {
+    header: Header,
     /// `[STRIP]`
-    scales: *const u16,
+    scales: *const u8,
     /// `[STRIP]`, with the last chunk of a group that has some.
-    zeros: Option<*const i8>,
+    offsets: Option<*const u8>,
     codes: *const u8,
     columns: usize,
     /// Records of its blocks.
@@ -146,18 +153,28 @@ impl Chunk {
         while v < VECTORS {
             let codes = self.codes.add(v * VECTOR_BYTES);
             let mut part = blocks::<S, BITS, MT, P>(self.columns, codes, self.x);
-            if let Some(zeros) = self.zeros {
-                for p in 0..P {
-                    let z = S::mul(S::load_i8(zeros.add((v + p) * LANES)), S::splat(-1.0));
-                    for i in 0..MT {
-                        part[p][i] = S::fused(z, S::splat(*self.totals.add(i)), part[p][i]);
-                    }
-                }
-            }
             for p in 0..P {
-                let s = S::load_f16(self.scales.add((v + p) * LANES));
+                let lane = (v + p) * LANES;
+                let s = self.header.load::<S>(self.scales, lane);
+                match (self.offsets, self.header.offsets) {
+                    (Some(zeros), Offsets::Zeros) => {
+                        let z = S::mul(S::load_i8(zeros.cast::<i8>().add(lane)), S::splat(-1.0));
+                        for i in 0..MT {
+                            part[p][i] = S::fused(z, S::splat(*self.totals.add(i)), part[p][i]);
+                        }
+                    }
+                    (Some(minima), Offsets::Minima { centre }) => {
+                        let minimum = self.header.load::<S>(minima, lane);
+                        let b = S::fused(s, S::splat(centre), minimum);
+                        for i in 0..MT {
+                            let to = self.y.add(i * STRIP + lane);
+                            S::store(to, S::fused(b, S::splat(*self.totals.add(i)), S::load(to)));
+                        }
+                    }
+                    _ => {}
+                }
                 for i in 0..MT {
-                    let to = self.y.add(i * STRIP + (v + p) * LANES);
+                    let to = self.y.add(i * STRIP + lane);
                     S::store(to, S::fused(s, part[p][i], S::load(to)));
                 }
             }

@@ -1,9 +1,10 @@
 //! Quantized weight matrices in the layout that the kernels stream.
 //!
 //! Outputs are cut into *strips* of 64, which is four vectors of 16 lanes. A strip is one sequential
-//! run of bytes, group after group: `[scales, 64 x f16] [zero offsets, 64 x i8] [units of codes]`,
-//! the zero offsets (zero point - 2^(bits-1)) only where the matrix is not symmetric. A *unit* is
-//! `[word][4 vectors][16 lanes]` of u32 and holds these inputs of each of the 64 outputs:
+//! run of bytes, group after group: `[scales, 64] [offsets, 64] [units of codes]`. Scales are f16, or
+//! f32 where f16 does not hold them. Symmetric matrices have no offsets; those of other GPTQ layers
+//! are zero points less 2^(bits-1), as i8; those of GGUF's blocks are minima, in the type of the scales.
+//! A *unit* is `[word][4 vectors][16 lanes]` of u32 and holds these inputs of each of the 64 outputs:
 //!
 //! | bits | inputs | words | position of input k of the unit |
 //! |---|---|---|---|
@@ -26,6 +27,7 @@ mod repack;
 mod round;
 mod tile;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::f16;
@@ -36,7 +38,7 @@ pub(crate) use input::{Int8Input, Packing, pack_floats, token_floats};
 pub(crate) use int8::{Int8Tiles, TILES as INT8_TILES};
 pub(crate) use tile::{Out, Tiling};
 
-use crate::arch::LANES;
+use crate::arch::{LANES, Simd};
 use crate::arena::Arena;
 use crate::error::{ComputeError, Result};
 use crate::pool::Pool;
@@ -47,8 +49,6 @@ pub(crate) const VECTORS: usize = 4;
 pub(crate) const STRIP: usize = VECTORS * LANES;
 /// Bytes of one word of all outputs of a strip.
 const WORD_BYTES: usize = STRIP * 4;
-/// Bytes of the scales of a strip and group.
-const SCALE_BYTES: usize = STRIP * 2;
 /// A position of the padded input that no input column fills.
 pub(crate) const PAD: u32 = u32::MAX;
 
@@ -72,6 +72,76 @@ pub struct GptqParts<'a> {
     pub g_idx: &'a [u32],
 }
 
+/// What a matrix of block-quantized rows is like, such as one of a GGUF file. With minima
+/// w = scale · code + minimum, else w = scale · (code - 2^(bits-1)).
+#[derive(Debug, Clone, Copy)]
+pub struct BlockParts {
+    /// Bits of a code, 1 to 8.
+    pub bits: u32,
+    /// Neighbouring inputs that share scale and minimum: a multiple of 16.
+    pub group_size: usize,
+    /// Whether groups have a minimum.
+    pub minima: bool,
+    /// Whether f16 holds scales and minima.
+    pub half: bool,
+    /// Input width.
+    pub in_features: usize,
+    /// Output width.
+    pub out_features: usize,
+}
+
+impl BlockParts {
+    /// Bytes that the matrix takes in the runtime layout.
+    pub fn bytes(&self) -> usize {
+        repack::Plan::of_blocks(self).bytes()
+    }
+}
+
+/// What comes before the codes of a group.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Header {
+    /// Scales are f32, else f16.
+    wide: bool,
+    offsets: Offsets,
+}
+
+/// What is added to scale · (code - 2^(bits-1)).
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Offsets {
+    None,
+    /// -scale · offset, an integer.
+    Zeros,
+    /// scale · centre + minimum.
+    Minima {
+        centre: f32,
+    },
+}
+
+impl Header {
+    fn scale_bytes(self) -> usize {
+        STRIP * if self.wide { 4 } else { 2 }
+    }
+
+    fn bytes(self) -> usize {
+        let offsets = match self.offsets {
+            Offsets::None => 0,
+            Offsets::Zeros => STRIP,
+            Offsets::Minima { .. } => self.scale_bytes(),
+        };
+        self.scale_bytes() + offsets
+    }
+
+    /// The scales, or minima, of the 16 outputs from `lane` on.
+    #[inline(always)]
+    unsafe fn load<S: Simd>(self, values: *const u8, lane: usize) -> S::F {
+        if self.wide {
+            S::load(values.cast::<f32>().add(lane))
+        } else {
+            S::load_f16(values.cast::<u16>().add(lane))
+        }
+    }
+}
+
 /// One group of inputs, the same in every strip.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Group {
@@ -85,7 +155,8 @@ pub(crate) struct Group {
     offset: usize,
 }
 
-/// A quantized matrix `[out, in]`: w = scale · (code - zero). Clones share the codes.
+/// A quantized matrix `[out, in]`: w = scale · (code - zero), or scale · code + minimum. Clones share
+/// the codes.
 #[derive(Clone)]
 pub struct QuantizedMatrix {
     bits: u32,
@@ -94,8 +165,7 @@ pub struct QuantizedMatrix {
     strips: Arc<Arena>,
     strip_bytes: usize,
     groups: Arc<[Group]>,
-    /// Whether zero offsets are stored.
-    asymmetric: bool,
+    header: Header,
     /// Input column of each padded position, or [`PAD`]; absent when it is the identity.
     order: Option<Arc<[u32]>>,
     padded_in: usize,
@@ -172,7 +242,32 @@ impl QuantizedMatrix {
         {
             return Err(ComputeError::GroupIndex { index, group, groups });
         }
-        Ok(repack::repack(pool, &parts, groups))
+        Ok(repack::gptq(pool, &parts, groups))
+    }
+
+    /// Brings block-quantized rows into the runtime layout with all threads of `pool`: the codes in
+    /// 2, 4 or 8 bits, no value changed. `read` is asked for 64 rows at a time, from several threads
+    /// at once, and fills their codes `[rows, in_features]`, scales and, where there are, minima
+    /// `[rows, in_features / group_size]`.
+    ///
+    /// # Errors
+    /// What `read` returns.
+    ///
+    /// # Panics
+    /// If `group_size` is not a multiple of 16, or `in_features` not one of it.
+    #[track_caller]
+    pub fn from_blocks<E: Send>(
+        pool: &Pool,
+        parts: BlockParts,
+        read: impl Fn(Range<usize>, &mut [u8], &mut [f32], &mut [f32]) -> Result<(), E> + Sync,
+    ) -> Result<Self, E> {
+        let BlockParts { bits, group_size, in_features, .. } = parts;
+        assert!(matches!(bits, 1..=8), "codes of {bits} bits");
+        assert!(
+            group_size.is_multiple_of(16) && in_features.is_multiple_of(group_size),
+            "{in_features} inputs in groups of {group_size}"
+        );
+        repack::blocks(pool, parts, read)
     }
 
     /// Output width.
@@ -213,22 +308,18 @@ impl QuantizedMatrix {
         self.groups.last().map_or(0, |g| g.block + g.columns.div_ceil(input::BLOCK))
     }
 
-    /// Whether a single row can be used as it is: no permutation, and no sums for zero points.
+    /// Whether a single row can be used as it is: no permutation, and no sums for offsets.
     pub(crate) fn reads_plain_input(&self) -> bool {
-        self.order.is_none() && !self.asymmetric
+        self.order.is_none() && !self.needs_sums()
     }
 
-    pub(crate) fn is_asymmetric(&self) -> bool {
-        self.asymmetric
+    /// Whether offsets are multiplied with the sums of the inputs.
+    pub(crate) fn needs_sums(&self) -> bool {
+        self.header.offsets != Offsets::None
     }
 
     /// Bytes of one strip, with everything that [`Group::offset`]s point at.
     fn strip(&self, index: usize) -> &[u8] {
         &self.strips.as_slice()[index * self.strip_bytes..][..self.strip_bytes]
-    }
-
-    /// Bytes of scales and zero offsets before the codes of a group.
-    fn header_bytes(&self) -> usize {
-        SCALE_BYTES + if self.asymmetric { STRIP } else { 0 }
     }
 }

@@ -1,7 +1,6 @@
 //! Floats rounded to 8 bits with one scale per output: what an output head becomes for decoding.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 use half::f16;
 
@@ -42,14 +41,10 @@ impl QuantizedMatrix {
         let mut qweight = vec![0u32; in_features / CODES * out_features];
         let mut scales = vec![f16::ZERO; out_features];
         let (words, scale_cells) = (RawSlice::new(&mut qweight), RawSlice::new(&mut scales));
-        let failed = Mutex::new(None);
-        pool.run(out_features.div_ceil(ROWS), &|task| {
+        pool.try_run(out_features.div_ceil(ROWS), &|task| {
             let rows = task * ROWS..((task + 1) * ROWS).min(out_features);
             let mut floats = vec![0.0; rows.len() * in_features];
-            if let Err(error) = read(rows.clone(), &mut floats) {
-                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                return;
-            }
+            read(rows.clone(), &mut floats)?;
             // SAFETY: rows belong to one task.
             let scales = unsafe { scale_cells.range(rows.start, rows.len()) };
             let mut inverses = [0.0f32; ROWS];
@@ -72,10 +67,8 @@ impl QuantizedMatrix {
                     *cell = u32::from_le_bytes([0, 1, 2, 3].map(|i| code(&part[i])));
                 }
             }
-        });
-        if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            return Err(error);
-        }
+            Ok(())
+        })?;
         let zeros = vec![ZERO; out_features];
         let g_idx = vec![0; in_features];
         let rounded = Self::from_gptq_on(

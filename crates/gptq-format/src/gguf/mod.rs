@@ -3,6 +3,7 @@
 //! [`GgufFile::open`] reads the header only; tensor data are read by whoever needs them, through [`GgufFile::read_f32`]
 //! or by the ranges that [`GgufFile::hf_tensors`] gives. [`GgufWriter`] writes new files.
 
+mod blocks;
 mod config;
 mod dequant;
 mod error;
@@ -18,6 +19,8 @@ use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 
+pub(crate) use blocks::unpack_rows;
+pub use blocks::{CodeFormat, CodeRows};
 pub use dequant::{DequantError, dequantize_rows};
 pub use error::GgufError;
 pub use header::{GgufHeader, GgufTensor};

@@ -2,7 +2,7 @@
 
 use gptq_format::{Checkpoint, DType, ModuleSettings};
 use gptq_model::spec::{GateUp, Mlp, Qkv};
-use gptq_model::{ActivationType, BlockState, LinearSpec, Spec};
+use gptq_model::{ActivationType, BlockState, LinearSpec, Spec, block_parts};
 
 use super::activations::windows_per_chunk;
 use super::fold::SEARCH_ROWS;
@@ -107,7 +107,7 @@ impl<'a> Memory<'a> {
     }
 
     fn moments(&self, spill: bool) -> Vec<Moment> {
-        let mut moments = vec![self.embedding(spill)];
+        let mut moments = Vec::from(self.embedding(spill));
         for layer in 0..self.spec.layer_count() {
             let (packed, floats) = self.block(layer);
             let stages = self.spec.stages(layer);
@@ -168,19 +168,22 @@ impl<'a> Memory<'a> {
         moment
     }
 
-    /// The first moment: the head is checked, tokens are looked up.
-    fn embedding(&self, spill: bool) -> Moment {
-        let Spec { vocab, base, embedding, .. } = self.spec;
-        let size = (vocab * embedding.width) as u64;
-        let info = self.job.checkpoint.tensors.info(&format!("{base}{}.weight", embedding.name));
-        if !matches!(info.map(|i| i.dtype), Ok(DType::F16 | DType::BF16 | DType::F32)) {
-            // Types that have to be widened are in memory twice while they are, and the head with
-            // them; the activations are not there yet.
-            let tables = if self.spec.head.tied { 2 } else { 3 };
-            return vec![("embedding and head", tables * F32 * size)];
-        }
-        let table = if self.tokens > 0 { 2 * size } else { 0 };
-        self.with_activations(spill, vec![("embedding", table)])
+    /// The first moments: the head is checked, tokens are looked up.
+    fn embedding(&self, spill: bool) -> [Moment; 2] {
+        let Spec { base, embedding, head, .. } = self.spec;
+        let embedding = format!("{base}{}.weight", embedding.name);
+        // Tables of GGUF's blocks stay what they are; the head becomes codes, alone in memory.
+        let name = head.name.map(|name| format!("{name}.weight"));
+        let name = if head.tied { Some(embedding.clone()) } else { name };
+        let packed = name.and_then(|name| block_parts(self.job.checkpoint, &name));
+        let packed = packed.map_or(0, |parts| parts.bytes() as u64);
+        let info = self.job.checkpoint.tensors.info(&embedding);
+        let table = info.map_or(0, |info| match info.dtype {
+            DType::F16 | DType::BF16 | DType::F32 | DType::Ggml(_) => info.bytes as u64,
+            _ => F32 * info.elements() as u64,
+        });
+        let table = if self.tokens > 0 { table } else { 0 };
+        [vec![("head", packed)], self.with_activations(spill, vec![("embedding", table)])]
     }
 
     /// Sum over the inputs of a stage, its factor, and the solution of its linears.

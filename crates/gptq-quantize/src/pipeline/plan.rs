@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use gptq_format::{DType, QuantizeConfig};
-use gptq_model::Spec;
+use gptq_format::QuantizeConfig;
+use gptq_model::{Spec, block_parts};
 
 use super::Job;
 use super::layout::Layout;
@@ -121,14 +121,17 @@ fn check_limit(
 /// Memory of [`crate::self_calibrate`]: all weights and the caches of a batch of windows.
 fn self_calibration_bytes(job: &Job<'_>, spec: &Spec, report: &CalibrationReport) -> u64 {
     let tensors = &job.checkpoint.tensors;
-    let infos = tensors.names().filter_map(|name| tensors.info(name).ok());
-    let weights: u64 = infos
-        .map(|info| match info.dtype {
-            // The block types of GGUF are widened.
-            DType::Ggml(_) => 4 * info.elements() as u64,
-            _ => info.bytes as u64,
-        })
-        .sum();
+    let embedding = format!("{}{}.weight", spec.base, spec.embedding.name);
+    let bytes = |name: &str| {
+        let stored = tensors.info(name).map_or(0, |info| info.bytes as u64);
+        match block_parts(job.checkpoint, name) {
+            // The blocks of GGUF become codes, but for those that tokens are looked up in.
+            Some(parts) if name != embedding => parts.bytes() as u64,
+            Some(parts) if spec.head.tied => parts.bytes() as u64 + stored,
+            _ => stored,
+        }
+    };
+    let weights: u64 = tensors.names().map(bytes).sum();
     let windows =
         CalibrationOptions { nsamples: report.windows, seqlen: report.seqlen, seed: report.seed };
     let kv = spec.kv_bytes_per_token();

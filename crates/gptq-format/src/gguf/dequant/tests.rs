@@ -1,6 +1,7 @@
 use half::f16;
 
 use super::super::GgmlType;
+use super::super::blocks::{CodeRows, unpack_rows};
 use super::*;
 
 /// Quantized types with the positions of their f16 fields, and the hash of what `gguf` 0.19.0 (PyPI, `quants.py`)
@@ -145,6 +146,35 @@ fn quantized_types_equal_the_gguf_package_to_the_bit() {
     for (dtype, halves, hash) in TYPES {
         assert_eq!(fnv(&decode(dtype, &block_bytes(dtype, halves))), hash, "{dtype}");
     }
+}
+
+/// What is computed from codes is what is decoded to floats.
+#[test]
+fn codes_stand_for_the_same_values() {
+    for (dtype, halves, _) in TYPES {
+        let bytes = block_bytes(dtype, halves);
+        let floats = decode(dtype, &bytes);
+        let format = dtype.code_format().unwrap();
+        let groups = floats.len() / format.group_size;
+        let (mut codes, mut scales) = (vec![0; floats.len()], vec![0.0; groups]);
+        let mut minima = vec![0.0; if format.minima { groups } else { 0 }];
+        let mut rows = CodeRows { codes: &mut codes, scales: &mut scales, minima: &mut minima };
+        unpack_rows(dtype, &bytes, &mut rows).unwrap();
+        for (i, &float) in floats.iter().enumerate() {
+            assert!(u32::from(codes[i]) < 1 << format.bits, "{dtype} code {i}");
+            let (group, code) = (i / format.group_size, f32::from(codes[i]));
+            let value = match minima.get(group) {
+                Some(minimum) => scales[group] * code + minimum,
+                None => scales[group] * (code - (1 << (format.bits - 1)) as f32),
+            };
+            assert_eq!(value.to_bits(), float.to_bits(), "{dtype} value {i}");
+        }
+        if format.half {
+            let held = |v: &f32| f16::from_f32(*v).to_f32().to_bits() == v.to_bits();
+            assert!(scales.iter().chain(&minima).all(held), "{dtype}");
+        }
+    }
+    assert_eq!(GgmlType::F16.code_format(), None);
 }
 
 #[test]
