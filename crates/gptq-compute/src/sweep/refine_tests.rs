@@ -17,6 +17,55 @@ fn identity(n: usize, group: usize) -> (Vec<u32>, Vec<u32>) {
     (order, groups)
 }
 
+/// The search of the original quant.py: ranges shrunken by 0 to 79 %, judged by a power of the errors.
+#[test]
+fn power_search_is_that_of_the_reference() {
+    let (rows, n) = (23, 48);
+    let w = random(rows * n, 5);
+    let (order, groups) = identity(n, n);
+    for (bits, norm) in [(2, 2.4), (3, 2.4), (4, 2.4), (8, 2.4), (3, 2.0), (4, 1.0)] {
+        for sym in [true, false] {
+            let grid = Grid { bits, sym, search: ScaleSearch::Power(norm), ..GRID };
+            let sweep = Sweep {
+                factor: None,
+                order: &order,
+                groups: &groups,
+                static_groups: true,
+                grid: Grid { min_zero: 0, f16_scales: false, ..grid },
+            };
+            let swept = sweep.run(&Pool::new(2), &w, rows);
+            let (top, half) = (f64::from(grid.max_code()), f64::from(1u32 << (bits - 1)));
+            for (r, row) in w.chunks_exact(n).enumerate() {
+                let error = |s: f64, z: f64| -> f64 {
+                    let errors = row.iter().map(|&w| {
+                        let w = f64::from(w);
+                        let q = ((w / s).round_ties_even() + z).clamp(0.0, top);
+                        (w - s * (q - z)).abs().powf(f64::from(norm))
+                    });
+                    errors.sum()
+                };
+                let mut low = row.iter().fold(0.0, |a: f64, &w| a.min(f64::from(w)));
+                let mut high = row.iter().fold(0.0, |a: f64, &w| a.max(f64::from(w)));
+                if sym {
+                    high = high.max(-low);
+                    low = if low < 0.0 { -high } else { low };
+                }
+                let tried = (0..80).map(|i| {
+                    let p = 1.0 - f64::from(i) / 100.0;
+                    let s = p * (high - low) / top;
+                    error(s, if sym { half } else { (-p * low / s).round_ties_even() })
+                });
+                let best = tried.fold(f64::INFINITY, f64::min);
+                let found = error(f64::from(swept.scales[r]), f64::from(swept.zeros[r]));
+                assert!(
+                    (found - best).abs() <= 1e-4 * best,
+                    "{bits} bits, norm {norm}, sym {sym}, row {r}: {found} {best}"
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn weighted_search_finds_the_best_scale() {
     let (rows, n) = (21, 40);
