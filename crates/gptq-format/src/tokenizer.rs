@@ -1,6 +1,7 @@
 //! Text to token ids and back, from a checkpoint directory or a GGUF file.
 
 mod directory;
+mod long;
 mod stream;
 
 use std::collections::BTreeMap;
@@ -15,6 +16,7 @@ use crate::fs::write_atomic;
 use crate::gguf::{GgufError, GgufFile, GgufValue};
 use crate::tokenizer_gguf::{self, ExportError};
 
+pub use long::Parts;
 pub use stream::DecodeStream;
 
 /// Why a tokenizer could not be loaded or used.
@@ -150,6 +152,12 @@ impl Tokenizer {
         // The fast variant leaves out character offsets, which nobody here needs.
         let encoding = self.inner.encode_fast(text, add_special).map_err(|e| self.failed(&*e))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Encodes a long text in parts, whose tokens are together those of [`Tokenizer::encode`] without special tokens. Memory
+    /// does not grow with the text, unless the tokenizer takes it apart at its two ends only.
+    pub fn encode_long<'a>(&'a self, text: &'a str) -> Parts<'a> {
+        Parts::new(self, text, long::Sizes::default())
     }
 
     /// Encodes a whole text with the special tokens that begin and end a sequence, `longest` tokens at most: of a longer

@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use clap::ValueEnum;
 use gptq_compute::Activations;
 use gptq_eval::{EvalError, EvalOptions, Protocol, evaluate};
+use gptq_format::Tokenizer;
 use gptq_model::{HeadBits, Session};
 use gptq_quantize::{Progress, rss};
 use serde_json::{Value, json};
@@ -66,6 +67,23 @@ impl From<ProtocolArg> for Protocol {
     }
 }
 
+/// The tokens of as much of a text as is scored.
+pub(super) fn tokenize(
+    tokenizer: &Tokenizer,
+    text: &str,
+    options: &EvalOptions,
+) -> anyhow::Result<Vec<u32>> {
+    let most = options.max_windows.map_or(usize::MAX, |n| n.saturating_mul(options.seqlen));
+    let mut tokens = Vec::new();
+    for part in tokenizer.encode_long(text) {
+        tokens.extend(part?);
+        if tokens.len() >= most {
+            break;
+        }
+    }
+    Ok(tokens)
+}
+
 pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let start = Instant::now();
     let view = progress(global);
@@ -76,9 +94,6 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let reference =
         args.reference.as_deref().map(|r| load(r, HeadBits::Stored, &pool, &view)).transpose()?;
     let protocol: Protocol = args.protocol.into();
-    view.phase("tokenize");
-    let tokens = tokenizer.encode(&text, false).map_err(anyhow::Error::from)?;
-    drop(text);
     let options = EvalOptions {
         protocol,
         seqlen: args.seqlen.unwrap_or(protocol.default_seqlen()),
@@ -88,6 +103,9 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     if options.max_windows == Some(0) {
         bail!("--max-windows 0 leaves nothing to score");
     }
+    view.phase("tokenize");
+    let tokens = tokenize(&tokenizer, &text, &options)?;
+    drop(text);
     let mut session = Session::new(Arc::clone(&pool));
     session.ctx.scratch.set_activations(args.activations.into());
     let mut reference_session = Session::new(pool);

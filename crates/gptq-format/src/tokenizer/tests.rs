@@ -224,3 +224,95 @@ fn fixture_tokenizers_load() {
         assert_eq!(t.decode(&ids, false).unwrap(), text);
     }
 }
+
+/// SentencePiece as Llama 2 has it: no pre-tokenizer, and a space before the text.
+fn sentencepiece_json() -> Value {
+    let mut vocab: Map<String, Value> = Map::new();
+    let merges =
+        [("▁", "t"), ("h", "e"), ("▁t", "he"), ("a", "a"), ("aa", "aa"), ("o", "n"), ("e", "▁t")];
+    for c in ["<unk>", "▁"].into_iter().map(str::to_owned).chain(('a'..='z').map(String::from)) {
+        vocab.insert(c, json!(vocab.len()));
+    }
+    for byte in 0..=255u8 {
+        vocab.insert(format!("<0x{byte:02X}>"), json!(vocab.len()));
+    }
+    for (left, right) in merges {
+        vocab.insert(format!("{left}{right}"), json!(vocab.len()));
+    }
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "pre_tokenizer": null, "post_processor": null, "decoder": null,
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+            "vocab": vocab, "merges": merges},
+    })
+}
+
+#[test]
+fn parts_join_to_the_tokens_of_the_whole() {
+    let words = [
+        "the", " then", "\n", " hello", "  ", "日本", " é", " 12345", "\r\n\n", "aaaaa", "'s", "🦀",
+    ];
+    let mut state = 1u32;
+    let mixed: String = (0..6000)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            words[(state >> 16) as usize % words.len()]
+        })
+        .collect();
+    let texts = [
+        mixed,
+        "a".repeat(20_000),
+        " ".repeat(20_000),
+        "\n \t".repeat(5_000),
+        "é".repeat(7_001),
+        "short".into(),
+        String::new(),
+    ];
+    for json in [byte_level_json(), sentencepiece_json()] {
+        let t = load(&[("tokenizer.json", &json)]).unwrap();
+        for text in &texts {
+            let whole = t.encode(text, false).unwrap();
+            for (piece, overlap) in [(2000, 600), (3001, 999), (1 << 20, 600)] {
+                let parts = Parts::new(&t, text, long::Sizes { piece, overlap });
+                let parts: Vec<Vec<u32>> = parts.map(Result::unwrap).collect();
+                let name: String = text.chars().take(10).collect();
+                assert_eq!(parts.concat(), whole, "{name:?} in pieces of {piece}");
+                let most = text.len() / (piece - overlap) + 1;
+                assert!(parts.len() <= most, "{} parts", parts.len());
+                if text.len() > 2 * piece && text.contains("the") {
+                    assert!(parts.len() > 2, "one piece");
+                }
+            }
+        }
+    }
+}
+
+/// Pieces that never agree become one.
+#[test]
+fn a_text_that_cannot_be_cut_is_encoded_whole() {
+    let mut json = byte_level_json();
+    // Each text one word: what is known depends on all of it.
+    json["pre_tokenizer"] = json!(null);
+    json["model"] = json!({"type": "WordLevel", "unk_token": "?", "vocab": {"?": 0}});
+    json["added_tokens"] = json!([]);
+    let t = load(&[("tokenizer.json", &json)]).unwrap();
+    let text = "ab".repeat(4000);
+    let parts = Parts::new(&t, &text, long::Sizes { piece: 1000, overlap: 200 });
+    let parts: Vec<Vec<u32>> = parts.map(Result::unwrap).collect();
+    assert_eq!(parts, [t.encode(&text, false).unwrap()]);
+}
+
+#[test]
+fn real_text_in_parts() {
+    let Some(gguf) = fixtures::smollm2_gguf() else { return };
+    let Some(text) = fixtures::shared_text("wikitext2-test.txt") else { return };
+    let t = Tokenizer::from_gguf(&GgufFile::open(&gguf).unwrap()).unwrap();
+    let text = std::fs::read_to_string(text).unwrap();
+    let parts: Vec<Vec<u32>> = t.encode_long(&text).map(Result::unwrap).collect();
+    assert!(parts.len() > 3);
+    assert_eq!(parts.concat(), t.encode(&text, false).unwrap());
+}

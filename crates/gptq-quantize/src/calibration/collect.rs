@@ -6,8 +6,10 @@ use std::path::Path;
 use gptq_format::Tokenizer;
 use gptq_format::chat::Message;
 
-use super::text::{PIECE_BYTES, pieces};
 use super::{CalibrationError, SourceKind, SourceReport};
+
+/// Text that is joined before it is tokenized, at least.
+const PENDING_BYTES: usize = 512 << 10;
 
 /// Takes the documents of one file and holds the tokens they give.
 pub(super) struct Collector<'a> {
@@ -109,7 +111,7 @@ impl<'a> Collector<'a> {
         } else {
             self.pending.push_str(&text);
         }
-        if self.pending.len() > PIECE_BYTES { self.flush(&place) } else { Ok(()) }
+        if self.pending.len() > PENDING_BYTES { self.flush(&place) } else { Ok(()) }
     }
 
     /// Adds a chat, as the chat template renders it.
@@ -206,19 +208,15 @@ impl<'a> Collector<'a> {
         self.flush(place)
     }
 
-    /// Tokenizes the pending text, piece by piece.
+    /// Tokenizes the pending text, part by part.
     fn flush(&mut self, place: &dyn Fn() -> String) -> Result<(), CalibrationError> {
         let pending = std::mem::take(&mut self.pending);
-        for piece in pieces(&pending) {
+        for part in self.tokenizer.encode_long(&pending) {
             if self.is_full() {
                 self.cut();
                 break;
             }
-            let encoded = self
-                .tokenizer
-                .encode(piece, false)
-                .map_err(|error| self.tokenizer_failed(place, &error))?;
-            for token in encoded {
+            for token in part.map_err(|error| self.tokenizer_failed(place, &error))? {
                 let token = self.checked(i64::from(token), place)?;
                 self.tokens.push(token);
             }

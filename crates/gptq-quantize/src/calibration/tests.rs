@@ -7,8 +7,7 @@ use ::parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
 use ::parquet::file::properties::WriterProperties;
 use ::parquet::file::writer::SerializedFileWriter;
 use ::parquet::schema::parser::parse_message_type;
-use gptq_format::gguf::GgufFile;
-use gptq_testkit::{Rng, fixtures, tiny_llama};
+use gptq_testkit::{Rng, tiny_llama};
 use proptest::prelude::*;
 
 use super::*;
@@ -255,17 +254,6 @@ fn records_stay_apart_and_are_cut_with_their_special_tokens() {
     let options = CalibrationOptions { nsamples: 1, seqlen: 8, seed: 0 };
     let error = bench.load_as(&[&empty], Windows::Records, &options).unwrap_err();
     assert!(error.to_string().contains("c.txt"), "{error}");
-}
-
-#[test]
-fn pieces_tokenize_as_the_whole_does() {
-    let Some(model) = fixtures::smollm2_gguf() else { return };
-    let Some(text) = fixtures::shared_text("wikitext2-valid.txt") else { return };
-    let tokenizer = Tokenizer::from_gguf(&GgufFile::open(&model).unwrap()).unwrap();
-    let text = std::fs::read_to_string(text).unwrap();
-    let in_pieces = text::pieces(&text).flat_map(|piece| tokenizer.encode(piece, false).unwrap());
-    assert!(text::pieces(&text).count() > 1);
-    assert!(in_pieces.eq(tokenizer.encode(&text, false).unwrap()));
 }
 
 #[test]

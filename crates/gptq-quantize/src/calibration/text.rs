@@ -1,4 +1,4 @@
-//! Text files, and cutting long text into pieces that tokenize as the whole does.
+//! Text files.
 
 use std::fs::File;
 use std::io::Read;
@@ -49,75 +49,6 @@ pub(super) fn read(file: File, collector: &mut Collector<'_>) -> Result<(), Cali
     if text.is_empty() { Ok(()) } else { collector.text(text, || "in its text".to_owned()) }
 }
 
-/// Splits text into pieces of at most [`PIECE_BYTES`], so that the tokenizer's tables, some hundred
-/// bytes a token, stay small. A piece ends behind a line feed where byte-level pre-tokenizers split
-/// anyway, if there is one.
-pub(super) fn pieces(text: &str) -> impl Iterator<Item = &str> {
-    let mut rest = text;
-    std::iter::from_fn(move || {
-        let (piece, tail) = rest.split_at(piece_end(rest, PIECE_BYTES));
-        rest = tail;
-        (!piece.is_empty()).then_some(piece)
-    })
-}
-
-/// Where the first piece of `text` ends: its length, or a character boundary in 1..=limit.
-fn piece_end(text: &str, limit: usize) -> usize {
-    if text.len() <= limit {
-        return text.len();
-    }
-    let bytes = text.as_bytes();
-    let mut line_ends = (1..=limit).rev().filter(|&end| bytes[end - 1] == b'\n');
-    let last_line_end = line_ends.clone().next();
-    line_ends.find(|&end| splits_words(bytes, end)).or(last_line_end).unwrap_or_else(|| {
-        // Characters have at most 4 bytes, and `limit` is larger.
-        (1..=limit).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(text.len())
-    })
-}
-
-/// Whether white space before `end`, which is behind a line feed, and the word behind it are never
-/// one token: the expressions of GPT-2's heirs give a run of white space its own token but leave
-/// its last space to the next word.
-fn splits_words(bytes: &[u8], end: usize) -> bool {
-    let space = |index: usize| bytes.get(index).is_none_or(u8::is_ascii_whitespace);
-    let lone_line_feed = !space(end) && end >= 2 && !space(end - 2);
-    let spaced_word = bytes[end] == b' ' && !space(end + 1);
-    lone_line_feed || spaced_word
-}
-
 /// Most bytes of a text file that are read; a run of 128 windows of 2048 tokens needs about one
 /// MiB.
 const MAX_TEXT_BYTES: u64 = 256 << 20;
-
-/// Bytes tokenized at once.
-pub(super) const PIECE_BYTES: usize = 512 << 10;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pieces_join_to_the_whole() {
-        let line = "Das große Haus stand am See – still.\n";
-        for text in [line.repeat(40_000), "ä".repeat(700_000), " \n".repeat(600_000), String::new()]
-        {
-            let all: Vec<&str> = pieces(&text).collect();
-            assert_eq!(all.concat(), text);
-            assert!(all.iter().all(|piece| !piece.is_empty() && piece.len() <= PIECE_BYTES));
-        }
-    }
-
-    #[test]
-    fn pieces_end_where_tokens_end() {
-        for (text, end) in [
-            ("one\ntwo\nthree", 8),    // lone line feeds
-            ("one\ntwo\n\nthree", 4),  // not inside or behind a run
-            (" \n = Head\n text", 10), // a spaced word behind a line feed
-            ("one \n\n two three", 6),
-            ("a\n\n\n\n\n\n\n\n\n\n\n\nb", 10), // no good place: the last line feed
-            ("abcdefghijklmnop", 10),
-        ] {
-            assert_eq!(piece_end(text, 10), end, "{text:?}");
-        }
-    }
-}

@@ -14,6 +14,7 @@ use gptq_model::{Ctx, Embedder, HeadLayer, LinearSource, LoadOptions, Model, Ses
 use gptq_quantize::Progress;
 use serde::{Deserialize, Serialize};
 
+use super::super::eval::tokenize;
 use super::super::{bos_of, explain, read_text};
 use crate::output::progress::ProgressView;
 
@@ -110,7 +111,7 @@ impl<'a> Texts<'a> {
             let start = Instant::now();
             view.phase(&format!("original on {}", name(path)));
             let text = read_text(path)?;
-            let tokens = tokenizer.encode(&text, false).map_err(anyhow::Error::from)?;
+            let tokens = tokenize(tokenizer, &text, &self.options)?;
             let bar = |done, total| view.phase_progress(done, total);
             let (result, recording) =
                 record(&model, &mut session, &tokens, &self.options, left, bar)
