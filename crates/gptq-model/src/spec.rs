@@ -507,13 +507,8 @@ impl Spec {
         }
     }
 
-    /// Bytes of keys and values in 32-bit floats that one token keeps in all blocks.
-    pub fn kv_bytes_per_token(&self) -> usize {
-        2 * self.attention.kv_width() * size_of::<f32>() * self.layer_count()
-    }
-
-    /// Bytes that one token keeps in all blocks with a cache of `kind`, padding and scales included.
-    pub fn kv_bytes_per_token_as(&self, kind: KvType) -> usize {
+    /// Bytes of keys and values that one token keeps in all blocks with a cache of `kind`, padding and scales included.
+    pub fn kv_bytes_per_token(&self, kind: KvType) -> usize {
         kind.bytes_per_token(self.attention.kv_heads, self.attention.head_dim) * self.layer_count()
     }
 

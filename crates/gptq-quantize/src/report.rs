@@ -80,8 +80,18 @@ pub struct PlanSummary {
     pub output_bytes: u64,
     /// Disk space that is used during the run and freed at its end, in bytes.
     pub scratch_bytes: u64,
-    /// Wall time, in seconds.
+    /// Wall time of the run, in seconds.
     pub seconds: f64,
+    /// Wall time before it that the model writes its calibration text, in seconds; 0 where it does not.
+    #[serde(default)]
+    pub writing_seconds: f64,
+    /// Floating point operations of the forward passes and Hessians.
+    #[serde(default)]
+    pub operations: f64,
+    /// The rate of f32 matrix products with all threads, measured before the run; 0 where there is
+    /// nothing to multiply.
+    #[serde(default)]
+    pub f32_operations_per_second: f64,
 }
 
 /// Wall time of one kind of work, summed over all blocks.
@@ -133,6 +143,10 @@ pub struct QuantReport {
     pub seconds: f64,
     /// Wall time by kind of work.
     pub phases: Vec<PhaseTime>,
+    /// The plan's operations per second of the run, as a share of its f32 rate: over 1 is possible
+    /// with activations in bfloat16 or int8. `null` for a run that was resumed or has no calibration.
+    #[serde(default)]
+    pub f32_rate_fraction: Option<f64>,
     /// Most resident memory of the process, in bytes; `null` where the platform does not tell.
     pub peak_rss_bytes: Option<u64>,
     /// Sizes.
@@ -272,6 +286,7 @@ pub(crate) mod tests {
             threads: 2,
             plan: PlanSummary::default(),
             seconds: 12.5,
+            f32_rate_fraction: Some(0.75),
             phases: vec![PhaseTime { phase: "hessian".into(), seconds: 3.5 }],
             peak_rss_bytes: Some(1 << 30),
             totals: Totals::default(),

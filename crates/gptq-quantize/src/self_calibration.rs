@@ -7,8 +7,9 @@
 //! windows are decoded at once, so that the weights are read once for all of them. Needs no data
 //! and no network; the same seed gives the same windows.
 
+use gptq_compute::{Activations, KvType};
 use gptq_format::Tokenizer;
-use gptq_model::{BatchOptions, Model, Sampling, Session, generate_batch};
+use gptq_model::{BatchOptions, Model, Sampling, Session, Spec, generate_batch};
 
 use crate::calibration::{
     CalibrationOptions, CalibrationReport, CalibrationSet, SELF, SourceReport,
@@ -18,6 +19,8 @@ use crate::progress::Progress;
 
 /// Memory for keys and values of the windows that are decoded at once, in bytes.
 const CACHE_BYTES: usize = 1 << 30;
+/// How keys and values are held meanwhile.
+pub(crate) const KV: KvType = KvType::F16;
 /// Most windows decoded at once; more gain nothing.
 const MAX_BATCH: usize = 96;
 
@@ -39,8 +42,8 @@ impl SelfCalibration {
     }
 
     /// Windows that are decoded at once.
-    pub fn batch(&self, kv_bytes_per_token: usize) -> usize {
-        let window = kv_bytes_per_token.max(1) * self.windows.seqlen.max(1);
+    pub fn batch(&self, spec: &Spec) -> usize {
+        let window = spec.kv_bytes_per_token(KV).max(1) * self.windows.seqlen.max(1);
         (CACHE_BYTES / window).clamp(1, MAX_BATCH)
     }
 }
@@ -93,9 +96,11 @@ pub fn self_calibrate(
         },
         eos_ids: Vec::new(),
         ignore_eos: true,
-        kv_cache: gptq_compute::KvType::F32,
-        batch: options.batch(model.spec().kv_bytes_per_token()),
+        kv_cache: KV,
+        batch: options.batch(model.spec()),
     };
+    // What `gptq generate` does, too: rounding here changes the text less than its sampling.
+    session.ctx.scratch.set_activations(Activations::Int8);
     let prompts = vec![&prompt[..]; nsamples];
     let (mut done, total) = (0, nsamples * (seqlen - 1));
     let texts = generate_batch(model, session, &prompts, &batch, |tokens| {

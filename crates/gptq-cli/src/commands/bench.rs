@@ -257,7 +257,7 @@ impl Bench {
             1e3 * steps[((p * steps.len() as f64).ceil() as usize).clamp(1, steps.len()) - 1]
         };
         let context = args.prompt_tokens + args.new_tokens / 2;
-        let cache = model.spec().kv_bytes_per_token_as(args.runtime.kv_cache.into());
+        let cache = model.spec().kv_bytes_per_token(args.runtime.kv_cache.into());
         Ok(Run {
             batch,
             prefill_tokens_per_second: (batch * args.prompt_tokens) as f64 / self.prefill_seconds,

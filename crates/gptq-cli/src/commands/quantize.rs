@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
@@ -538,11 +539,17 @@ fn show_plan(plan: &Plan, job: &Job<'_>) {
         }
     }
     let s = &plan.summary;
+    let time = |seconds| size::duration(Duration::from_secs_f64(seconds));
+    let writing = if s.writing_seconds > 0.0 {
+        format!(", and {} before to write the text", time(s.writing_seconds))
+    } else {
+        String::new()
+    };
     eprintln!(
-        "Need  {} memory · {} disk · about {} on {} threads",
+        "Need  {} memory · {} disk · about {} on {} threads{writing}",
         size::bytes(s.peak_rss_bytes),
         size::bytes(s.output_bytes),
-        size::duration(std::time::Duration::from_secs_f64(s.seconds)),
+        time(s.seconds),
         job.pool.threads()
     );
     if s.scratch_bytes > 0 {
@@ -584,7 +591,7 @@ fn eprint_summary(report: &gptq_quantize::QuantReport, output: &Path) {
         "Done  {} · {} in {}, peak memory {}",
         output.display(),
         size::bytes(report.totals.output_bytes),
-        size::duration(std::time::Duration::from_secs_f64(report.seconds)),
+        size::duration(Duration::from_secs_f64(report.seconds)),
         report.peak_rss_bytes.map_or_else(|| "unknown".to_owned(), size::bytes)
     );
 }

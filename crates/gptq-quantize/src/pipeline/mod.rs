@@ -33,7 +33,7 @@ pub use plan::{Plan, plan};
 use crate::calibration::CalibrationSet;
 use crate::error::{QuantizeError, Result};
 use crate::progress::Progress;
-use crate::report::{self, ModuleRecord, PhaseTime, QuantReport, Totals};
+use crate::report::{self, ModuleRecord, PhaseTime, PlanSummary, QuantReport, Totals};
 use crate::rss;
 use crate::solver::Correction;
 use activations::Activations;
@@ -122,6 +122,7 @@ pub fn quantize_as_planned(
     progress.phase("write");
     let output = phases.time("write", || Output::open(job, &layout))?;
     let records = output.records();
+    let resumed = output.blocks_done() > 0;
     let folded = Folded::default();
     let layout = &layout;
     let mut run = Run { job, spec: &spec, layout, output, phases, progress, records, folded };
@@ -136,6 +137,8 @@ pub fn quantize_as_planned(
     }
 
     let modules = std::mem::take(&mut run.records);
+    let seconds = start.elapsed().as_secs_f64();
+    let PlanSummary { operations, f32_operations_per_second: rate, .. } = plan.summary;
     let tensors = layout.plan.total_bytes();
     let report = QuantReport {
         gptq_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -146,7 +149,8 @@ pub fn quantize_as_planned(
         calibration: job.calibration.map(|c| c.report.clone()),
         threads: job.pool.threads(),
         plan: plan.summary,
-        seconds: start.elapsed().as_secs_f64(),
+        seconds,
+        f32_rate_fraction: (rate > 0.0 && !resumed).then(|| operations / seconds / rate),
         phases: std::mem::take(&mut run.phases.0),
         peak_rss_bytes: rss::peak_bytes(),
         totals: Totals {

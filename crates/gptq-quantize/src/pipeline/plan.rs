@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use gptq_compute::{Activations, arch};
 use gptq_format::QuantizeConfig;
 use gptq_model::{Spec, block_parts};
 
@@ -12,8 +13,12 @@ use crate::calibration::{CalibrationOptions, CalibrationReport, SELF};
 use crate::error::{QuantizeError, Result};
 use crate::report::PlanSummary;
 use crate::rss;
-use crate::self_calibration::SelfCalibration;
+use crate::self_calibration::{self, SelfCalibration};
 use crate::solver::Correction;
+
+/// What writing a text token by token reaches of the f32 rate, from floats and from the codes of GGUF's blocks.
+const WRITING: f64 = 0.35;
+const WRITING_FROM_CODES: f64 = 0.9;
 
 /// The needs of a run, in total and by what they are for.
 #[derive(Debug, Clone)]
@@ -84,12 +89,16 @@ fn summarize(job: &Job<'_>, spec: &Spec, layout: &Layout) -> Result<Plan> {
     // planned before.
     let so_far = if writing > 0 { 0 } else { rss::peak_bytes().unwrap_or(0) };
     check_limit(limit, so_far, "reading the model and the calibration text", "")?;
+    let time = Time::new(job, spec, layout, tokens, seqlen);
     Ok(Plan {
         summary: PlanSummary {
             peak_rss_bytes: peak.max(so_far),
             output_bytes: layout.plan.total_bytes(),
             scratch_bytes: if spill { memory.scratch_bytes() } else { 0 },
-            seconds: seconds(job, spec, layout, tokens, seqlen),
+            seconds: time.seconds,
+            writing_seconds: if writing > 0 { time.writing } else { 0.0 },
+            operations: time.operations,
+            f32_operations_per_second: time.rate,
         },
         blocks: spec.layer_count(),
         modules: layout.modules().count(),
@@ -134,39 +143,76 @@ fn self_calibration_bytes(job: &Job<'_>, spec: &Spec, report: &CalibrationReport
     let weights: u64 = tensors.names().map(bytes).sum();
     let windows =
         CalibrationOptions { nsamples: report.windows, seqlen: report.seqlen, seed: report.seed };
-    let kv = spec.kv_bytes_per_token();
-    let batch = SelfCalibration::new(windows).batch(kv).min(report.windows);
+    let kv = spec.kv_bytes_per_token(self_calibration::KV);
+    let batch = SelfCalibration::new(windows).batch(spec).min(report.windows);
     weights + (batch * (report.seqlen * kv + gptq_compute::KvMemory::SLACK)) as u64
 }
 
 /// A rough time from the operations and this machine's rate for products, measured on the spot.
-fn seconds(job: &Job<'_>, spec: &Spec, layout: &Layout, tokens: usize, seqlen: usize) -> f64 {
-    let weights = layout.quantized_weights() as f64;
-    // Reading, rounding and packing.
-    let solving = weights / 2e7 / job.pool.threads() as f64;
-    if tokens == 0 {
-        return solving;
-    }
-    let rate = gptq_compute::gemm_peak_rate(job.pool, 512);
-    let mut per_token = 0.0;
-    for layer in 0..spec.layer_count() {
-        // The share of the tokens that one expert sees.
-        let share = spec.moe(layer).map_or(1.0, |moe| moe.top_k as f64 / moe.count as f64);
-        for stage in spec.stages(layer) {
-            let inputs = stage.linears.first().map_or(0.0, |l| l.in_features as f64);
-            let outputs: f64 = stage.linears.iter().map(|l| l.out_features as f64).sum();
-            let share = if stage.stage.expert().is_some() { share } else { 1.0 };
-            per_token += share * inputs * (inputs + 2.0 * outputs);
-            if job.options.correction != Correction::None {
-                // The second stream, and the sum of both; the latter has no symmetry.
-                per_token += share * inputs * (2.0 * inputs + 2.0 * outputs);
-            }
+#[derive(Default)]
+struct Time {
+    /// Of the run.
+    seconds: f64,
+    /// To write as many tokens, one after the other.
+    writing: f64,
+    operations: f64,
+    rate: f64,
+}
+
+impl Time {
+    fn new(job: &Job<'_>, spec: &Spec, layout: &Layout, tokens: usize, seqlen: usize) -> Self {
+        let weights = layout.quantized_weights() as f64;
+        // Reading, rounding and packing.
+        let solving = weights / 2e7 / job.pool.threads() as f64;
+        if tokens == 0 {
+            return Self { seconds: solving, ..Self::default() };
         }
-        let attention = spec.attention.heads * spec.attention.head_dim;
-        per_token += 2.0 * (seqlen * attention) as f64;
+        let rate = gptq_compute::gemm_peak_rate(job.pool, 512);
+        let (mut forward, mut sums) = (0.0, 0.0);
+        for layer in 0..spec.layer_count() {
+            // The share of the tokens that one expert sees.
+            let share = spec.moe(layer).map_or(1.0, |moe| moe.top_k as f64 / moe.count as f64);
+            for stage in spec.stages(layer) {
+                let inputs = stage.linears.first().map_or(0.0, |l| l.in_features as f64);
+                let outputs: f64 = stage.linears.iter().map(|l| l.out_features as f64).sum();
+                let share = if stage.stage.expert().is_some() { share } else { 1.0 };
+                forward += share * inputs * 2.0 * outputs;
+                sums += share * inputs * inputs;
+                if job.options.correction != Correction::None {
+                    // The second stream, and the sum of both; the latter has no symmetry.
+                    sums += share * inputs * (2.0 * inputs + 2.0 * outputs);
+                }
+            }
+            let attention = spec.attention.heads * spec.attention.head_dim;
+            forward += 2.0 * (seqlen * attention) as f64;
+        }
+        let head = spec.head_linear();
+        let head = head.map_or(0.0, |head| (head.in_features * head.out_features) as f64);
+        if let Some(head) = spec.head_linear().filter(|_| layout.config.lm_head) {
+            sums += (head.in_features * head.in_features) as f64;
+        }
+        let stages = spec.stages(0);
+        let first = stages.iter().flat_map(|stage| &stage.linears).next();
+        let weight = first.map(|linear| format!("{}.weight", linear.module));
+        let codes = weight.and_then(|weight| block_parts(job.checkpoint, &weight)).is_some();
+        let writing = if codes { WRITING_FROM_CODES } else { WRITING };
+        let tokens = tokens as f64;
+        let operations = (forward + sums) * tokens;
+        Self {
+            seconds: solving + operations / (efficiency(job.options.activations) * rate),
+            writing: (forward + 2.0 * head) * tokens / (writing * rate),
+            operations,
+            rate,
+        }
     }
-    if let Some(head) = spec.head_linear().filter(|_| layout.config.lm_head) {
-        per_token += (head.in_features * head.in_features) as f64;
+}
+
+/// What a run reaches of the f32 rate, as measured on a processor with AVX-512.
+fn efficiency(activations: Activations) -> f64 {
+    match activations {
+        Activations::Bf16 | Activations::Int8 if !arch::has_pairs(arch::isa()) => 0.75,
+        Activations::F32 => 0.75,
+        Activations::Bf16 => 1.35,
+        Activations::Int8 => 1.5,
     }
-    solving + per_token * tokens as f64 / (0.75 * rate)
 }
