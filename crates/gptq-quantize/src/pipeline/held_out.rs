@@ -9,13 +9,15 @@
 
 use std::ops::Range;
 
-use gptq_compute::Tensor;
+use gptq_compute::sweep::Grid;
+use gptq_compute::{Pool, Tensor};
 use gptq_format::ModuleSettings;
 use gptq_model::{LinearRows, LinearSpec};
 
 use super::Run;
 use crate::error::Result;
-use crate::hessian::{Damping, Hessian, OutputError};
+use crate::hessian::{Damping, Factor, Hessian, OutputError};
+use crate::order::OrderOptions;
 use crate::solver;
 
 /// The shares of the mean diagonal that are tried.
@@ -97,7 +99,7 @@ impl Run<'_> {
         held: &Hessian,
     ) -> Result<Regularization> {
         let options = self.job.options;
-        let mut best = Regularization { damp_percent: options.damp_percent, shrink: 0.0 };
+        let best = Regularization { damp_percent: options.damp_percent, shrink: 0.0 };
         let Some((_, _, first)) = linears.first() else { return Ok(best) };
         let order = options.order_of(first, true);
         let mut samples = Vec::new();
@@ -107,32 +109,57 @@ impl Run<'_> {
             for range in sample(linear.out_features) {
                 weights.extend(self.phases.time("read", || rows.read(range))?);
             }
-            samples.push((weights, self.job.options.grid_of(settings)));
+            samples.push(Sample { weights, grid: options.grid_of(settings) });
         }
         let pool = self.job.pool;
-        let mut least = f64::INFINITY;
-        // A shrink is tried with the damping that was best without any.
-        let dampings = DAMPINGS.map(|percent| (Some(percent), 0.0));
-        for (percent, shrink) in dampings.into_iter().chain(SHRINKS.map(|shrink| (None, shrink))) {
-            let percent = percent.unwrap_or(best.damp_percent);
-            let damping = Damping { percent, auto_increment: options.damp_auto_increment };
-            let error = self.phases.time("damping", || {
-                let factor = fitted.shrunk(shrink).factor(order, damping);
-                let of = |(weights, grid): &(Vec<f32>, _)| {
-                    let solution = solver::gptq(pool, weights, &factor, *grid);
-                    let mut sum = OutputError::default();
-                    held.add_error(pool, weights, solution.dequantize(), &mut sum);
-                    sum.relative()
-                };
-                samples.iter().map(of).sum::<f64>()
-            });
-            if error < least {
-                least = error;
-                best = Regularization { damp_percent: percent, shrink };
-            }
-        }
-        Ok(best)
+        let increment = options.damp_auto_increment;
+        Ok(least(best, |candidate| {
+            self.phases.time("damping", || {
+                let factor = candidate.factor(fitted, order, increment);
+                samples.iter().map(|sample| sample.error(pool, &factor, held)).sum()
+            })
+        }))
     }
+}
+
+impl Regularization {
+    fn factor(self, fitted: &Hessian, order: OrderOptions, auto_increment: f64) -> Factor {
+        let damping = Damping { percent: self.damp_percent, auto_increment };
+        fitted.shrunk(self.shrink).factor(order, damping)
+    }
+}
+
+/// Some rows of a linear, and how they are quantized.
+struct Sample {
+    /// `[rows, in]`
+    weights: Vec<f32>,
+    grid: Grid,
+}
+
+impl Sample {
+    /// tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) with the Hessian of the `held` inputs, after a sweep with `factor`.
+    fn error(&self, pool: &Pool, factor: &Factor, held: &Hessian) -> f64 {
+        let solution = solver::gptq(pool, &self.weights, factor, self.grid);
+        let mut sum = OutputError::default();
+        held.add_error(pool, &self.weights, solution.dequantize(), &mut sum);
+        sum.relative()
+    }
+}
+
+/// The candidate with the least error: all dampings are tried, then all shrinks with the best of them. `best` where no
+/// error is a number.
+fn least(mut best: Regularization, mut error: impl FnMut(Regularization) -> f64) -> Regularization {
+    let mut least = f64::INFINITY;
+    let dampings = DAMPINGS.map(|percent| (Some(percent), 0.0));
+    for (percent, shrink) in dampings.into_iter().chain(SHRINKS.map(|shrink| (None, shrink))) {
+        let damp_percent = percent.unwrap_or(best.damp_percent);
+        let candidate = Regularization { damp_percent, shrink };
+        let error = error(candidate);
+        if error < least {
+            (least, best) = (error, candidate);
+        }
+    }
+    best
 }
 
 /// Rows of a linear with `outputs` rows, evenly placed pieces of it.
@@ -146,7 +173,107 @@ fn sample(outputs: usize) -> Vec<Range<usize>> {
 
 #[cfg(test)]
 mod tests {
+    use gptq_compute::sweep::ScaleSearch;
+
     use super::*;
+    use crate::solver::gauss_inverse;
+
+    const ORDER: OrderOptions = OrderOptions {
+        group_size: -1,
+        desc_act: false,
+        act_group_aware: false,
+        static_groups: false,
+    };
+
+    /// H of `tokens` correlated random inputs of width `n`.
+    fn hessian(r: &mut gptq_testkit::Rng, n: usize, tokens: usize) -> Hessian {
+        let noise = r.normals(tokens * (n + 1), 1.0);
+        let x = |t: usize, i: usize| noise[t * (n + 1) + i] + 0.9 * noise[t * (n + 1) + i + 1];
+        let sum = |i: usize| (0..tokens).map(|t| x(t, i / n) * x(t, i % n)).sum::<f32>();
+        let matrix = (0..n * n).map(|i| 2.0 * sum(i) / tokens as f32).collect();
+        Hessian::from_matrix(matrix, n, tokens)
+    }
+
+    /// The error of a candidate from its definition, in f64: column after column is rounded, and what is behind it
+    /// takes its optimum, by the inverse of what is left of H.
+    fn oracle(w: &[f32], bits: u32, fitted: &Hessian, held: &Hessian, c: Regularization) -> f64 {
+        let n = fitted.width();
+        let (top, zero) = (f64::from((1u32 << bits) - 1), f64::from(1u32 << (bits - 1)));
+        let mean = (0..n).map(|i| f64::from(fitted.matrix()[i * n + i])).sum::<f64>() / n as f64;
+        let h = |i: usize, j: usize| {
+            let h = f64::from(fitted.matrix()[i * n + j]);
+            if i == j { h + c.damp_percent * mean } else { (1.0 - c.shrink) * h }
+        };
+        let inverses: Vec<Vec<f64>> =
+            (0..n).map(|first| gauss_inverse(&(first..n).collect::<Vec<_>>(), h)).collect();
+        let energy = |d: &[f64]| -> f64 {
+            let product = |i: usize| d[i / n] * f64::from(held.matrix()[i]) * d[i % n];
+            (0..n * n).map(product).sum()
+        };
+        let (mut error, mut all) = (0.0, 0.0);
+        for row in w.chunks_exact(n) {
+            let original: Vec<f64> = row.iter().map(|&w| f64::from(w)).collect();
+            let largest = original.iter().fold(0.0f64, |m, w| m.max(w.abs()));
+            let scale = half::f16::from_f64(2.0 * largest / top).to_f64();
+            let (mut w, mut left) = (original.clone(), Vec::new());
+            for (c, inverse) in inverses.iter().enumerate() {
+                let q = ((w[c] / scale).round_ties_even() + zero).clamp(0.0, top);
+                let value = scale * (q - zero);
+                let e = (w[c] - value) / inverse[0];
+                for (w, inverse) in w[c + 1..].iter_mut().zip(&inverse[1..]) {
+                    *w -= e * inverse;
+                }
+                left.push(original[c] - value);
+            }
+            error += energy(&left);
+            all += energy(&original);
+        }
+        error / all
+    }
+
+    #[test]
+    fn errors_on_held_out_inputs_are_those_of_the_definition() {
+        let (pool, mut r) = (Pool::new(2), gptq_testkit::Rng::new(21));
+        let n = 24;
+        // Fewer tokens than inputs: damping and shrink decide.
+        let (fitted, held) = (hessian(&mut r, n, 20), hessian(&mut r, n, 200));
+        for bits in [2, 3, 4] {
+            let search = ScaleSearch::MinMax;
+            let grid =
+                Grid { bits, sym: true, search, signed: false, min_zero: 1, f16_scales: true };
+            let sample = Sample { weights: r.normals(19 * n, 1.0), grid };
+            let mut errors = Vec::new();
+            for damp_percent in DAMPINGS {
+                for shrink in [0.0].into_iter().chain(SHRINKS) {
+                    let candidate = Regularization { damp_percent, shrink };
+                    let factor = candidate.factor(&fitted, ORDER, 0.01);
+                    let got = sample.error(&pool, &factor, &held);
+                    let want = oracle(&sample.weights, bits, &fitted, &held, candidate);
+                    // A code on a tie may fall to the other side.
+                    assert!(
+                        (got / want - 1.0).abs() < 0.02,
+                        "{bits} bits {candidate:?}: {got} {want}"
+                    );
+                    errors.push(want);
+                }
+            }
+            let (low, high) =
+                errors.iter().fold((f64::MAX, 0.0), |(l, h), &e| (e.min(l), e.max(h)));
+            assert!(high > 1.2 * low, "{bits} bits: nothing to choose between {low} and {high}");
+        }
+    }
+
+    #[test]
+    fn the_least_error_is_chosen() {
+        let usual = Regularization { damp_percent: 0.07, shrink: 0.0 };
+        for (damp_percent, shrink) in [(0.01, 0.0), (0.1, 0.05), (0.4, 0.2), (0.05, 0.02)] {
+            let error = |c: Regularization| {
+                (c.damp_percent / damp_percent).ln().powi(2) + 10.0 * (c.shrink - shrink).powi(2)
+            };
+            assert_eq!(least(usual, error), Regularization { damp_percent, shrink });
+        }
+        assert_eq!(least(usual, |_| f64::NAN), usual);
+    }
 
     #[test]
     fn one_window_in_eight_is_held_out() {

@@ -185,7 +185,7 @@ mod tests {
     }
 
     /// The error with exponent `alpha`, one weight after the other in f64.
-    fn brute_force(w: &[f32], h: &Hessian, group: usize, alpha: f64) -> f64 {
+    fn brute_force(w: &[f32], h: &Hessian, group: usize, alpha: f64, grid: Grid) -> f64 {
         let n = h.width();
         let at = |i: usize, j: usize| f64::from(h.matrix()[i * n + j]);
         let rms: Vec<f64> = (0..n).map(|j| at(j, j).sqrt()).collect();
@@ -202,12 +202,17 @@ mod tests {
                 let scaled = |k: usize| f64::from(row[k]) * s[k] / middle;
                 let low = range.clone().map(scaled).fold(0.0, f64::min);
                 let high = range.clone().map(scaled).fold(0.0, f64::max);
-                let (mut d, mut z) = ((high - low) / 7.0, 0.0);
-                if (-low / d).round_ties_even() >= 1.0 {
-                    z = (-low / d).round_ties_even();
+                let largest = high.max(-low);
+                let (d, z) = if grid.sym && grid.signed {
+                    // The lowest code holds the largest weight.
+                    (largest / 4.0 * if -low < high { -1.0 } else { 1.0 }, 4.0)
+                } else if grid.sym {
+                    ((largest - if low < 0.0 { -largest } else { 0.0 }) / 7.0, 4.0)
                 } else {
-                    (d, z) = (high / 6.0, z + 1.0);
-                }
+                    let d = (high - low) / 7.0;
+                    let z = (-low / d).round_ties_even();
+                    if z >= 1.0 { (d, z) } else { (high / 6.0, 1.0) }
+                };
                 for k in range {
                     let q = ((scaled(k) / d).round_ties_even() + z).clamp(0.0, 7.0);
                     e[k] = d * (q - z) * middle / s[k] - f64::from(row[k]);
@@ -224,27 +229,40 @@ mod tests {
     fn the_exponent_is_that_of_brute_force() {
         let (inputs, outputs, group) = (48, 40, 16);
         let hessian = hessian(inputs, 100);
-        for seed in 1..5 {
+        let grids = [(false, false), (true, false), (true, true)].map(|(sym, signed)| Grid {
+            sym,
+            signed,
+            ..GRID
+        });
+        for (seed, grid) in (1..4).flat_map(|seed| grids.map(|grid| (seed, grid))) {
+            // The largest weight of a symmetric group is a tie between two codes.
+            let tolerance = if grid.sym && !grid.signed { 0.06 } else { 0.02 };
             let weights = random(inputs * outputs, 100 + seed);
             let squares: Vec<f64> = hessian.diagonal().map(f64::from).collect();
             let mut search = RatioSearch::new(&squares);
             let pool = Pool::new(2);
             // In two parts, as slabs of a large linear come.
             let (a, b) = weights.split_at(inputs * 24);
-            search.add(&pool, a, &hessian, group as i64, GRID);
-            search.add(&pool, b, &hessian, group as i64, GRID);
+            search.add(&pool, a, &hessian, group as i64, grid);
+            search.add(&pool, b, &hessian, group as i64, grid);
             let losses: Vec<f64> = (0..RATIOS)
-                .map(|step| brute_force(&weights, &hessian, group, step as f64 / RATIOS as f64))
+                .map(|step| {
+                    brute_force(&weights, &hessian, group, step as f64 / RATIOS as f64, grid)
+                })
                 .collect();
             for (got, want) in search.losses.iter().zip(&losses) {
-                assert!((got - want).abs() < 2e-2 * want, "{got} {want}");
+                assert!((got - want).abs() < tolerance * want, "{grid:?}: {got} {want}");
             }
             let best = (0..RATIOS).min_by(|&a, &b| losses[a].total_cmp(&losses[b])).unwrap();
             let found = search.best();
-            assert_eq!(found.alpha, best as f64 / RATIOS as f64, "{losses:?}");
+            let place = (found.alpha * RATIOS as f64).round() as usize;
+            if tolerance < 0.05 {
+                assert_eq!(place, best, "{grid:?}: {losses:?}");
+            }
+            assert!(losses[place] < (1.0 + tolerance) * losses[best], "{grid:?}: {losses:?}");
             assert!(found.alpha > 0.0 && found.loss < 0.9, "{found:?}");
-            assert!((found.loss - losses[best] / losses[0]).abs() < 1e-2);
-            assert!(found.scales[7] > 2.0 * found.scales[8]);
+            assert!((found.loss - losses[best] / losses[0]).abs() < tolerance / 2.0);
+            assert!(found.scales[7] > 1.2 * found.scales[8]);
             assert!(found.scales.iter().all(|s| s.is_finite() && *s > 0.0));
         }
     }

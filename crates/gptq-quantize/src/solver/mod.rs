@@ -175,4 +175,6 @@ fn alive<'w>(weights: &'w [f32], factor: &Factor) -> Cow<'w, [f32]> {
 #[cfg(test)]
 mod correction_tests;
 #[cfg(test)]
+pub(crate) use tests::gauss_inverse;
+#[cfg(test)]
 mod tests;

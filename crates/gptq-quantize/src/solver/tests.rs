@@ -120,6 +120,38 @@ fn obq_and_gptq_beat_rounding_and_obq_is_greedy_optimal() {
     }
 }
 
+/// Damping is a penalty on the distance from the original weights: ½ (tr(ΔW H ΔWᵀ) + λ ‖ΔW‖²) is what the sweep sums.
+#[test]
+fn damping_penalises_moved_weights() {
+    let (outputs, n) = (12, 32);
+    let (w, h) = toy(outputs, n);
+    let order = OrderOptions {
+        group_size: 16,
+        desc_act: false,
+        act_group_aware: false,
+        static_groups: false,
+    };
+    let mean = (0..n).map(|i| f64::from(h.matrix()[i * n + i])).sum::<f64>() / n as f64;
+    let mut moved = f64::INFINITY;
+    for percent in [0.01, 0.1, 1.0, 10.0] {
+        let factor = h.factor(order, Damping { percent, auto_increment: 0.01 });
+        let s = gptq(&Pool::new(2), &w, &factor, grid(3, true));
+        let d: Vec<f64> = w.iter().zip(s.dequantize()).map(|(w, q)| f64::from(w - q)).collect();
+        let fit: f64 = d
+            .chunks(n)
+            .map(|d| {
+                let product = |i: usize| d[i / n] * f64::from(h.matrix()[i]) * d[i % n];
+                (0..n * n).map(product).sum::<f64>()
+            })
+            .sum();
+        let distance: f64 = d.iter().map(|d| d * d).sum();
+        let want = 0.5 * (fit + percent * mean * distance);
+        assert!((s.loss - want).abs() < 1e-2 * want, "{percent}: {} {want}", s.loss);
+        assert!(distance < 1.02 * moved, "{percent}: {distance} {moved}");
+        moved = distance;
+    }
+}
+
 /// One row, few weights: compare with every greedy step done by brute force in f64.
 #[test]
 fn obq_follows_the_definition() {
@@ -213,7 +245,7 @@ fn refinement_lowers_the_damped_loss() {
     }
 }
 
-fn gauss_inverse(index: &[usize], h: impl Fn(usize, usize) -> f64) -> Vec<f64> {
+pub(crate) fn gauss_inverse(index: &[usize], h: impl Fn(usize, usize) -> f64) -> Vec<f64> {
     let m = index.len();
     let mut a: Vec<f64> = (0..m * m).map(|i| h(index[i / m], index[i % m])).collect();
     let mut b: Vec<f64> = (0..m * m).map(|i| f64::from(u8::from(i / m == i % m))).collect();

@@ -116,7 +116,7 @@ pub(super) fn groups(spec: &Spec, layout: &Layout) -> Vec<Group> {
 }
 
 impl Group {
-    fn new(layer: usize, family: Family) -> Self {
+    pub(super) fn new(layer: usize, family: Family) -> Self {
         let (names, sizes) = (Vec::new(), [Some(0.0); 4]);
         Self {
             layer,

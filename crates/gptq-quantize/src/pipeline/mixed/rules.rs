@@ -83,3 +83,53 @@ fn any(parts: &[String]) -> String {
 fn escape(name: &str) -> String {
     name.replace('.', "\\.")
 }
+
+#[cfg(test)]
+mod tests {
+    use gptq_format::dynamic::Decision;
+    use gptq_format::{Checkpoint, Dynamic};
+    use gptq_testkit::TinyLlama;
+
+    use super::*;
+
+    #[test]
+    fn rules_name_their_groups_and_what_engines_fuse_them_to() {
+        let folder = tempfile::tempdir().unwrap();
+        TinyLlama { layers: 12, ..TinyLlama::default() }.write(folder.path(), 1);
+        let spec = Spec::for_checkpoint(&Checkpoint::open(folder.path()).unwrap()).unwrap();
+        let kinds: [(Family, &[&str]); 4] = [
+            (Family::Qkv, &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+            (Family::Out, &["self_attn.o_proj"]),
+            (Family::Up, &["mlp.gate_proj", "mlp.up_proj"]),
+            (Family::Down, &["mlp.down_proj"]),
+        ];
+        let (mut groups, mut widths) = (Vec::new(), Vec::new());
+        for layer in 0..12 {
+            for (index, (family, names)) in kinds.into_iter().enumerate() {
+                let mut group = Group::new(layer, family);
+                group.names = names.iter().map(|&name| name.to_owned()).collect();
+                groups.push(group);
+                widths.push([Bits::B4, Bits::B2, Bits::B8, Bits::B3][(layer + index * layer) % 4]);
+            }
+        }
+        let dynamic = rules(&spec, &groups, &widths, Bits::B4, &Map::new());
+        let dynamic = Dynamic::from_map(&dynamic).unwrap();
+        for (group, &bits) in groups.iter().zip(&widths) {
+            let fused: &[&str] = match group.family {
+                Family::Qkv => &["self_attn.qkv_proj"],
+                Family::Up => &["mlp.gate_up_proj"],
+                _ => &[],
+            };
+            for name in group.names.iter().map(String::as_str).chain(fused.iter().copied()) {
+                let module = format!("model.layers.{}.{name}", group.layer);
+                let decided = match dynamic.decide(&module) {
+                    Decision::Default => Bits::B4,
+                    Decision::Override(overrides) => overrides.bits.unwrap(),
+                    other => panic!("{module}: {other:?}"),
+                };
+                assert_eq!(decided, bits, "{module}");
+            }
+        }
+        assert_eq!(dynamic.decide("lm_head"), Decision::Default);
+    }
+}
