@@ -50,6 +50,24 @@ fn a_sound_checkpoint_is_inspected_verified_and_converted() {
     assert_eq!(world.json("inspect floats --json")["format"], "safetensors");
 }
 
+/// AutoAWQ's packing of the same codes is evaluated and talks as GPTQ's does.
+#[test]
+fn an_awq_checkpoint_runs() {
+    let Some(world) = world("b4_g32_asym.gptq_v2") else { return };
+    std::fs::create_dir(world.path("awq")).unwrap();
+    gptq_testkit::awq::rewrite(&world.path("in"), &world.path("awq"));
+    world.write("text.txt", "the quick brown fox jumps over the lazy dog. ".repeat(20));
+    let [ours, theirs] = ["in", "awq"].map(|model| {
+        let eval =
+            format!("eval {model} --perplexity text.txt --seqlen 64 --max-windows 3 --json -q");
+        let generate =
+            format!("generate {model} --prompt fox --max-new-tokens 12 --temperature 0 -q");
+        (world.json(&eval)["perplexity"].clone(), world.ok(&generate))
+    });
+    assert!(ours.0.as_f64().unwrap() > 1.0);
+    assert_eq!(theirs, ours);
+}
+
 #[test]
 fn findings_fail_the_command_and_stay_readable() {
     let Some(world) = world("b4_gm1_sym.gptq") else { return };

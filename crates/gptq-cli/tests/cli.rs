@@ -52,6 +52,7 @@ fn every_setting_quantizes_and_opens_again() {
             "README.md",
             "generation_config.json",
             "plots/loss.svg",
+            "plots/error.svg",
         ] {
             assert!(world.path(&out).join(file).exists(), "{settings}: {file}");
         }
