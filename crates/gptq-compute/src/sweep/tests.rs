@@ -223,7 +223,7 @@ fn scales_orders_and_groups_equal_the_loop_in_f64() {
         for search in [ScaleSearch::MinMax, ScaleSearch::Power(2.4), ScaleSearch::Hessian] {
             for (sym, signed) in [(true, false), (true, true), (false, false)] {
                 for bits in [2, 3, 4] {
-                    let grid = Grid { bits, sym, signed, search, ..GRID };
+                    let grid = Grid { bits, sym, search, signed, ..GRID };
                     let sweep =
                         Sweep { factor: Some(&u), order, groups: &groups, static_groups, grid };
                     let (swept, want) = (sweep.run(&pool, &w, rows), oracle(&sweep, &w));
