@@ -27,7 +27,8 @@ use crate::output::{json as json_output, plot, size};
 
 /// Quantize a float model to 8, 4, 3 or 2 bits and write a GPTQ checkpoint.
 ///
-/// The output appears under its name only when it is whole. Names and defaults are those of
+/// The output appears under its name only when it is whole, with a report, a log of all layers and plots
+/// of their losses and errors (plots/loss.svg, plots/error.svg). Names and defaults are those of
 /// transformers and GPTQModel.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {

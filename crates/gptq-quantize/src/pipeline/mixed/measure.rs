@@ -254,7 +254,7 @@ impl Pass<'_> {
         }))
     }
 
-    /// Solves as the run will.
+    /// Solves with the grid, order and damping of the run.
     fn solution(
         &self,
         weights: &[f32],

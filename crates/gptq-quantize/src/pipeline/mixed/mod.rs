@@ -7,7 +7,7 @@
 //! linears: relative to its own output, the error of a value projection and of a key projection do
 //! different harm, and early blocks do more than late ones.) At other bits it is scaled by the error
 //! of the group's outputs, tr(ΔW·H·ΔWᵀ) / tr(W·H·Wᵀ), which a sample of rows gives at each width with
-//! the solver of the run. Divergences of groups are taken to add up.
+//! the grid, order and damping of the run. Divergences of groups are taken to add up.
 //!
 //! One pass over the float model does it all: at each block every variant of an earlier block moves
 //! on, the Hessians of the block are summed, and a variant for each of its groups is made. The memory
