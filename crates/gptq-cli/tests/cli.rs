@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use gptq_testkit::{Expected, TinyLlama, World, assert_close, fixtures};
+use serde_json::Value;
 
 fn world() -> World {
     World::new(env!("CARGO_BIN_EXE_gptq"))
@@ -61,6 +62,48 @@ fn every_setting_quantizes_and_opens_again() {
         assert!(!world.path(&format!(".{out}.partial")).exists());
     }
     assert!(sizes[0] < sizes[7], "2 bits are smaller than 8");
+}
+
+#[test]
+fn the_report_tells_the_work_of_a_run() {
+    let world = world();
+    let run = |out: &str, options: &str| {
+        world.json(&format!("quantize model -o {out} {options} --json -q"))
+    };
+    let rounded = run("rtn", "--method rtn");
+    assert_eq!(rounded["f32_rate_fraction"], Value::Null);
+    assert_eq!(
+        (&rounded["plan"]["operations"], &rounded["plan"]["writing_seconds"]),
+        (&0.0.into(), &0.0.into())
+    );
+    let solved = run("text", CALIBRATION);
+    assert!(solved["f32_rate_fraction"].as_f64().unwrap() > 0.0);
+    assert!(solved["plan"]["operations"].as_f64().unwrap() > 1e6);
+    assert_eq!(solved["plan"]["writing_seconds"], 0.0);
+    let windows = "--seqlen 32 --group-size 32";
+    let own = run("own", &format!("--calibration self --nsamples 8 {windows}"));
+    let part = run(
+        "part",
+        &format!("--calibration text.txt --calibration self@0.33 --nsamples 8 {windows}"),
+    );
+    let writing = |report: &Value| report["plan"]["writing_seconds"].as_f64().unwrap();
+    assert!(writing(&own) > 0.0);
+    // The rate is measured anew, so not a quarter exactly.
+    assert!(writing(&part) > 0.0 && writing(&part) < 0.7 * writing(&own));
+}
+
+/// Only as much of a text is tokenized as is scored; that changes nothing.
+#[test]
+fn the_first_windows_of_a_long_text_are_those_of_a_short_one() {
+    let world = world();
+    let short = "the quick brown fox jumps over the lazy dog. ".repeat(100);
+    world.write("long.txt", short.repeat(200));
+    world.write("short.txt", short);
+    let [long, short] = ["long", "short"].map(|text| {
+        let options = "--seqlen 64 --max-windows 5 --json -q";
+        world.json(&format!("eval model --perplexity {text}.txt {options}"))["perplexity"].clone()
+    });
+    assert_eq!(long, short);
 }
 
 #[test]

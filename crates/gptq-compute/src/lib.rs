@@ -62,6 +62,6 @@ pub use loss::{Divergence, argmax, cross_entropy, kl_divergence};
 pub use matrix::{DenseMatrix, DenseType, Linear, Matrix, SharedBytes};
 pub use norm::{Norm, NormKind, add_norm, norm, norm_heads};
 pub use pool::{Pool, physical_cores};
-pub use quantized::{Activations, BlockParts, GptqParts, QuantizedMatrix};
+pub use quantized::{Activations, BlockParts, BlockRows, GptqParts, QuantizedMatrix};
 pub use rope::{RopeStyle, RopeTable, rope};
 pub use tensor::Tensor;

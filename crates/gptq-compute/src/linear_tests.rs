@@ -8,7 +8,8 @@ use half::{bf16, f16};
 use crate::arch::Isa;
 use crate::linear::linear_on;
 use crate::{
-    Activations, BlockParts, GptqParts, Linear, Matrix, Pool, QuantizedMatrix, Scratch, Tensor,
+    Activations, BlockParts, BlockRows, GptqParts, Linear, Matrix, Pool, QuantizedMatrix, Scratch,
+    Tensor,
 };
 
 struct Random(u64);
@@ -129,7 +130,7 @@ fn case(
 
 /// A matrix of block-quantized rows, as GGUF files have them: bits of the codes, group, whether there are minima and
 /// whether f16 holds them.
-const BLOCKS: [(u32, usize, bool, bool); 9] = [
+const BLOCKS: [(u32, usize, bool, bool); 10] = [
     (4, 32, false, true),
     (4, 32, true, true),
     (5, 32, false, true),
@@ -138,6 +139,7 @@ const BLOCKS: [(u32, usize, bool, bool); 9] = [
     (2, 16, true, false),
     (3, 16, false, false),
     (4, 32, true, false),
+    (5, 32, true, false),
     (6, 16, false, false),
 ];
 
@@ -162,17 +164,18 @@ fn block_case(r: &mut Random, k: usize, n: usize, format: (u32, usize, bool, boo
     let dense = dense.collect();
     let parts =
         BlockParts { bits, group_size: group, minima, half, in_features: k, out_features: n };
-    let read = |rows: Range<usize>, c: &mut [u8], s: &mut [f32], m: &mut [f32]| {
-        c.copy_from_slice(&codes[rows.start * k..rows.end * k]);
+    let read = |rows: Range<usize>, to: BlockRows<'_>| {
+        to.codes.copy_from_slice(&codes[rows.start * k..rows.end * k]);
         let rows = rows.start * groups..rows.end * groups;
-        s.copy_from_slice(&scales[rows.clone()]);
+        to.scales.copy_from_slice(&scales[rows.clone()]);
         if minima {
-            m.copy_from_slice(&smallest[rows]);
+            to.minima.copy_from_slice(&smallest[rows]);
         }
         Ok::<_, ()>(())
     };
     let weight =
         Matrix::Quantized(QuantizedMatrix::from_blocks(&Pool::new(2), parts, read).unwrap());
+    assert_eq!(weight.bytes() as u64, parts.bytes());
     Case {
         linear: Linear { weight, bias: Some((0..n).map(|_| r.unit()).collect()) },
         dense,
@@ -276,6 +279,34 @@ fn batches_siblings_and_threads_change_nothing() {
             }
         }
     });
+}
+
+/// The layers of a stage may be stored in different blocks, or one in blocks and one by GPTQ.
+#[test]
+fn siblings_of_other_layouts_and_headers_do_not_mix() {
+    let (mut r, pool) = (Random(0xD1FF), Pool::new(2));
+    let (k, n) = (160, 70);
+    let mut cases: Vec<Case> = BLOCKS.map(|format| block_case(&mut r, k, n, format)).into();
+    cases.push(case(&mut r, 4, k, n, 32, false, false));
+    cases.push(case(&mut r, 8, k, n, 32, false, true));
+    for activations in [Activations::F32, Activations::Bf16, Activations::Int8] {
+        let mut scratch = Scratch::default();
+        scratch.set_activations(activations);
+        for isa in Isa::available() {
+            for m in [1, 7] {
+                let x = Tensor::from_vec(m, k, (0..m * k).map(|_| r.unit()).collect());
+                let mut alone = Tensor::default();
+                let mut together: Vec<Tensor> = cases.iter().map(|_| Tensor::default()).collect();
+                let mut jobs: Vec<_> =
+                    cases.iter().zip(&mut together).map(|(c, y)| (&c.linear, y)).collect();
+                linear_on(isa, &pool, &x, &mut jobs, &mut scratch);
+                for (index, (c, y)) in cases.iter().zip(&together).enumerate() {
+                    linear_on(isa, &pool, &x, &mut [(&c.linear, &mut alone)], &mut scratch);
+                    assert_eq!(alone.as_slice(), y.as_slice(), "{isa:?} {activations:?} {index}");
+                }
+            }
+        }
+    }
 }
 
 /// More tokens than a task takes.

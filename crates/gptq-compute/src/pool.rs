@@ -150,7 +150,7 @@ impl Pool {
     /// As [`Pool::run`] with tasks that can fail.
     ///
     /// # Errors
-    /// One of the errors, after all tasks have been run.
+    /// That of the first task that fails, after all have been run.
     ///
     /// # Panics
     /// As [`Pool::run`].
@@ -162,10 +162,14 @@ impl Pool {
         let failed = Mutex::new(None);
         self.run(tasks, &|index| {
             if let Err(error) = task(index) {
-                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                if failed.as_ref().is_none_or(|&(earlier, _)| index < earlier) {
+                    *failed = Some((index, error));
+                }
             }
         });
-        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+        let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+        failed.map_or(Ok(()), |(_, error)| Err(error))
     }
 }
 

@@ -48,7 +48,7 @@ impl DType {
             Self::F32 | Self::I32 | Self::U32 => (1, 4),
             Self::F16 | Self::BF16 | Self::I16 | Self::U16 => (1, 2),
             Self::F8E4M3 | Self::F8E5M2 | Self::I8 | Self::U8 | Self::Bool => (1, 1),
-            // The types that have no block are refused where a GGUF file is opened.
+            // Types that cannot be read have no size; reading them is an error.
             Self::Ggml(ggml) => ggml.block().unwrap_or((1, 0)),
         }
     }

@@ -155,7 +155,7 @@ impl Tokenizer {
     }
 
     /// Encodes a long text in parts, whose tokens are together those of [`Tokenizer::encode`] without special tokens. Memory
-    /// does not grow with the text, unless the tokenizer takes it apart at its two ends only.
+    /// does not grow with the text, unless neighbouring pieces of it have no tokens in common.
     pub fn encode_long<'a>(&'a self, text: &'a str) -> Parts<'a> {
         Parts::new(self, text, long::Sizes::default())
     }

@@ -19,7 +19,7 @@ pub(crate) enum Tokens {
     /// Floats as stored.
     Floats(DenseMatrix),
     /// The rows of blocks of a GGUF file, decoded as they are looked up.
-    Blocks { dtype: GgmlType, bytes: SharedBytes, width: usize },
+    Blocks { dtype: GgmlType, bytes: SharedBytes, width: usize, row_bytes: usize },
 }
 
 impl Tokens {
@@ -28,7 +28,7 @@ impl Tokens {
         let width = embedding.width;
         let store = &loader.checkpoint.tensors;
         let info = loader.check_shape(name, &[*vocab, width])?;
-        let DType::Ggml(dtype) = info.dtype else {
+        let (DType::Ggml(dtype), Some(_)) = (info.dtype, store.code_format(name)) else {
             return Ok(Self::Floats(loader.matrix(name, *vocab, width, source)?));
         };
         store.check_finite(name)?;
@@ -39,22 +39,20 @@ impl Tokens {
         } else {
             Arc::new(store.bytes(name)?)
         };
-        Ok(Self::Blocks { dtype, bytes, width })
+        Ok(Self::Blocks { dtype, bytes, width, row_bytes: info.bytes / (*vocab).max(1) })
     }
 
     /// The rows of `ids`, checked to be below `vocab`, in `out` `[ids.len(), width]`.
     fn look_up(&self, ids: &[u32], out: &mut Tensor) {
         match self {
             Self::Floats(table) => embed(table, ids, out),
-            Self::Blocks { dtype, bytes, width } => {
+            Self::Blocks { dtype, bytes, width, row_bytes } => {
                 let bytes = (**bytes).as_ref();
-                // A row is a whole number of blocks, and the tensor has the bytes of its shape.
-                let row_bytes = dtype.byte_len(*width as u64).unwrap_or(0) as usize;
                 out.resize(ids.len(), *width);
                 for (row, &id) in ids.iter().enumerate() {
-                    let stored = &bytes[id as usize * row_bytes..][..row_bytes];
-                    let decoded = dequantize_rows(*dtype, stored, out.row_mut(row));
-                    debug_assert!(decoded.is_ok(), "a row of blocks");
+                    let stored = &bytes[id as usize * row_bytes..][..*row_bytes];
+                    // The type has codes, and rows are whole blocks.
+                    dequantize_rows(*dtype, stored, out.row_mut(row)).expect("a row of blocks");
                 }
             }
         }

@@ -28,13 +28,26 @@ pub struct HeadLayer {
 }
 
 impl HeadLayer {
-    /// Loads the head. With `tied` to the embedding it shares its memory; a quantized head in the checkpoint is used as it
-    /// is.
+    /// Loads the head. Tied to an embedding of floats it shares its memory, to one in GGUF's
+    /// blocks it is made of the same blocks; a quantized head in the checkpoint is used as it is.
     ///
     /// # Errors
     /// A tensor that is missing, unreadable or of another shape than the spec asks for.
     pub fn load(checkpoint: &Checkpoint, spec: &Arc<Spec>, embedder: &Embedder) -> Result<Self> {
-        Self::load_as(checkpoint, spec, embedder, HeadBits::Stored, &Pool::new(1))
+        Self::load_on(&Pool::new(1), checkpoint, spec, embedder)
+    }
+
+    /// As [`HeadLayer::load`] with all threads of `pool`.
+    ///
+    /// # Errors
+    /// As [`HeadLayer::load`].
+    pub fn load_on(
+        pool: &Pool,
+        checkpoint: &Checkpoint,
+        spec: &Arc<Spec>,
+        embedder: &Embedder,
+    ) -> Result<Self> {
+        Self::load_as(checkpoint, spec, embedder, HeadBits::Stored, pool)
     }
 
     /// As [`HeadLayer::load`], with the projection to logits held as `bits` says.

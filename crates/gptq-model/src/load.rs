@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use gptq_compute::{
-    BlockParts, DenseMatrix, DenseType, GptqParts, Linear, Matrix, Norm, Pool, QuantizedMatrix,
+    BlockParts, BlockRows, DenseMatrix, DenseType, GptqParts, Linear, Matrix, Norm, Pool,
+    QuantizedMatrix,
 };
 use gptq_format::gguf::CodeRows;
 use gptq_format::{Checkpoint, DType, FormatError, GptqLinear, TensorInfo, TensorStore};
@@ -38,6 +39,37 @@ pub fn load_linear(
     source: LinearSource,
 ) -> Result<Linear> {
     Loader { checkpoint, spec }.linear(linear, source)
+}
+
+/// Memory that a matrix takes when it is loaded to be run ([`LinearSource::Mapped`]), in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LoadedBytes {
+    /// Of pages of the mapped file that it is used from.
+    pub mapped: u64,
+    /// Of what is made of it.
+    pub owned: u64,
+}
+
+/// What the matrix `tensor` takes; nothing if there is none.
+pub fn loaded_bytes(checkpoint: &Checkpoint, tensor: &str) -> LoadedBytes {
+    let Ok(info) = checkpoint.tensors.info(tensor) else { return LoadedBytes::default() };
+    if let Some(parts) = block_parts(checkpoint, tensor) {
+        return LoadedBytes { mapped: 0, owned: parts.bytes() };
+    }
+    match dense_type(info.dtype).filter(|_| checkpoint.tensors.is_identity(tensor)) {
+        Some(_) => LoadedBytes { mapped: info.bytes as u64, owned: 0 },
+        None => LoadedBytes { mapped: 0, owned: (info.elements() * size_of::<f32>()) as u64 },
+    }
+}
+
+/// The type in which floats are used as they are stored.
+fn dense_type(dtype: DType) -> Option<DenseType> {
+    match dtype {
+        DType::F32 => Some(DenseType::F32),
+        DType::F16 => Some(DenseType::F16),
+        DType::BF16 => Some(DenseType::Bf16),
+        _ => None,
+    }
 }
 
 /// What becomes of the matrix `tensor` of a GGUF file when it is run: codes, if it is stored in blocks.
@@ -194,7 +226,8 @@ impl Loader<'_> {
             return Ok(Matrix::Dense(self.matrix(name, rows, cols, source)?));
         };
         self.check_shape(name, &[rows, cols])?;
-        QuantizedMatrix::from_blocks(pool, parts, |rows, codes, scales, minima| {
+        QuantizedMatrix::from_blocks(pool, parts, |rows, to| {
+            let BlockRows { codes, scales, minima } = to;
             Ok(self.store().read_codes(name, rows, CodeRows { codes, scales, minima })?)
         })
         .map(Matrix::Quantized)
@@ -209,25 +242,11 @@ impl Loader<'_> {
         source: LinearSource,
     ) -> Result<DenseMatrix> {
         let info = self.check_shape(name, &[rows, cols])?;
-        let dtype = match info.dtype {
-            DType::F32 => DenseType::F32,
-            DType::F16 => DenseType::F16,
-            DType::BF16 => DenseType::Bf16,
-            _ => {
-                return Ok(DenseMatrix::from_f32(
-                    rows,
-                    cols,
-                    self.store().read_f32(name, &[rows, cols])?,
-                ));
-            }
+        let dtype = dense_type(info.dtype).filter(|_| self.store().is_identity(name));
+        let Some(dtype) = dtype else {
+            let weights = self.store().read_f32(name, &[rows, cols])?;
+            return Ok(DenseMatrix::from_f32(rows, cols, weights));
         };
-        if !self.store().is_identity(name) {
-            return Ok(DenseMatrix::from_f32(
-                rows,
-                cols,
-                self.store().read_f32(name, &[rows, cols])?,
-            ));
-        }
         let matrix = if source == LinearSource::Copied {
             let mut bytes = vec![0; info.bytes];
             self.store().copy_bytes(name, 0, &mut bytes)?;

@@ -6,7 +6,10 @@ use std::path::Path;
 
 use common::{load, logits, open, session};
 use gptq_compute::Matrix;
-use gptq_format::gguf::{GgmlType, GgufValue, GgufWriter, PlannedTensor, dequantize_rows};
+use gptq_format::Checkpoint;
+use gptq_format::gguf::{
+    CodeRows, GgmlType, GgufValue, GgufWriter, PlannedTensor, dequantize_rows,
+};
 use gptq_testkit::{Rng, assert_relative};
 
 const HIDDEN: usize = 256;
@@ -133,6 +136,72 @@ fn codes_compute_what_floats_do() {
         // The same weights, but for one rounding each, summed in another order.
         assert_relative(&dtype.to_string(), got.as_slice(), want.as_slice(), 2e-5);
     }
+}
+
+#[test]
+fn codes_are_read_by_rows_and_refused_otherwise() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rng = Rng::new(9);
+    let matrices = matrices(true);
+    let stored: Vec<Vec<u8>> = matrices
+        .iter()
+        .map(|(_, s)| random_blocks(&mut rng, GgmlType::Q4_1, &[0, 2], s[0] * s[1]))
+        .collect();
+    let path = folder.path().join("a.gguf");
+    write(&path, true, GgmlType::Q4_1, &stored, false);
+    let store = open(&path).tensors;
+    let read = |name: &str, rows: std::ops::Range<usize>, sizes: [usize; 3]| {
+        let (mut codes, mut scales) = (vec![0; sizes[0]], vec![0.0; sizes[1]]);
+        let mut minima = vec![0.0; sizes[2]];
+        let to = CodeRows { codes: &mut codes, scales: &mut scales, minima: &mut minima };
+        store.read_codes(name, rows, to).map(|()| (codes, scales, minima))
+    };
+    // Queries are stored in another order than they are read in.
+    for name in ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"] {
+        let (codes, scales, minima) = read(name, 3..10, [7 * 256, 7 * 8, 7 * 8]).unwrap();
+        let mut floats = vec![0.0; 7 * 256];
+        store.read_rows_f32(name, 3..10, &mut floats).unwrap();
+        for (i, &want) in floats.iter().enumerate() {
+            let got = scales[i / 32] * f32::from(codes[i]) + minima[i / 32];
+            assert_eq!(got.to_bits(), want.to_bits(), "{name} {i}");
+        }
+        for (rows, sizes) in [
+            (3..10, [7 * 256 - 1, 56, 56]),
+            (3..10, [7 * 256, 55, 55]),
+            (3..10, [7 * 256, 56, 0]),
+            (3..600, [597 * 256, 597 * 8, 597 * 8]),
+        ] {
+            let error = read(name, rows, sizes).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+        }
+    }
+    let error = read("model.norm.weight", 0..1, [256, 8, 8]).unwrap_err().to_string();
+    assert!(error.contains("model.norm.weight") && error.contains("F32"), "{error}");
+}
+
+/// Types that nobody here reads are refused by name, also where only rows of them are looked up.
+#[test]
+fn an_embedding_of_an_unknown_type_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rng = Rng::new(10);
+    let stored: Vec<Vec<u8>> = matrices(false)
+        .iter()
+        .map(|(_, s)| random_blocks(&mut rng, GgmlType::Q4_0, &[0], s[0] * s[1]))
+        .collect();
+    let path = folder.path().join("a.gguf");
+    write(&path, false, GgmlType::Q4_0, &stored, false);
+    // The type behind the name, the number of dimensions and these.
+    let mut bytes = std::fs::read(&path).unwrap();
+    let name = b"token_embd.weight";
+    let at = bytes.windows(name.len()).position(|w| w == name).unwrap() + name.len() + 4 + 16;
+    bytes[at..at + 4].copy_from_slice(&20u32.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    let error = Checkpoint::open(&path)
+        .map_err(|error| error.to_string())
+        .and_then(|c| gptq_model::Model::load(&c).map_err(|error| error.to_string()))
+        .err()
+        .unwrap();
+    assert!(error.contains("IQ4_NL") && error.contains("embed_tokens"), "{error}");
 }
 
 #[test]

@@ -4,8 +4,9 @@
 //! most likely ones: text as likely as the model thinks text is, in the proportions in which it
 //! saw it (the data-free generation of LLM-QAT, Liu et al. 2023). An end-of-text token does not
 //! end a window: what the model writes behind it, a new text as a rule, fills the rest. Many
-//! windows are decoded at once, so that the weights are read once for all of them. Needs no data
-//! and no network; the same seed gives the same windows.
+//! windows are decoded at once, so that the weights are read once for all of them, with int8
+//! activations and keys and values in f16, as `gptq generate` does: what that changes is small beside
+//! the sampling. Needs no data and no network; the same seed gives the same windows.
 
 use gptq_compute::{Activations, KvType};
 use gptq_format::Tokenizer;
@@ -99,14 +100,16 @@ pub fn self_calibrate(
         kv_cache: KV,
         batch: options.batch(model.spec()),
     };
-    // What `gptq generate` does, too: rounding here changes the text less than its sampling.
-    session.ctx.scratch.set_activations(Activations::Int8);
     let prompts = vec![&prompt[..]; nsamples];
     let (mut done, total) = (0, nsamples * (seqlen - 1));
+    let before = session.ctx.scratch.activations();
+    session.ctx.scratch.set_activations(Activations::Int8);
     let texts = generate_batch(model, session, &prompts, &batch, |tokens| {
         done += tokens;
         progress.phase_progress(done, total);
-    })?;
+    });
+    session.ctx.scratch.set_activations(before);
+    let texts = texts?;
     let windows: Vec<Vec<u32>> = texts
         .into_iter()
         .map(|text| prompt.iter().copied().chain(text).collect())

@@ -110,7 +110,12 @@ fn written(
     let Target { checkpoint, tokenizer, pool, .. } = *target;
     let vocab = Spec::for_checkpoint(checkpoint)?.vocab;
     let drawn = vec![vec![0; windows.seqlen]; windows.nsamples];
-    let source = SourceReport { name: SELF.into(), kind: SELF.into(), ..SourceReport::default() };
+    let source = SourceReport {
+        name: SELF.into(),
+        kind: SELF.into(),
+        windows: windows.nsamples,
+        ..SourceReport::default()
+    };
     let report = CalibrationReport::new(vec![source], &drawn, &windows, vocab);
     let planned = CalibrationSet::from_windows(drawn, report);
     if target.dry_run {

@@ -230,7 +230,7 @@ pub(crate) fn dispatch_dot<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
 
 /// Whether kernels may use [`Simd::dot_pairs`], and [`dispatch_pairs`] run them: where it is one
 /// instruction, and in scalar code, to be compared with.
-pub fn has_pairs(isa: Isa) -> bool {
+pub(crate) fn has_pairs(isa: Isa) -> bool {
     matches!(isa, Isa::Scalar | Isa::Avx512Bf16)
 }
 

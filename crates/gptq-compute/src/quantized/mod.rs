@@ -92,9 +92,40 @@ pub struct BlockParts {
 
 impl BlockParts {
     /// Bytes that the matrix takes in the runtime layout.
-    pub fn bytes(&self) -> usize {
-        repack::Plan::of_blocks(self).bytes()
+    pub fn bytes(&self) -> u64 {
+        let groups = (self.in_features / self.group_size.max(1)) as u64;
+        let codes = self.group_size as u64 * u64::from(self.width()) / 8 * STRIP as u64;
+        let strips = self.out_features.div_ceil(STRIP) as u64;
+        let group = codes.saturating_add(self.header().bytes() as u64);
+        strips.saturating_mul(groups).saturating_mul(group)
     }
+
+    /// Bits of a code in the runtime layout: the narrowest that hold it. Those of 3 bits take 4, since a
+    /// unit of 3 is longer than the groups of 16 that come with them.
+    fn width(&self) -> u32 {
+        match self.bits {
+            ..=2 => 2,
+            3 | 4 => 4,
+            _ => 8,
+        }
+    }
+
+    fn header(&self) -> Header {
+        let centre = (1u32 << (self.bits - 1)) as f32;
+        let offsets = if self.minima { Offsets::Minima { centre } } else { Offsets::None };
+        Header { wide: !self.half, offsets }
+    }
+}
+
+/// Buffers for rows of a matrix of blocks, row-major.
+#[derive(Debug)]
+pub struct BlockRows<'a> {
+    /// `[rows, in_features]`, below 2^bits.
+    pub codes: &'a mut [u8],
+    /// `[rows, in_features / group_size]`
+    pub scales: &'a mut [f32],
+    /// As `scales` where there are minima, else empty.
+    pub minima: &'a mut [f32],
 }
 
 /// What comes before the codes of a group.
@@ -247,24 +278,25 @@ impl QuantizedMatrix {
 
     /// Brings block-quantized rows into the runtime layout with all threads of `pool`: the codes in
     /// 2, 4 or 8 bits, no value changed. `read` is asked for 64 rows at a time, from several threads
-    /// at once, and fills their codes `[rows, in_features]`, scales and, where there are, minima
-    /// `[rows, in_features / group_size]`.
+    /// at once, and fills the buffers.
     ///
     /// # Errors
     /// What `read` returns.
     ///
     /// # Panics
-    /// If `group_size` is not a multiple of 16, or `in_features` not one of it.
+    /// If `bits` are not 1 to 8, `group_size` is no multiple of 16, or `in_features` none of it.
     #[track_caller]
     pub fn from_blocks<E: Send>(
         pool: &Pool,
         parts: BlockParts,
-        read: impl Fn(Range<usize>, &mut [u8], &mut [f32], &mut [f32]) -> Result<(), E> + Sync,
+        read: impl Fn(Range<usize>, BlockRows<'_>) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
         let BlockParts { bits, group_size, in_features, .. } = parts;
         assert!(matches!(bits, 1..=8), "codes of {bits} bits");
         assert!(
-            group_size.is_multiple_of(16) && in_features.is_multiple_of(group_size),
+            group_size > 0
+                && group_size.is_multiple_of(16)
+                && in_features.is_multiple_of(group_size),
             "{in_features} inputs in groups of {group_size}"
         );
         repack::blocks(pool, parts, read)
@@ -280,7 +312,7 @@ impl QuantizedMatrix {
         self.in_features
     }
 
-    /// Bits per code.
+    /// Bits per code in the runtime layout.
     pub fn bits(&self) -> u32 {
         self.bits
     }

@@ -8,8 +8,8 @@ use half::f16;
 
 use super::input::BLOCK;
 use super::{
-    BlockParts, GptqParts, Group, Header, Offsets, PAD, QuantizedMatrix, STRIP, WORD_BYTES,
-    unit_columns, unit_words,
+    BlockParts, BlockRows, GptqParts, Group, Header, Offsets, PAD, QuantizedMatrix, STRIP,
+    WORD_BYTES, unit_columns, unit_words,
 };
 use crate::arena::Arena;
 use crate::pool::Pool;
@@ -51,22 +51,27 @@ pub(super) fn gptq(pool: &Pool, parts: &GptqParts<'_>, groups: usize) -> Quantiz
 pub(super) fn blocks<E: Send>(
     pool: &Pool,
     parts: BlockParts,
-    read: impl Fn(Range<usize>, &mut [u8], &mut [f32], &mut [f32]) -> Result<(), E> + Sync,
+    read: impl Fn(Range<usize>, BlockRows<'_>) -> Result<(), E> + Sync,
 ) -> Result<QuantizedMatrix, E> {
-    let BlockParts { bits, group_size, minima, half, in_features, .. } = parts;
+    let BlockParts { bits, group_size, minima: has_minima, half, in_features, out_features } =
+        parts;
     let groups = in_features / group_size;
-    let plan = Plan::of_blocks(&parts);
+    let of_group = |g| (g * group_size..(g + 1) * group_size).map(|k| k as u32).collect();
+    let by_group: Vec<Vec<u32>> = (0..groups).map(of_group).collect();
+    let width = parts.width();
+    let plan = Plan::new(width, parts.header(), [out_features, in_features], &by_group);
     // Codes are moved from their centre to that of the width.
-    let shift = (1u32 << (plan.bits - 1)) - (1 << (bits - 1));
+    let shift = (1u32 << (width - 1)) - (1 << (bits - 1));
     let strips = plan.fill(pool, |outputs, strip| {
         let rows = outputs.len();
         let mut codes = vec![0; rows * in_features];
-        let mut of_groups = vec![0.0; rows * groups];
-        let mut smallest = vec![0.0; if minima { rows * groups } else { 0 }];
-        read(outputs, &mut codes, &mut of_groups, &mut smallest)?;
+        let mut scales = vec![0.0; rows * groups];
+        let mut minima = vec![0.0; if has_minima { rows * groups } else { 0 }];
+        let buffers = BlockRows { codes: &mut codes, scales: &mut scales, minima: &mut minima };
+        read(outputs, buffers)?;
         for g in 0..groups {
-            let (scales, offsets, units) = plan.split(g, strip);
-            for (to, from) in [(scales, &of_groups), (offsets, &smallest)] {
+            let (scale_bytes, offset_bytes, units) = plan.split(g, strip);
+            for (to, from) in [(scale_bytes, &scales), (offset_bytes, &minima)] {
                 let values = from.iter().skip(g).step_by(groups).copied();
                 if half {
                     write_halves(to, values.map(f16::from_f32));
@@ -96,7 +101,7 @@ fn write_halves(to: &mut [u8], values: impl Iterator<Item = f16>) {
 }
 
 /// Where everything goes in the runtime layout.
-pub(super) struct Plan {
+struct Plan {
     bits: u32,
     header: Header,
     out_features: usize,
@@ -127,35 +132,13 @@ impl Plan {
         Self { bits, header, out_features, in_features, groups, order, strip_bytes }
     }
 
-    pub(super) fn of_blocks(parts: &BlockParts) -> Self {
-        let &BlockParts { bits, group_size, minima, half, in_features, out_features } = parts;
-        // The narrowest codes that hold them. Those of 3 bits take 4: their units are longer than the groups of 16 that
-        // come with them.
-        let width = match bits {
-            ..=2 => 2,
-            3 | 4 => 4,
-            _ => 8,
-        };
-        let centre = (1 << (bits - 1)) as f32;
-        let offsets = if minima { Offsets::Minima { centre } } else { Offsets::None };
-        let groups = in_features / group_size;
-        let of_group = |g| (g * group_size..(g + 1) * group_size).map(|k| k as u32).collect();
-        let by_group: Vec<Vec<u32>> = (0..groups).map(of_group).collect();
-        let header = Header { wide: !half, offsets };
-        Self::new(width, header, [out_features, in_features], &by_group)
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.out_features.div_ceil(STRIP) * self.strip_bytes
-    }
-
     /// All strips, each filled by `fill`, which is told its outputs.
     fn fill<E: Send>(
         &self,
         pool: &Pool,
         fill: impl Fn(Range<usize>, &mut [u8]) -> Result<(), E> + Sync,
     ) -> Result<Arena, E> {
-        let mut arena = Arena::zeroed(self.bytes());
+        let mut arena = Arena::zeroed(self.out_features.div_ceil(STRIP) * self.strip_bytes);
         let raw = RawSlice::new(arena.as_mut_slice());
         pool.try_run(self.out_features.div_ceil(STRIP), &|index| {
             // SAFETY: strips are disjoint.

@@ -24,8 +24,9 @@ pub struct DequantError {
 /// # Errors
 /// [`DequantError`] if `dtype` cannot be read or the lengths do not belong together.
 pub fn dequantize_rows(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) -> Result<(), DequantError> {
+    let error = DequantError { dtype, bytes: bytes.len(), values: out.len() };
     if dtype.byte_len(out.len() as u64) != Some(bytes.len() as u64) {
-        return Err(DequantError { dtype, bytes: bytes.len(), values: out.len() });
+        return Err(error);
     }
     match dtype {
         GgmlType::F32 => each(bytes, out, f32::from_le_bytes),
@@ -36,8 +37,7 @@ pub fn dequantize_rows(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) -> Result
         GgmlType::I16 => each(bytes, out, |b| f32::from(i16::from_le_bytes(b))),
         GgmlType::I32 => each(bytes, out, |b| i32::from_le_bytes(b) as f32),
         GgmlType::I64 => each(bytes, out, |b| i64::from_le_bytes(b) as f32),
-        // byte_len has a length only for these and the block types.
-        _ => widen_blocks(dtype, bytes, out).unwrap_or(()),
+        _ => widen_blocks(dtype, bytes, out).ok_or(error)?,
     }
     Ok(())
 }

@@ -13,14 +13,18 @@ const OVERLAP: usize = 8 << 10;
 /// Tokens on either side of a seam that both pieces must agree on.
 const AGREED: usize = 16;
 
-/// What [`Tokenizer::encode_long`] returns.
+/// The tokens of a text, part by part: what [`Tokenizer::encode_long`] returns.
+///
+/// After an error, which is that of [`Tokenizer::encode`] or a tokenizer that takes words apart by what comes far behind
+/// them, there is nothing more.
 pub struct Parts<'a> {
     tokenizer: &'a Tokenizer,
     text: &'a str,
     sizes: Sizes,
-    /// The piece that tokens are taken from, and the first that was not.
+    /// The piece that tokens are taken from.
     piece: Piece,
-    next: usize,
+    /// Where they go on.
+    seam: Seam,
     done: bool,
 }
 
@@ -36,27 +40,49 @@ impl Default for Sizes {
     }
 }
 
+/// A token: where it begins in the text, and its id.
+type Token = (usize, u32);
+
 /// The tokens of `start..end` of the text.
 #[derive(Default)]
 struct Piece {
     start: usize,
     end: usize,
-    /// Where each token begins in the text, and its id.
-    tokens: Vec<(usize, u32)>,
+    tokens: Vec<Token>,
+}
+
+/// A place of the text and the tokens around it, half of them before it; none at the beginning.
+#[derive(Default, PartialEq)]
+struct Seam {
+    place: usize,
+    around: Vec<Token>,
 }
 
 impl Piece {
-    /// The tokens around `place`, and the index of the first that begins behind it.
-    fn around(&self, place: usize) -> Option<(&[(usize, u32)], usize)> {
-        let index = self.tokens.partition_point(|&(start, _)| start < place);
-        let tokens = self.tokens.get(index.checked_sub(AGREED)?..index + AGREED)?;
-        Some((tokens, index))
+    /// The first token that begins at `place` or behind it.
+    fn index(&self, place: usize) -> usize {
+        self.tokens.partition_point(|&(start, _)| start < place)
+    }
+
+    /// A seam at `place`, if there are tokens enough.
+    fn seam(&self, place: usize) -> Option<Seam> {
+        if place == 0 {
+            return Some(Seam::default());
+        }
+        let index = self.index(place);
+        let around = self.tokens.get(index.checked_sub(AGREED)?..index + AGREED)?.to_vec();
+        Some(Seam { place, around })
+    }
+
+    fn ids(&self, from: usize, to: usize) -> Vec<u32> {
+        self.tokens[self.index(from)..self.index(to)].iter().map(|&(_, id)| id).collect()
     }
 }
 
 impl<'a> Parts<'a> {
     pub(super) fn new(tokenizer: &'a Tokenizer, text: &'a str, sizes: Sizes) -> Self {
-        Self { tokenizer, text, sizes, piece: Piece::default(), next: 0, done: false }
+        let (piece, seam) = (Piece::default(), Seam::default());
+        Self { tokenizer, text, sizes, piece, seam, done: text.is_empty() }
     }
 
     fn encode(&self, start: usize, len: usize) -> Result<Piece, TokenizerError> {
@@ -67,7 +93,7 @@ impl<'a> Parts<'a> {
             at
         };
         let start = boundary(start);
-        let end = boundary((start + len).min(self.text.len()));
+        let end = boundary(start.saturating_add(len).min(self.text.len()));
         let part = &self.text[start..end];
         let encoding =
             self.tokenizer.inner.encode(part, false).map_err(|e| self.tokenizer.failed(&*e))?;
@@ -77,28 +103,34 @@ impl<'a> Parts<'a> {
     }
 
     fn part(&mut self) -> Result<Vec<u32>, TokenizerError> {
+        if self.text.len() <= self.sizes.piece {
+            self.done = true;
+            return self.tokenizer.encode(self.text, false);
+        }
         if self.piece.end == 0 {
             self.piece = self.encode(0, self.sizes.piece)?;
         }
         loop {
-            let ids = |tokens: &[(usize, u32)]| tokens.iter().map(|&(_, id)| id).collect();
-            if self.piece.end == self.text.len() {
+            let Piece { start, end, .. } = self.piece;
+            if end == self.text.len() {
                 self.done = true;
-                return Ok(ids(&self.piece.tokens[self.next..]));
+                return Ok(self.piece.ids(self.seam.place, usize::MAX));
             }
-            let right = self.encode(self.piece.end - self.sizes.overlap, self.sizes.piece)?;
-            let middle = usize::midpoint(right.start, self.piece.end);
-            let seam = self.piece.around(middle).zip(right.around(middle));
-            if let Some(((ours, end), (theirs, next))) = seam
-                && ours == theirs
+            let right = self.encode(end - self.sizes.overlap, self.sizes.piece)?;
+            let middle = usize::midpoint(right.start, end);
+            if let Some(seam) = right.seam(middle)
+                && self.piece.seam(middle).as_ref() == Some(&seam)
             {
-                let part = ids(&self.piece.tokens[self.next..end]);
-                (self.piece, self.next) = (right, next);
+                let part = self.piece.ids(self.seam.place, middle);
+                (self.piece, self.seam) = (right, seam);
                 return Ok(part);
             }
-            // The tokens up to `next` stay what they are: they agreed before.
-            let Piece { start, end, .. } = self.piece;
             let longer = self.encode(start, 2 * (end - start))?;
+            if longer.seam(self.seam.place).as_ref() != Some(&self.seam) {
+                let path = self.tokenizer.path.clone();
+                let reason = "a text's tokens depend on what comes far behind them".to_owned();
+                return Err(TokenizerError::Failed { path, reason });
+            }
             self.piece = longer;
         }
     }
@@ -108,7 +140,7 @@ impl Iterator for Parts<'_> {
     type Item = Result<Vec<u32>, TokenizerError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.done || self.text.is_empty() {
+        if self.done {
             return None;
         }
         let part = self.part();

@@ -266,6 +266,8 @@ fn parts_join_to_the_tokens_of_the_whole() {
     let texts = [
         mixed,
         "a".repeat(20_000),
+        // Pieces must grow after one that had a seam.
+        format!("{}{}{}", "the hell ".repeat(500), "日".repeat(2_000), " then hello".repeat(500)),
         " ".repeat(20_000),
         "\n \t".repeat(5_000),
         "é".repeat(7_001),

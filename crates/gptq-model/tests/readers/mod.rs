@@ -9,7 +9,7 @@ use gptq_format::chat::{ChatTemplate, Message};
 use gptq_format::gguf::header;
 use gptq_format::pack::{Bits, decode_zeros, encode_zeros, pack_rows, unpack_rows};
 use gptq_format::{Checkpoint, CheckpointFormat, Config, GptqLinear, QuantizeConfig, TensorStore};
-use gptq_model::Spec;
+use gptq_model::{Model, Spec};
 
 /// Whether the bytes were accepted, or the typed error that refused them.
 pub(crate) type Read = Result<(), Box<dyn Error>>;
@@ -50,6 +50,7 @@ pub(crate) fn gguf(data: &[u8]) -> Read {
         let checkpoint = Checkpoint::open(&path)?;
         Spec::for_checkpoint(&checkpoint)?;
         read_all(&checkpoint.tensors, data.len())?;
+        Model::load(&checkpoint)?;
         checkpoint.tokenizer()?.encode("a b", true)?;
         Ok(())
     })

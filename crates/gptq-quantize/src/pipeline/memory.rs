@@ -2,7 +2,7 @@
 
 use gptq_format::{Checkpoint, DType, ModuleSettings};
 use gptq_model::spec::{GateUp, Mlp, Qkv};
-use gptq_model::{ActivationType, BlockState, LinearSpec, Spec, block_parts};
+use gptq_model::{ActivationType, BlockState, LinearSpec, Spec, block_parts, loaded_bytes};
 
 use super::activations::windows_per_chunk;
 use super::fold::SEARCH_ROWS;
@@ -170,20 +170,28 @@ impl<'a> Memory<'a> {
 
     /// The first moments: the head is checked, tokens are looked up.
     fn embedding(&self, spill: bool) -> [Moment; 2] {
-        let Spec { base, embedding, head, .. } = self.spec;
-        let embedding = format!("{base}{}.weight", embedding.name);
-        // Tables of GGUF's blocks stay what they are; the head becomes codes, alone in memory.
-        let name = head.name.map(|name| format!("{name}.weight"));
-        let name = if head.tied { Some(embedding.clone()) } else { name };
-        let packed = name.and_then(|name| block_parts(self.job.checkpoint, &name));
-        let packed = packed.map_or(0, |parts| parts.bytes() as u64);
-        let info = self.job.checkpoint.tensors.info(&embedding);
-        let table = info.map_or(0, |info| match info.dtype {
-            DType::F16 | DType::BF16 | DType::F32 | DType::Ggml(_) => info.bytes as u64,
-            _ => F32 * info.elements() as u64,
-        });
-        let table = if self.tokens > 0 { table } else { 0 };
-        [vec![("head", packed)], self.with_activations(spill, vec![("embedding", table)])]
+        let Spec { vocab, base, embedding, head, .. } = self.spec;
+        let table = format!("{base}{}.weight", embedding.name);
+        let owned = |tensor: &str| loaded_bytes(self.job.checkpoint, tensor).owned;
+        // Blocks of GGUF are looked up as they are, and tied floats are there once.
+        let blocks = block_parts(self.job.checkpoint, &table).is_some();
+        let of_table = if blocks { 0 } else { owned(&table) };
+        let of_head = match head.name {
+            _ if self.layout.config.lm_head => 0,
+            Some(_) if head.tied => owned(&table) - of_table,
+            Some(name) => owned(&format!("{name}.weight")),
+            None => 0,
+        };
+        let checked = vec![("embedding and head", of_table + of_head)];
+        // From the output, which has 16 bits; the float stream's from the source.
+        let size = 2 * (vocab * embedding.width) as u64;
+        let source = self.job.checkpoint.tensors.info(&table).map_or(0, |info| info.bytes as u64);
+        let table = match self.correction {
+            _ if self.tokens == 0 => 0,
+            Correction::None => size,
+            _ => size.max(source),
+        };
+        [checked, self.with_activations(spill, vec![("embedding", table)])]
     }
 
     /// Sum over the inputs of a stage, its factor, and the solution of its linears.

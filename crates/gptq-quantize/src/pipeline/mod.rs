@@ -256,7 +256,7 @@ impl Run<'_> {
             return Ok(());
         }
         let embedder = Embedder::load(source, self.spec, LinearSource::Mapped)?;
-        HeadLayer::load(source, self.spec, &embedder)?;
+        HeadLayer::load_on(self.job.pool, source, self.spec, &embedder)?;
         Ok(())
     }
 

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use gptq_compute::{Activations, arch};
+use gptq_compute::Activations;
+use gptq_compute::arch::{Isa, isa};
 use gptq_format::QuantizeConfig;
-use gptq_model::{Spec, block_parts};
+use gptq_model::{LoadedBytes, Spec, block_parts, loaded_bytes};
 
 use super::Job;
 use super::layout::Layout;
@@ -96,7 +97,7 @@ fn summarize(job: &Job<'_>, spec: &Spec, layout: &Layout) -> Result<Plan> {
             output_bytes: layout.plan.total_bytes(),
             scratch_bytes: if spill { memory.scratch_bytes() } else { 0 },
             seconds: time.seconds,
-            writing_seconds: if writing > 0 { time.writing } else { 0.0 },
+            writing_seconds: calibration.map_or(0.0, |c| written(&c.report) * time.per_written),
             operations: time.operations,
             f32_operations_per_second: time.rate,
         },
@@ -127,24 +128,30 @@ fn check_limit(
     }
 }
 
+/// Tokens that the model is to write.
+fn written(report: &CalibrationReport) -> f64 {
+    let windows: usize = report.sources.iter().filter(|s| s.kind == SELF).map(|s| s.windows).sum();
+    (windows * report.seqlen) as f64
+}
+
 /// Memory of [`crate::self_calibrate`]: all weights and the caches of a batch of windows.
 fn self_calibration_bytes(job: &Job<'_>, spec: &Spec, report: &CalibrationReport) -> u64 {
     let tensors = &job.checkpoint.tensors;
     let embedding = format!("{}{}.weight", spec.base, spec.embedding.name);
     let bytes = |name: &str| {
-        let stored = tensors.info(name).map_or(0, |info| info.bytes as u64);
-        match block_parts(job.checkpoint, name) {
-            // The blocks of GGUF become codes, but for those that tokens are looked up in.
-            Some(parts) if name != embedding => parts.bytes() as u64,
-            Some(parts) if spec.head.tied => parts.bytes() as u64 + stored,
-            _ => stored,
+        let LoadedBytes { mapped, owned } = loaded_bytes(job.checkpoint, name);
+        if name != embedding || block_parts(job.checkpoint, name).is_none() {
+            return mapped + owned;
         }
+        // Tokens are looked up in GGUF's blocks; a tied head is made of them.
+        let stored = tensors.info(name).map_or(0, |info| info.bytes as u64);
+        stored + if spec.head.tied { owned } else { 0 }
     };
     let weights: u64 = tensors.names().map(bytes).sum();
-    let windows =
-        CalibrationOptions { nsamples: report.windows, seqlen: report.seqlen, seed: report.seed };
+    let count = report.sources.iter().filter(|s| s.kind == SELF).map(|s| s.windows).sum();
+    let windows = CalibrationOptions { nsamples: count, seqlen: report.seqlen, seed: report.seed };
     let kv = spec.kv_bytes_per_token(self_calibration::KV);
-    let batch = SelfCalibration::new(windows).batch(spec).min(report.windows);
+    let batch = SelfCalibration::new(windows).batch(spec).min(count);
     weights + (batch * (report.seqlen * kv + gptq_compute::KvMemory::SLACK)) as u64
 }
 
@@ -153,8 +160,8 @@ fn self_calibration_bytes(job: &Job<'_>, spec: &Spec, report: &CalibrationReport
 struct Time {
     /// Of the run.
     seconds: f64,
-    /// To write as many tokens, one after the other.
-    writing: f64,
+    /// To write a token after the others.
+    per_written: f64,
     operations: f64,
     rate: f64,
 }
@@ -186,10 +193,12 @@ impl Time {
             let attention = spec.attention.heads * spec.attention.head_dim;
             forward += 2.0 * (seqlen * attention) as f64;
         }
-        let head = spec.head_linear();
-        let head = head.map_or(0.0, |head| (head.in_features * head.out_features) as f64);
-        if let Some(head) = spec.head_linear().filter(|_| layout.config.lm_head) {
-            sums += (head.in_features * head.in_features) as f64;
+        let mut logits = 0.0;
+        if let Some(head) = spec.head_linear() {
+            logits = 2.0 * (head.in_features * head.out_features) as f64;
+            if layout.config.lm_head {
+                sums += (head.in_features * head.in_features) as f64;
+            }
         }
         let stages = spec.stages(0);
         let first = stages.iter().flat_map(|stage| &stage.linears).next();
@@ -200,7 +209,7 @@ impl Time {
         let operations = (forward + sums) * tokens;
         Self {
             seconds: solving + operations / (efficiency(job.options.activations) * rate),
-            writing: (forward + 2.0 * head) * tokens / (writing * rate),
+            per_written: (forward + logits) / (writing * rate),
             operations,
             rate,
         }
@@ -210,7 +219,7 @@ impl Time {
 /// What a run reaches of the f32 rate, as measured on a processor with AVX-512.
 fn efficiency(activations: Activations) -> f64 {
     match activations {
-        Activations::Bf16 | Activations::Int8 if !arch::has_pairs(arch::isa()) => 0.75,
+        Activations::Bf16 | Activations::Int8 if isa() != Isa::Avx512Bf16 => 0.75,
         Activations::F32 => 0.75,
         Activations::Bf16 => 1.35,
         Activations::Int8 => 1.5,

@@ -88,7 +88,7 @@ impl<'a> Texts<'a> {
             pool: Arc::clone(pool),
             options,
             inputs: Vec::new(),
-            head: HeadLayer::load(checkpoint, &spec, &embedder)?,
+            head: HeadLayer::load_on(pool, checkpoint, &spec, &embedder)?,
             ctx: Ctx::new(Arc::clone(pool)),
             model: None,
             original: Vec::new(),

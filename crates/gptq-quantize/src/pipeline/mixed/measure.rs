@@ -284,7 +284,7 @@ impl Pass<'_> {
     fn divergences(&mut self, ctx: &mut Ctx, clean: &Tensor) -> Result<()> {
         let (checkpoint, spec) = (self.job.checkpoint, self.spec);
         let embedder = Embedder::load(checkpoint, spec, LinearSource::Copied)?;
-        let head = HeadLayer::load(checkpoint, spec, &embedder)?;
+        let head = HeadLayer::load_on(self.job.pool, checkpoint, spec, &embedder)?;
         let (mut part, mut normalized) = (Tensor::default(), Tensor::default());
         let (mut expected, mut got) = (Tensor::default(), Tensor::default());
         let mut sums = vec![0.0; self.groups.len()];
