@@ -191,7 +191,13 @@ impl<'a> Memory<'a> {
             Correction::None => size,
             _ => size.max(source),
         };
-        [checked, self.with_activations(spill, vec![("embedding", table)])]
+        // Nothing has been through a block yet.
+        let activations = match (self.tokens, spill) {
+            (0, _) => 0,
+            (_, true) => self.chunk,
+            (_, false) => self.activations,
+        };
+        [checked, vec![("embedding", table), ("activations", activations)]]
     }
 
     /// Sum over the inputs of a stage, its factor, and the solution of its linears.
