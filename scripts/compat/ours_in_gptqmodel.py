@@ -19,6 +19,7 @@ SETTINGS = {
         ["--bits", 4, "--group-size", 32, "--format", "gptq_v2"],
         DYNAMIC,
     ),
+    "`--target-bpw 4.5`, sym, group 32, `gptq_v2`": (["--target-bpw", 4.5, "--group-size", 32, "--format", "gptq_v2"], {}),
 }
 
 

@@ -20,6 +20,9 @@ SETTINGS = {
     "4 bits, sym, group 32, dynamic: v_proj 8 bits, group 64": dict(
         bits=4, group_size=32, dynamic={r"+:.*\.v_proj": {"bits": 8, "group_size": 64}}
     ),
+    "4 bits, asym, group 32, AWQ (`gemm`)": dict(
+        bits=4, group_size=32, sym=False, quant_method="awq", format="gemm"
+    ),
 }
 
 
@@ -33,7 +36,8 @@ def check(source, options):
     model.quantize(calibration, batch_size=1)
     model.save(str(written))
 
-    model = GPTQModel.load(str(written), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model
+    backend = BACKEND.TORCH_AWQ if options.get("quant_method") == "awq" else BACKEND.TORCH
+    model = GPTQModel.load(str(written), device="cpu", backend=backend, dtype=torch.float16).model
     with torch.no_grad():
         kernel = difference(our_logits(written), model(tokens()).logits)
     return *compare_exactly(model, written, source), kernel

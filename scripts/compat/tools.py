@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import dataclass
 
 import torch
+from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -73,10 +74,11 @@ def compare_exactly(model, quantized, source):
     """
     linears = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
     assert len(linears) == 14, f"{len(linears)} of 14 linears are quantized"
-    exact = {}
+    # AWQ's scales are folded into norms.
+    exact = {name: tensor.float() for name, tensor in model.named_parameters()}
     for name, linear in linears.items():
         linear.scales = linear.scales.float()  # else the product is rounded to f16
-        exact[f"{name}.weight"] = linear.dequantize_weight().T.contiguous()
+        exact[f"{name}.weight"] = dequantized(linear).T.contiguous()
         exact[f"{name}.bias"] = linear.bias.float()
     ours = our_weights(quantized)
     equal = all(torch.equal(ours[name], tensor.half()) for name, tensor in exact.items())
@@ -84,6 +86,14 @@ def compare_exactly(model, quantized, source):
     reference.load_state_dict(exact, strict=False)
     with torch.no_grad():
         return equal, difference(our_logits(quantized), reference(tokens()).logits)
+
+
+def dequantized(linear):
+    """The weight [in, out] of one of GPTQModel's quantized linears, in f32."""
+    if hasattr(linear, "dequantize_weight"):
+        return linear.dequantize_weight()
+    packed = {name: getattr(linear, name) for name in ("qweight", "qzeros", "scales", "bits", "group_size")}
+    return dequantize_gemm(**packed)
 
 
 def row(setting, check, *arguments):
