@@ -86,10 +86,11 @@ fn the_report_tells_the_work_of_a_run() {
         "part",
         &format!("--calibration text.txt --calibration self@0.33 --nsamples 8 {windows}"),
     );
-    let writing = |report: &Value| report["plan"]["writing_seconds"].as_f64().unwrap();
-    assert!(writing(&own) > 0.0);
-    // The rate is measured anew, so not a quarter exactly.
-    assert!(writing(&part) > 0.0 && writing(&part) < 0.7 * writing(&own));
+    let plan = |report: &Value, key: &str| report["plan"][key].as_f64().unwrap();
+    let [part, own] = [part, own].map(|report| {
+        plan(&report, "writing_seconds") * plan(&report, "f32_operations_per_second")
+    });
+    assert!((part / own - 0.25).abs() < 1e-9, "{part} {own}");
 }
 
 /// Only as much of a text is tokenized as is scored; that changes nothing.

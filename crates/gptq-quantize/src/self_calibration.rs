@@ -4,8 +4,8 @@
 //! most likely ones: text as likely as the model thinks text is, in the proportions in which it
 //! saw it (the data-free generation of LLM-QAT, Liu et al. 2023). An end-of-text token does not
 //! end a window: what the model writes behind it, a new text as a rule, fills the rest. Many
-//! windows are decoded at once, so that the weights are read once for all of them, with int8
-//! activations and keys and values in f16, as `gptq generate` does: what that changes is small beside
+//! windows are decoded at once, so that the weights are read once for all of them, with keys and
+//! values in f16 and, where weights are codes, int8 activations, as `gptq generate` does: what that changes is small beside
 //! the sampling. Needs no data and no network; the same seed gives the same windows.
 
 use gptq_compute::{Activations, KvType};

@@ -266,14 +266,16 @@ fn parts_join_to_the_tokens_of_the_whole() {
     let texts = [
         mixed,
         "a".repeat(20_000),
-        // Pieces must grow after one that had a seam.
-        format!("{}{}{}", "the hell ".repeat(500), "日".repeat(2_000), " then hello".repeat(500)),
+        // Runs of which two pieces see another half, behind and before text with a seam.
+        format!("{}{}{}", "the hell ".repeat(500), "a".repeat(6001), " then hello".repeat(500)),
+        format!("{}{}{}", "the hell ".repeat(500), "l".repeat(6001), " then hello".repeat(500)),
         " ".repeat(20_000),
         "\n \t".repeat(5_000),
         "é".repeat(7_001),
         "short".into(),
         String::new(),
     ];
+    let mut grown = 0;
     for json in [byte_level_json(), sentencepiece_json()] {
         let t = load(&[("tokenizer.json", &json)]).unwrap();
         for text in &texts {
@@ -283,14 +285,35 @@ fn parts_join_to_the_tokens_of_the_whole() {
                 let parts: Vec<Vec<u32>> = parts.map(Result::unwrap).collect();
                 let name: String = text.chars().take(10).collect();
                 assert_eq!(parts.concat(), whole, "{name:?} in pieces of {piece}");
-                let most = text.len() / (piece - overlap) + 1;
+                let most = text.len().saturating_sub(piece).div_ceil(piece - overlap) + 1;
                 assert!(parts.len() <= most, "{} parts", parts.len());
+                grown += usize::from(text.starts_with("the hell") && parts.len() < most);
                 if text.len() > 2 * piece && text.contains("the") {
                     assert!(parts.len() > 2, "one piece");
                 }
             }
         }
     }
+    assert!(grown > 0, "no piece grew behind a seam");
+}
+
+/// A tokenizer may split a text by what comes far behind: then parts that were given are wrong.
+#[test]
+fn tokens_that_change_with_far_text_are_an_error() {
+    let mut json = byte_level_json();
+    json["pre_tokenizer"] = json!({"type": "Split", "invert": false, "behavior": "Isolated",
+        "pattern": {"Regex": r"[\s\S]*END|\w+ "}});
+    json["model"] =
+        json!({"type": "WordLevel", "unk_token": "?", "vocab": {"?": 0, "ab ": 1, "cd ": 2}});
+    json["added_tokens"] = json!([]);
+    json["decoder"] = json!(null);
+    let t = load(&[("tokenizer.json", &json)]).unwrap();
+    let text = format!("{}END", "ab cd ".repeat(1000));
+    let mut parts = Parts::new(&t, &text, long::Sizes { piece: 1000, overlap: 400 });
+    assert_eq!(parts.next().unwrap().unwrap()[..3], [1, 2, 1]);
+    let error = parts.find_map(Result::err).unwrap().to_string();
+    assert!(error.contains("far behind"), "{error}");
+    assert!(parts.next().is_none());
 }
 
 /// Pieces that never agree become one.

@@ -176,15 +176,18 @@ impl<'a> Memory<'a> {
         // Blocks of GGUF are looked up as they are, and tied floats are there once.
         let blocks = block_parts(self.job.checkpoint, &table).is_some();
         let of_table = if blocks { 0 } else { owned(&table) };
+        let elements = (vocab * embedding.width) as u64;
         let of_head = match head.name {
-            _ if self.layout.config.lm_head => 0,
+            Some(_) if head.unit_rows => F32 * elements,
             Some(_) if head.tied => owned(&table) - of_table,
             Some(name) => owned(&format!("{name}.weight")),
             None => 0,
         };
-        let checked = vec![("embedding and head", of_table + of_head)];
+        // A head that is quantized is read by rows.
+        let checked = if self.layout.config.lm_head { 0 } else { of_table + of_head };
+        let checked = vec![("embedding and head", checked)];
         // From the output, which has 16 bits; the float stream's from the source.
-        let size = 2 * (vocab * embedding.width) as u64;
+        let size = if of_table > 0 { of_table } else { 2 * elements };
         let source = self.job.checkpoint.tensors.info(&table).map_or(0, |info| info.bytes as u64);
         let table = match self.correction {
             _ if self.tokens == 0 => 0,

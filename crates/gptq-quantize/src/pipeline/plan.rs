@@ -5,7 +5,7 @@ use std::sync::Arc;
 use gptq_compute::Activations;
 use gptq_compute::arch::{Isa, isa};
 use gptq_format::QuantizeConfig;
-use gptq_model::{LoadedBytes, Spec, block_parts, loaded_bytes};
+use gptq_model::{LinearSpec, LoadedBytes, Spec, block_parts, loaded_bytes};
 
 use super::Job;
 use super::layout::Layout;
@@ -147,7 +147,14 @@ fn self_calibration_bytes(job: &Job<'_>, spec: &Spec, report: &CalibrationReport
         let stored = tensors.info(name).map_or(0, |info| info.bytes as u64);
         stored + if spec.head.tied { owned } else { 0 }
     };
-    let weights: u64 = tensors.names().map(bytes).sum();
+    let mut weights: u64 = tensors.names().map(bytes).sum();
+    if spec.head.unit_rows {
+        weights += 4 * (spec.vocab * spec.embedding.width) as u64;
+    }
+    let turned = |linear: &LinearSpec| 4 * (linear.in_features * linear.out_features) as u64;
+    let stages = (0..spec.layer_count()).flat_map(|layer| spec.stages(layer));
+    let linears = stages.flat_map(|stage| stage.linears);
+    weights += linears.filter(|l| l.transposed).map(|l| turned(&l)).sum::<u64>();
     let count = report.sources.iter().filter(|s| s.kind == SELF).map(|s| s.windows).sum();
     let windows = CalibrationOptions { nsamples: count, seqlen: report.seqlen, seed: report.seed };
     let kv = spec.kv_bytes_per_token(self_calibration::KV);

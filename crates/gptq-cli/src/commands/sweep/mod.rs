@@ -27,9 +27,9 @@ use texts::EvalSettings;
 /// Options with several values, as --bits 4,3,2, make a row for each combination; --rows FILE gives
 /// them as a list. A row is what `gptq quantize` with these options writes, to the bit, and `gptq eval
 /// --reference` says of it. What rows share is done once: the calibration windows, the original's run
-/// over the evaluation texts, the sensitivities that --target-bpw chooses from. Hessians are not: each
-/// stage sees what the row's own quantized stages before it compute, so that two rows have in common
-/// that of the first stage alone. A row that is finished is not run again. Options that do not matter to
+/// over the evaluation texts and, for rows that follow each other and differ in their size alone, the
+/// sensitivities that --target-bpw chooses from. Hessians are not: each stage sees what the row's own
+/// quantized stages before it compute, so that two rows have in common those of the first alone. A row that is finished is not run again. Options that do not matter to
 /// --method rtn make no rows of it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
