@@ -116,6 +116,20 @@ pub(crate) fn add_row(x: &mut [f32], y: &[f32], scale: f32) {
     dispatch(Map { op: AddScaled(scale), x, y: Some(y) });
 }
 
+#[derive(Clone, Copy)]
+struct ExpAbove(f32);
+impl Elementwise for ExpAbove {
+    #[inline(always)]
+    unsafe fn apply<S: Simd>(self, x: S::F, _: S::F) -> S::F {
+        math::exp::<S>(S::sub(x, S::splat(self.0)))
+    }
+}
+
+/// x <- e^(x - most), by the calling thread.
+pub(crate) fn exp_row(x: &mut [f32], most: f32) {
+    dispatch(Map { op: ExpAbove(most), x, y: None });
+}
+
 /// x <- s · x.
 pub fn scale(pool: &Pool, x: &mut Tensor, s: f32) {
     map(pool, Scale(s), x, None);
@@ -165,6 +179,24 @@ pub fn gather_cols(pool: &Pool, src: &Tensor, chunks: &[(usize, usize)], out: &m
     });
 }
 
+/// The inverse of [`gather_cols`]: the columns of each row of `src` go to the column ranges `(first,
+/// length)` of the row of `out`, whose other columns stay.
+///
+/// # Panics
+/// If the rows differ or a range is outside `out`.
+#[track_caller]
+pub fn scatter_cols(src: &Tensor, chunks: &[(usize, usize)], out: &mut Tensor) {
+    assert_eq!(src.rows(), out.rows(), "rows");
+    for row in 0..src.rows() {
+        let mut rest = src.row(row);
+        for &(first, len) in chunks {
+            let (head, tail) = rest.split_at(len);
+            out.row_mut(row)[first..first + len].copy_from_slice(head);
+            rest = tail;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -191,6 +223,9 @@ mod tests {
         let mut out = Tensor::default();
         gather_cols(&pool, &src, &[(3, 1), (0, 2)], &mut out);
         assert_eq!(out.as_slice(), &[3.0, 0.0, 1.0, 7.0, 4.0, 5.0]);
+        let mut back = Tensor::from_vec(2, 4, vec![-1.0; 8]);
+        scatter_cols(&out, &[(3, 1), (0, 2)], &mut back);
+        assert_eq!(back.as_slice(), &[0.0, 1.0, -1.0, 3.0, 4.0, 5.0, -1.0, 7.0]);
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod activation;
 pub mod arch;
 mod arena;
 pub mod attention;
+mod backward;
 mod bandwidth;
 pub mod cholesky;
 mod convolution;
@@ -49,10 +50,14 @@ pub use activation::{Activation, activate, activate_gated};
 pub use attention::{
     AttnParams, AttnSpan, Distances, KvMemory, KvType, LayerKv, Span, attention, relative_attention,
 };
+pub use backward::{
+    AttnTrace, NormGradient, activate_backward, attention_backward, input_gradient, norm_backward,
+    norm_heads_backward, weight_gradient,
+};
 pub use bandwidth::BandwidthProbe;
 pub use convolution::{Convolution, convolve};
 pub use cross::{Cross, times_inverse};
-pub use elementwise::{add_scaled, clamp, embed, gather_cols, scale, soft_cap};
+pub use elementwise::{add_scaled, clamp, embed, gather_cols, scale, scatter_cols, soft_cap};
 pub use error::{ComputeError, Result};
 pub use gemm::{gemm_nt, gemm_peak_rate};
 pub use gram::Gram;
@@ -63,5 +68,5 @@ pub use matrix::{DenseMatrix, DenseType, Linear, Matrix, SharedBytes};
 pub use norm::{Norm, NormKind, add_norm, norm, norm_heads};
 pub use pool::{Pool, physical_cores};
 pub use quantized::{Activations, BlockParts, BlockRows, GptqParts, QuantizedMatrix};
-pub use rope::{RopeStyle, RopeTable, rope};
+pub use rope::{RopeStyle, RopeTable, rope, rope_backward};
 pub use tensor::Tensor;

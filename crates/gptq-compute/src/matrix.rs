@@ -113,6 +113,14 @@ impl DenseMatrix {
         }
     }
 
+    /// The weights where they are f32 in memory of their own, `[out, in]`.
+    pub(crate) fn as_f32(&self) -> Option<&[f32]> {
+        match &self.storage {
+            Storage::Owned(weights) => Some(weights),
+            Storage::Shared(_) => None,
+        }
+    }
+
     /// Widens row `row` to f32.
     pub fn row_to_f32(&self, row: usize, out: &mut [f32]) {
         let size = self.in_features * self.dtype.size();

@@ -86,13 +86,13 @@ impl Kernel for Row<'_> {
 
 /// Checks that the parameters cover a row of `n`, which the kernel relies on.
 #[track_caller]
-fn check(norm: &Norm, n: usize) {
+pub(crate) fn check(norm: &Norm, n: usize) {
     assert!(norm.weight.as_ref().is_none_or(|w| w.len() == n), "norm weight is not [{n}]");
     assert!(norm.bias.as_ref().is_none_or(|b| b.len() == n), "norm bias is not [{n}]");
 }
 
 /// Rows that one task handles.
-fn rows_per_task(cols: usize) -> usize {
+pub(crate) fn rows_per_task(cols: usize) -> usize {
     (16 * 1024 / cols.max(1)).max(1)
 }
 

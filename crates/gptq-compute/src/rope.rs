@@ -62,6 +62,35 @@ impl RopeTable {
 /// If a position is not covered by the table or the widths do not fit.
 #[track_caller]
 pub fn rope(pool: &Pool, x: &mut Tensor, head_dim: usize, table: &RopeTable, positions: &[u32]) {
+    turn(pool, x, head_dim, table, positions, 1.0);
+}
+
+/// The gradient of what was rotated by [`rope`], from that of the result, in place: the transposed matrix,
+/// which rotates back.
+///
+/// # Panics
+/// As [`rope`].
+#[track_caller]
+pub fn rope_backward(
+    pool: &Pool,
+    dy: &mut Tensor,
+    head_dim: usize,
+    table: &RopeTable,
+    positions: &[u32],
+) {
+    turn(pool, dy, head_dim, table, positions, -1.0);
+}
+
+/// Rotates, forward with `sign` 1 and back with -1.
+#[track_caller]
+fn turn(
+    pool: &Pool,
+    x: &mut Tensor,
+    head_dim: usize,
+    table: &RopeTable,
+    positions: &[u32],
+    sign: f32,
+) {
     let (rows, cols, pairs) = (x.rows(), x.cols(), table.pairs);
     assert_eq!(positions.len(), rows, "one position per row");
     assert!(cols.is_multiple_of(head_dim) && 2 * pairs <= head_dim, "head of {head_dim}");
@@ -78,12 +107,14 @@ pub fn rope(pool: &Pool, x: &mut Tensor, head_dim: usize, table: &RopeTable, pos
                     RopeStyle::Half => {
                         let (a, b) = head[..2 * pairs].split_at_mut(pairs);
                         for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                            let s = sign * s;
                             (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
                         }
                     }
                     RopeStyle::Interleaved => {
                         let pairs = head[..2 * pairs].chunks_exact_mut(2);
                         for ((p, c), s) in pairs.zip(cos).zip(sin) {
+                            let s = sign * s;
                             (p[0], p[1]) = (p[0] * c - p[1] * s, p[1] * c + p[0] * s);
                         }
                     }
@@ -120,5 +151,25 @@ mod tests {
         }
         let b = b.as_slice();
         assert_eq!(a.as_slice(), &[b[0], b[2], b[1], b[3], b[4]]);
+    }
+
+    #[test]
+    fn the_backward_is_the_transposed_matrix() {
+        let pool = Pool::new(2);
+        for style in [RopeStyle::Half, RopeStyle::Interleaved] {
+            // An attention factor stays one and is not inverted.
+            let table = RopeTable::new(&[1.0, 0.1], 1.5, style, 8);
+            let (mut x, mut dy) = (Tensor::zeros(1, 10), Tensor::zeros(1, 10));
+            for i in 0..10 {
+                (x.as_mut_slice()[i], dy.as_mut_slice()[i]) = (i as f32 - 3.0, 2.0 - i as f32);
+            }
+            let (plain, gradient) = (x.clone(), dy.clone());
+            rope(&pool, &mut x, 5, &table, &[7]);
+            rope_backward(&pool, &mut dy, 5, &table, &[7]);
+            let dot = |a: &Tensor, b: &Tensor| -> f32 {
+                a.as_slice().iter().zip(b.as_slice()).map(|(a, b)| a * b).sum()
+            };
+            assert!((dot(&x, &gradient) - dot(&plain, &dy)).abs() < 1e-4);
+        }
     }
 }

@@ -284,7 +284,7 @@ fn write(queries: &Queries<'_>, done: &Partial<'_>, padded: usize, out: RawSlice
 }
 
 /// Positions that the query at `position` sees, of `len` cached ones.
-fn visible(p: &AttnParams, position: usize, len: usize) -> Range<usize> {
+pub(crate) fn visible(p: &AttnParams, position: usize, len: usize) -> Range<usize> {
     let end = if p.causal { position + 1 } else { p.window.map_or(len, |w| position + w) }.min(len);
     let start = p.window.map_or(0, |w| (position + 1).saturating_sub(w));
     start.min(end)..end
