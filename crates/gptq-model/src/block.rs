@@ -4,8 +4,8 @@ use std::mem::swap;
 use std::sync::Arc;
 
 use gptq_compute::{
-    AttnParams, Linear, Norm, Pool, Tensor, activate, activate_gated, add_norm, add_scaled,
-    attention, clamp, gather_cols, linear, norm, norm_heads, rope,
+    AttnParams, Linear, Norm, Pool, RopeTable, Tensor, activate, activate_gated, add_norm,
+    add_scaled, attention, clamp, gather_cols, linear, norm, norm_heads, rope,
 };
 use gptq_format::Checkpoint;
 
@@ -24,25 +24,25 @@ use crate::{ModelError, Result};
 /// One transformer block with its weights.
 pub struct Block {
     layer: usize,
-    spec: Arc<Spec>,
-    attention_norms: Norms,
-    mlp_norms: Norms,
+    pub(crate) spec: Arc<Spec>,
+    pub(crate) attention_norms: Norms,
+    pub(crate) mlp_norms: Norms,
     /// Of queries and keys: one norm, or one for each head.
-    qk_norms: Option<[Vec<Norm>; 2]>,
-    params: AttnParams,
-    fused: Option<FusedColumns>,
-    distances: Option<DistanceTable>,
-    convolution: Option<ConvolutionLayer>,
+    pub(crate) qk_norms: Option<[Vec<Norm>; 2]>,
+    pub(crate) params: AttnParams,
+    pub(crate) fused: Option<FusedColumns>,
+    pub(crate) distances: Option<DistanceTable>,
+    pub(crate) convolution: Option<ConvolutionLayer>,
     router: Option<Router>,
     order: Vec<Stage>,
     /// By [`Stage::place`].
     linears: Vec<Vec<Slot>>,
 }
 
-struct Norms {
-    before: Option<Norm>,
-    after: Option<Norm>,
-    stream: Option<Norm>,
+pub(crate) struct Norms {
+    pub(crate) before: Option<Norm>,
+    pub(crate) after: Option<Norm>,
+    pub(crate) stream: Option<Norm>,
 }
 
 struct Slot {
@@ -344,36 +344,9 @@ impl Block {
         if let Some(convolution) = &self.convolution {
             convolution.begin(ctx, &state.hidden, seqs, &mut state.carry);
         }
-        let Ctx { pool, scratch, q, k, v, wide, .. } = ctx;
-        if let Some(columns) = &self.fused {
-            linear(pool, &state.input, &mut [(self.get(Stage::Qkv, 0)?, wide)], scratch);
-            gather_cols(pool, wide, &columns.q, q);
-            gather_cols(pool, wide, &columns.k, k);
-            gather_cols(pool, wide, &columns.v, v);
-        } else {
-            let get = |index| self.get(Stage::Qkv, index);
-            let mut jobs = [(get(0)?, &mut *q), (get(1)?, &mut *k), (get(2)?, &mut *v)];
-            linear(pool, &state.input, &mut jobs, scratch);
-        }
-        ctx.lap(Op::Qkv, || self.stage_bytes(Stage::Qkv));
-        let Ctx { pool, q, k, v, .. } = ctx;
-        let shape = &self.spec.attention;
-        if let Some(limit) = shape.clip_qkv {
-            for x in [&mut *q, &mut *k, &mut *v] {
-                clamp(pool, x, limit);
-            }
-        }
-        if let Some([q_norm, k_norm]) = &self.qk_norms {
-            let whole = shape.qk_norm.is_some_and(|qk| qk.over == NormOver::Row);
-            let width = |all| if whole { all } else { shape.head_dim };
-            norm_heads(pool, q, width(shape.q_width()), q_norm);
-            norm_heads(pool, k, width(shape.kv_width()), k_norm);
-        }
-        if let (Some(index), Some(rope)) =
-            (self.spec.layers[self.layer].rope, self.spec.rope(self.layer))
-        {
-            rotate(ctx, index, rope, shape.head_dim, seqs);
-        }
+        self.project_heads(ctx, &state.input)?;
+        self.normalize_heads(ctx);
+        self.rotate(ctx, rope, seqs);
         // Whole sequences, which nothing is appended to.
         if self.distances.is_none() {
             for seq in &mut *seqs {
@@ -397,6 +370,55 @@ impl Block {
         };
         ctx.lap(Op::Attention, || seqs.iter().map(cached).sum());
         Ok(())
+    }
+
+    /// Queries, keys and values of the rows of `input`, clamped, into `ctx.q`, `ctx.k` and `ctx.v`.
+    pub(crate) fn project_heads(&self, ctx: &mut Ctx, input: &Tensor) -> Result<()> {
+        let Ctx { pool, scratch, q, k, v, wide, .. } = ctx;
+        if let Some(columns) = &self.fused {
+            linear(pool, input, &mut [(self.get(Stage::Qkv, 0)?, wide)], scratch);
+            gather_cols(pool, wide, &columns.q, q);
+            gather_cols(pool, wide, &columns.k, k);
+            gather_cols(pool, wide, &columns.v, v);
+        } else {
+            let get = |index| self.get(Stage::Qkv, index);
+            let mut jobs = [(get(0)?, &mut *q), (get(1)?, &mut *k), (get(2)?, &mut *v)];
+            linear(pool, input, &mut jobs, scratch);
+        }
+        ctx.lap(Op::Qkv, || self.stage_bytes(Stage::Qkv));
+        let Ctx { pool, q, k, v, .. } = ctx;
+        if let Some(limit) = self.spec.attention.clip_qkv {
+            for x in [q, k, v] {
+                clamp(pool, x, limit);
+            }
+        }
+        Ok(())
+    }
+
+    /// Normalises `ctx.q` and `ctx.k` where the spec says so.
+    pub(crate) fn normalize_heads(&self, ctx: &mut Ctx) {
+        let Ctx { pool, q, k, .. } = ctx;
+        if let Some([q_norm, k_norm]) = &self.qk_norms {
+            let [q_width, k_width] = self.norm_widths();
+            norm_heads(pool, q, q_width, q_norm);
+            norm_heads(pool, k, k_width, k_norm);
+        }
+    }
+
+    /// Columns of queries and of keys that are normalised together.
+    pub(crate) fn norm_widths(&self) -> [usize; 2] {
+        let shape = &self.spec.attention;
+        let whole = shape.qk_norm.is_some_and(|qk| qk.over == NormOver::Row);
+        [shape.q_width(), shape.kv_width()].map(|all| if whole { all } else { shape.head_dim })
+    }
+
+    /// Turns `ctx.q` and `ctx.k` by their positions: with [`rope`], or back with its transpose.
+    pub(crate) fn rotate(&self, ctx: &mut Ctx, turn: Turn, seqs: &[SeqSpan<'_>]) {
+        if let (Some(index), Some(scheme)) =
+            (self.spec.layers[self.layer].rope, self.spec.rope(self.layer))
+        {
+            rotate(ctx, turn, (index, scheme), self.spec.attention.head_dim, seqs);
+        }
     }
 
     fn leave_attention(&self, ctx: &mut Ctx, state: &mut BlockState) -> Result<()> {
@@ -491,7 +513,7 @@ impl Block {
     }
 
     /// The only linear of `stage` on `input`, into `ctx.out`.
-    fn project(&self, ctx: &mut Ctx, input: &Tensor, stage: Stage) -> Result<()> {
+    pub(crate) fn project(&self, ctx: &mut Ctx, input: &Tensor, stage: Stage) -> Result<()> {
         let projection = self.get(stage, 0)?;
         if input.rows() == 0 {
             ctx.out.resize(0, projection.weight.out_features());
@@ -520,12 +542,12 @@ impl Block {
         }
     }
 
-    fn moe(&self) -> Option<&Moe> {
+    pub(crate) fn moe(&self) -> Option<&Moe> {
         self.spec.moe(self.layer)
     }
 
     /// The form of one part of the MLP.
-    fn form(&self, part: Part) -> &Mlp {
+    pub(crate) fn form(&self, part: Part) -> &Mlp {
         match (part, self.moe()) {
             (Part::Expert(_), Some(moe)) => &moe.expert,
             (Part::Shared, Some(Moe { shared: Some(shared), .. })) => &shared.mlp,
@@ -544,7 +566,7 @@ impl Block {
         linears.map(|linear| linear.weight.bytes()).sum()
     }
 
-    fn get(&self, stage: Stage, index: usize) -> Result<&Linear> {
+    pub(crate) fn get(&self, stage: Stage, index: usize) -> Result<&Linear> {
         let slot = &self.linears[self.place(stage)][index];
         slot.linear.as_ref().ok_or_else(|| ModelError::LinearNotLoaded {
             layer: self.layer,
@@ -574,8 +596,17 @@ fn attention_params(spec: &Spec, layer: usize) -> AttnParams {
     }
 }
 
+/// [`rope`] or what undoes it.
+pub(crate) type Turn = fn(&Pool, &mut Tensor, usize, &RopeTable, &[u32]);
+
 /// Rotates queries and keys by their positions.
-fn rotate(ctx: &mut Ctx, index: usize, scheme: &Rope, head_dim: usize, seqs: &[SeqSpan<'_>]) {
+fn rotate(
+    ctx: &mut Ctx,
+    turn: Turn,
+    (index, scheme): (usize, &Rope),
+    head_dim: usize,
+    seqs: &[SeqSpan<'_>],
+) {
     let Ctx { pool, ropes, q, k, out, positions, .. } = ctx;
     positions.clear();
     positions.extend(seqs.iter().flat_map(|seq| seq.positions().map(|position| position as u32)));
@@ -583,8 +614,8 @@ fn rotate(ctx: &mut Ctx, index: usize, scheme: &Rope, head_dim: usize, seqs: &[S
     let keys = || seqs.iter().map(|seq| scheme.length_key(seq.positions().end));
     if keys().all(|key| key == scheme.length_key(end)) {
         let table = ropes.get(index, scheme, end);
-        rope(pool, q, head_dim, table, positions);
-        rope(pool, k, head_dim, table, positions);
+        turn(pool, q, head_dim, table, positions);
+        turn(pool, k, head_dim, table, positions);
         return;
     }
     // Frequencies that depend on the length, and lengths that differ: sequence by sequence, so that the result of one does
@@ -597,7 +628,7 @@ fn rotate(ctx: &mut Ctx, index: usize, scheme: &Rope, head_dim: usize, seqs: &[S
             let part = seq.rows.start * cols..seq.rows.end * cols;
             out.resize(seq.rows.len(), cols);
             out.as_mut_slice().copy_from_slice(&x.as_slice()[part.clone()]);
-            rope(pool, out, head_dim, table, &positions[seq.rows.clone()]);
+            turn(pool, out, head_dim, table, &positions[seq.rows.clone()]);
             x.as_mut_slice()[part].copy_from_slice(out.as_slice());
         }
     }

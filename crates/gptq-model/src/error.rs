@@ -166,6 +166,14 @@ pub enum ModelError {
         /// (out, in) that was given.
         got: (usize, usize),
     },
+    /// The gradient of a part of the block is not implemented.
+    #[error("block {layer}: no gradients of {part}")]
+    NoGradient {
+        /// Index of the block.
+        layer: usize,
+        /// What has none.
+        part: &'static str,
+    },
     /// The arguments of a forward call contradict each other.
     #[error("{0}")]
     Batch(String),

@@ -16,6 +16,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod backward;
 pub mod block;
 pub mod cache;
 pub mod convolution;
@@ -43,6 +44,7 @@ pub mod state;
 pub mod table;
 mod unfused;
 
+pub use backward::{Gradients, NormPlace, Trace};
 pub use block::Block;
 pub use cache::Sequence;
 pub use embedder::Embedder;

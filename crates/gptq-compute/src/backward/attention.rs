@@ -47,7 +47,7 @@ pub fn attention_backward(pool: &Pool, trace: &AttnTrace<'_>, dout: &Tensor) -> 
     let (mut dk, mut dv) = (vec![0.0f32; rows * p.heads * d], vec![0.0f32; rows * p.heads * d]);
     let raw = [RawSlice::new(dq.as_mut_slice()), RawSlice::new(&mut dk), RawSlice::new(&mut dv)];
     pool.run(seqs.len() * p.heads, &|task| {
-        Head { trace, dout, seq: seqs[task / p.heads].clone(), head: task % p.heads }.run(raw);
+        OneHead { trace, dout, seq: seqs[task / p.heads].clone(), index: task % p.heads }.run(raw);
     });
     let group = p.heads / p.kv_heads;
     let gather = |parts: &[f32]| {
@@ -67,14 +67,14 @@ pub fn attention_backward(pool: &Pool, trace: &AttnTrace<'_>, dout: &Tensor) -> 
 }
 
 /// One head of one sequence.
-struct Head<'a> {
+struct OneHead<'a> {
     trace: &'a AttnTrace<'a>,
     dout: &'a Tensor,
     seq: Range<usize>,
-    head: usize,
+    index: usize,
 }
 
-impl Head<'_> {
+impl OneHead<'_> {
     fn run(&self, gradients: [RawSlice; 3]) {
         let len = self.seq.len();
         let mut buffers = [const { Vec::new() }; 2];
@@ -93,7 +93,7 @@ impl Head<'_> {
         let AttnTrace { params: p, q, k, v, out, .. } = *self.trace;
         let (d, len, rows) = (p.head_dim, self.seq.len(), tile.len());
         let (wide, narrow) = (p.heads * d, p.kv_heads * d);
-        let (of_q, of_kv) = (self.head * d, self.head / (p.heads / p.kv_heads) * d);
+        let (of_q, of_kv) = (self.index * d, self.index / (p.heads / p.kv_heads) * d);
         let seen = visible(p, tile.start, len).start..visible(p, tile.end - 1, len).end;
         let keys = seen.len();
         let (row, key_row) = (self.seq.start + tile.start, self.seq.start + seen.start);
@@ -154,9 +154,13 @@ impl Head<'_> {
             x[range.end..].fill(0.0);
         }
         let (weights, changes) = (&mut weights[range.clone()], &mut changes[range.clone()]);
-        weights.iter_mut().for_each(|w| *w *= p.scale);
+        for w in &mut *weights {
+            *w *= p.scale;
+        }
         // The gradient of a score by the product it came from.
-        changes.iter_mut().for_each(|g| *g = (*g - mean) * p.scale);
+        for g in &mut *changes {
+            *g = (*g - mean) * p.scale;
+        }
         if let Some(cap) = p.soft_cap {
             for (w, g) in weights.iter_mut().zip(&mut *changes) {
                 let t = (*w / cap).tanh();
@@ -164,7 +168,7 @@ impl Head<'_> {
             }
         }
         if let Some(slopes) = &p.alibi {
-            let slope = slopes[self.head];
+            let slope = slopes[self.index];
             for (w, key) in weights.iter_mut().zip(first + range.start..) {
                 *w += slope * (key as f32 - position as f32);
             }

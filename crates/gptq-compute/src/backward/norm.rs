@@ -51,7 +51,9 @@ pub fn norm_heads_backward(
     assert_eq!((dy.rows(), dy.cols()), (rows, cols), "shapes differ");
     let heads = cols / head_dim.max(1);
     assert!([1, heads].contains(&norms.len()), "{} norms for {heads} heads", norms.len());
-    norms.iter().for_each(|norm| check(norm, head_dim));
+    for norm in norms {
+        check(norm, head_dim);
+    }
     if add {
         assert_eq!((dx.rows(), dx.cols()), (rows, cols), "shape of the sum");
     } else {

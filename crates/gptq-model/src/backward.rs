@@ -1,0 +1,516 @@
+//! Gradients of a block: how a number that is computed from its output changes with its input, its linears and
+//! its norms.
+//!
+//! The forward pass keeps the state before every stage ([`Block::trace`]); the backward pass goes through the
+//! stages from the last to the first and computes what lies inside of one once more. Each stage has one function
+//! here, the mirror of the one in [`crate::block`].
+
+use std::ops::Range;
+
+use gptq_compute::{
+    Activation, AttnTrace, LayerKv, Matrix, Norm, NormGradient, Tensor, activate_backward,
+    activate_gated, add_scaled, attention_backward, gather_cols, input_gradient, linear, norm,
+    norm_backward, norm_heads_backward, rope_backward, scale, scatter_cols,
+};
+
+use crate::block::{Block, Norms, copy};
+use crate::spec::{GateUp, Mlp};
+use crate::stages::{Part, Stage};
+use crate::state::{BlockState, Ctx, SeqSpan};
+use crate::{ModelError, Result};
+
+/// One of the norms around the sublayers of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum NormPlace {
+    /// Before the attention.
+    AttentionBefore,
+    /// Of the attention's output.
+    AttentionAfter,
+    /// Of the stream behind the attention.
+    AttentionStream,
+    /// Before the MLP.
+    MlpBefore,
+    /// Of the MLP's output.
+    MlpAfter,
+    /// Of the stream behind the MLP.
+    MlpStream,
+}
+
+impl NormPlace {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::AttentionBefore,
+        Self::AttentionAfter,
+        Self::AttentionStream,
+        Self::MlpBefore,
+        Self::MlpAfter,
+        Self::MlpStream,
+    ];
+}
+
+/// What is done with the gradients of a block's parameters.
+pub trait Gradients {
+    /// Linear number `index` of `stage` read `x` `[rows, in]`, and `dy` `[rows, out]` is the gradient of its output:
+    /// dyᵀx is that of its weight ([`gptq_compute::weight_gradient`]), the sum of the rows of `dy` that of its bias.
+    fn linear(&mut self, ctx: &Ctx, stage: Stage, index: usize, x: &Tensor, dy: &Tensor);
+
+    /// The gradient of a norm's parameters.
+    fn norm(&mut self, place: NormPlace, gradient: NormGradient);
+}
+
+/// The states of a block's forward pass: before each stage, in their order.
+pub struct Trace {
+    /// The stream that the block read.
+    input: Tensor,
+    stages: Vec<BlockState>,
+}
+
+impl Trace {
+    /// Bytes that a trace of `rows` rows takes, most of them for the stages' inputs.
+    pub fn bytes(block: &Block, rows: usize) -> usize {
+        let parallel = if block.spec.residual.parallel { 2 } else { 0 };
+        let of_stage = |&stage: &Stage| {
+            let inputs = block.linear_specs(stage).next().map_or(0, |linear| linear.in_features);
+            inputs + (1 + parallel) * block.spec.hidden
+        };
+        let width = block.stages().iter().map(of_stage).sum::<usize>() + block.spec.hidden;
+        rows * width * size_of::<f32>()
+    }
+}
+
+/// Gradients of the tensors of a [`BlockState`].
+#[derive(Default)]
+struct Flow {
+    hidden: Tensor,
+    input: Tensor,
+    shared: Tensor,
+    carry: Tensor,
+}
+
+/// Sequences from their beginning: what [`SeqSpan`] needs of them.
+fn from_start<'a>(windows: &[Range<usize>], caches: &'a mut [LayerKv]) -> Vec<SeqSpan<'a>> {
+    let spans = windows.iter().zip(caches);
+    spans.map(|(rows, kv)| SeqSpan { rows: rows.clone(), kv }).collect()
+}
+
+impl Block {
+    /// Whether [`Block::backward`] knows all parts of this block.
+    ///
+    /// # Errors
+    /// [`ModelError::NoGradient`] naming the part it does not know.
+    pub fn check_gradients(&self) -> Result<()> {
+        let parts = [
+            (self.spec.moe(self.layer()).is_some(), "a mixture of experts"),
+            (self.distances.is_some(), "scores of distances"),
+            (self.convolution.is_some(), "a convolution"),
+        ];
+        match parts.into_iter().find(|(has, _)| *has) {
+            Some((_, part)) => Err(ModelError::NoGradient { layer: self.layer(), part }),
+            None => Ok(()),
+        }
+    }
+
+    /// The norm at `place`, if the block has one there.
+    pub fn norm(&self, place: NormPlace) -> Option<&Norm> {
+        let Self { attention_norms: attention, mlp_norms: mlp, .. } = self;
+        match place {
+            NormPlace::AttentionBefore => attention.before.as_ref(),
+            NormPlace::AttentionAfter => attention.after.as_ref(),
+            NormPlace::AttentionStream => attention.stream.as_ref(),
+            NormPlace::MlpBefore => mlp.before.as_ref(),
+            NormPlace::MlpAfter => mlp.after.as_ref(),
+            NormPlace::MlpStream => mlp.stream.as_ref(),
+        }
+    }
+
+    /// The norm at `place`, to be changed.
+    pub fn norm_mut(&mut self, place: NormPlace) -> Option<&mut Norm> {
+        let Self { attention_norms: attention, mlp_norms: mlp, .. } = self;
+        match place {
+            NormPlace::AttentionBefore => attention.before.as_mut(),
+            NormPlace::AttentionAfter => attention.after.as_mut(),
+            NormPlace::AttentionStream => attention.stream.as_mut(),
+            NormPlace::MlpBefore => mlp.before.as_mut(),
+            NormPlace::MlpAfter => mlp.after.as_mut(),
+            NormPlace::MlpStream => mlp.stream.as_mut(),
+        }
+    }
+
+    /// Full name of the norm at `place`; its tensors are named after it.
+    pub fn norm_name(&self, place: NormPlace) -> Option<String> {
+        let residual = &self.spec.residual;
+        let name = match place {
+            NormPlace::AttentionBefore => residual.attention.before,
+            NormPlace::AttentionAfter => residual.attention.after,
+            NormPlace::AttentionStream => residual.attention.stream,
+            NormPlace::MlpBefore => residual.mlp.before,
+            NormPlace::MlpAfter => residual.mlp.after,
+            NormPlace::MlpStream => residual.mlp.stream,
+        };
+        self.norm(place)?;
+        Some(format!("{}.{}", self.spec.block_name(self.layer()), name?))
+    }
+
+    /// Runs the block over whole sequences, whose rows `windows` cover those of `state` in order, and keeps what
+    /// [`Block::backward`] needs.
+    ///
+    /// # Errors
+    /// As [`Block::run_stage`].
+    pub fn trace(
+        &self,
+        ctx: &mut Ctx,
+        state: &mut BlockState,
+        windows: &[Range<usize>],
+    ) -> Result<Trace> {
+        let mut caches = self.caches(windows.len());
+        let mut seqs = from_start(windows, &mut caches);
+        let input = state.hidden.clone();
+        self.begin(ctx, state);
+        let mut stages = Vec::with_capacity(self.stages().len());
+        for &stage in self.stages() {
+            let BlockState { hidden, input, shared, carry, .. } = &*state;
+            let [hidden, input, shared, carry] = [hidden, input, shared, carry].map(Clone::clone);
+            stages.push(BlockState { hidden, input, shared, carry, ..BlockState::default() });
+            self.run_stage(ctx, stage, state, &mut seqs)?;
+        }
+        Ok(Trace { input, stages })
+    }
+
+    /// From `dy`, the gradient of the block's output `[rows, hidden]` in the pass that `trace` was made in, that of its
+    /// input; those of linears and norms go to `gradients`. The linears must be floats.
+    ///
+    /// # Errors
+    /// [`ModelError::NoGradient`]: a part whose gradient is not known, or a linear of codes.
+    pub fn backward(
+        &self,
+        ctx: &mut Ctx,
+        trace: &Trace,
+        windows: &[Range<usize>],
+        dy: Tensor,
+        gradients: &mut impl Gradients,
+    ) -> Result<Tensor> {
+        self.check_gradients()?;
+        let mut flow = Flow { hidden: dy, ..Flow::default() };
+        for (index, &stage) in self.stages().iter().enumerate().rev() {
+            let before = &trace.stages[index];
+            match stage {
+                Stage::Qkv => {
+                    // The result of the attention is the input of the next stage.
+                    let out = &trace.stages[index + 1].input;
+                    self.attend_backward(ctx, before, out, windows, &mut flow, gradients)?;
+                }
+                Stage::AttnOut => {
+                    let after = &trace.stages[index + 1].hidden;
+                    self.leave_attention_backward(ctx, before, after, &mut flow, gradients)?;
+                }
+                Stage::MlpUp(part) => {
+                    self.widen_backward(ctx, part, &before.input, &mut flow, gradients)?;
+                }
+                Stage::MlpDown(_) => {
+                    self.leave_mlp_backward(ctx, stage, before, &mut flow, gradients)?;
+                }
+            }
+        }
+        let place = NormPlace::AttentionBefore;
+        self.enter_backward(ctx, place, &trace.input, &mut flow, gradients);
+        Ok(flow.hidden)
+    }
+
+    fn caches(&self, count: usize) -> Vec<LayerKv> {
+        let attention = &self.spec.attention;
+        (0..count).map(|_| LayerKv::new(attention.kv_heads, attention.head_dim)).collect()
+    }
+
+    /// `input = before(hidden)`, which also becomes the stream where the spec says so.
+    fn enter_backward(
+        &self,
+        ctx: &Ctx,
+        place: NormPlace,
+        hidden: &Tensor,
+        flow: &mut Flow,
+        gradients: &mut impl Gradients,
+    ) {
+        if self.spec.residual.from_norm {
+            add_scaled(&ctx.pool, &mut flow.input, &flow.hidden, 1.0);
+            flow.hidden.as_mut_slice().fill(0.0);
+        }
+        match self.norm(place) {
+            Some(norm) => {
+                let gradient =
+                    norm_backward(&ctx.pool, hidden, norm, &flow.input, true, &mut flow.hidden);
+                gradients.norm(place, gradient);
+            }
+            None => add_scaled(&ctx.pool, &mut flow.hidden, &flow.input, 1.0),
+        }
+    }
+
+    /// The only linear of `stage`, from the gradient of its output: `flow.input` becomes that of its input.
+    fn project_backward(
+        &self,
+        ctx: &Ctx,
+        stage: Stage,
+        input: &Tensor,
+        dy: &Tensor,
+        flow: &mut Flow,
+        gradients: &mut impl Gradients,
+    ) -> Result<()> {
+        gradients.linear(ctx, stage, 0, input, dy);
+        self.linear_backward(ctx, (stage, 0), dy, false, &mut flow.input)
+    }
+
+    /// dx (+)= dy W of linear number `index` of a stage.
+    fn linear_backward(
+        &self,
+        ctx: &Ctx,
+        (stage, index): (Stage, usize),
+        dy: &Tensor,
+        add: bool,
+        dx: &mut Tensor,
+    ) -> Result<()> {
+        let Matrix::Dense(weight) = &self.get(stage, index)?.weight else {
+            let part = "a linear of codes";
+            return Err(ModelError::NoGradient { layer: self.layer(), part });
+        };
+        input_gradient(&ctx.pool, dy, weight, add, dx);
+        Ok(())
+    }
+
+    /// What a sublayer does behind its projection: its output is normalised, scaled and added to the stream, and the
+    /// stream is normalised. Takes `flow.hidden` from the stream behind to the one before, and gives the gradient
+    /// of the projection's output; `others` was added to the stream as well.
+    fn leave_backward(
+        &self,
+        ctx: &mut Ctx,
+        stage: Stage,
+        before: &BlockState,
+        others: Option<&Tensor>,
+        flow: &mut Flow,
+        gradients: &mut impl Gradients,
+    ) -> Result<Tensor> {
+        let (norms, after, stream) = self.sublayer(stage);
+        let multiplier = self.spec.residual.multiplier;
+        if norms.after.is_some() || norms.stream.is_some() {
+            self.project(ctx, &before.input, stage)?;
+        }
+        if let Some(stream_norm) = &norms.stream {
+            let mut sum = before.hidden.clone();
+            if let Some(part) = others {
+                add_scaled(&ctx.pool, &mut sum, part, multiplier);
+            }
+            let mut normalized = Tensor::default();
+            let out = match &norms.after {
+                Some(after) => {
+                    norm(&ctx.pool, &ctx.out, after, &mut normalized);
+                    &normalized
+                }
+                None => &ctx.out,
+            };
+            add_scaled(&ctx.pool, &mut sum, out, multiplier);
+            let mut dx = Tensor::default();
+            let gradient =
+                norm_backward(&ctx.pool, &sum, stream_norm, &flow.hidden, false, &mut dx);
+            gradients.norm(stream, gradient);
+            flow.hidden = dx;
+        }
+        let mut dy = flow.hidden.clone();
+        scale(&ctx.pool, &mut dy, multiplier);
+        if others.is_some() {
+            flow.carry = dy.clone();
+        }
+        Ok(Self::after_backward(ctx, norms, after, dy, gradients))
+    }
+
+    /// The gradient of a projection's output `ctx.out` from that of what its norm makes of it.
+    fn after_backward(
+        ctx: &Ctx,
+        norms: &Norms,
+        place: NormPlace,
+        dy: Tensor,
+        gradients: &mut impl Gradients,
+    ) -> Tensor {
+        let Some(after) = &norms.after else { return dy };
+        let mut dx = Tensor::default();
+        let gradient = norm_backward(&ctx.pool, &ctx.out, after, &dy, false, &mut dx);
+        gradients.norm(place, gradient);
+        dx
+    }
+
+    /// The norms of the sublayer that `stage` ends, and the places of those behind it.
+    fn sublayer(&self, stage: Stage) -> (&Norms, NormPlace, NormPlace) {
+        match stage {
+            Stage::Qkv | Stage::AttnOut => {
+                (&self.attention_norms, NormPlace::AttentionAfter, NormPlace::AttentionStream)
+            }
+            _ => (&self.mlp_norms, NormPlace::MlpAfter, NormPlace::MlpStream),
+        }
+    }
+
+    fn leave_mlp_backward(
+        &self,
+        ctx: &mut Ctx,
+        stage: Stage,
+        before: &BlockState,
+        flow: &mut Flow,
+        gradients: &mut impl Gradients,
+    ) -> Result<()> {
+        let others = self.spec.residual.parallel.then_some(&before.carry);
+        let dy = self.leave_backward(ctx, stage, before, others, flow, gradients)?;
+        self.project_backward(ctx, stage, &before.input, &dy, flow, gradients)
+    }
+
+    fn widen_backward(
+        &self,
+        ctx: &mut Ctx,
+        part: Part,
+        input: &Tensor,
+        flow: &mut Flow,
+        gradients: &mut impl Gradients,
+    ) -> Result<()> {
+        let stage = Stage::MlpUp(part);
+        let dy = std::mem::take(&mut flow.input);
+        let Ctx { pool, scratch, wide, gate, out, .. } = ctx;
+        match *self.form(part) {
+            Mlp::Gated { gate_up: GateUp::Separate { .. }, activation, .. } => {
+                let mut jobs =
+                    [(self.get(stage, 0)?, &mut *gate), (self.get(stage, 1)?, &mut *wide)];
+                linear(pool, input, &mut jobs, scratch);
+                let (dgate, dup) = gated_backward(pool, activation, gate, wide, dy);
+                gradients.linear(ctx, stage, 0, input, &dgate);
+                gradients.linear(ctx, stage, 1, input, &dup);
+                self.linear_backward(ctx, (stage, 0), &dgate, false, &mut flow.input)?;
+                self.linear_backward(ctx, (stage, 1), &dup, true, &mut flow.input)
+            }
+            Mlp::Gated { gate_up: GateUp::Fused(_), width, activation, .. } => {
+                linear(pool, input, &mut [(self.get(stage, 0)?, &mut *wide)], scratch);
+                gather_cols(pool, wide, &[(0, width)], gate);
+                gather_cols(pool, wide, &[(width, width)], out);
+                let (dgate, dup) = gated_backward(pool, activation, gate, out, dy);
+                let mut fused = Tensor::zeros(input.rows(), 2 * width);
+                scatter_cols(&dgate, &[(0, width)], &mut fused);
+                scatter_cols(&dup, &[(width, width)], &mut fused);
+                self.project_backward(ctx, stage, input, &fused, flow, gradients)
+            }
+            Mlp::Plain { activation, .. } => {
+                linear(pool, input, &mut [(self.get(stage, 0)?, &mut *gate)], scratch);
+                activate_backward(pool, activation, gate, &dy);
+                let dx = std::mem::take(gate);
+                self.project_backward(ctx, stage, input, &dx, flow, gradients)
+            }
+        }
+    }
+
+    /// `after`: the stream behind the stage.
+    fn leave_attention_backward(
+        &self,
+        ctx: &mut Ctx,
+        before: &BlockState,
+        after: &Tensor,
+        flow: &mut Flow,
+        gradients: &mut impl Gradients,
+    ) -> Result<()> {
+        let stage = Stage::AttnOut;
+        if self.spec.residual.parallel {
+            // The MLP reads the stream, or what the attention read.
+            if self.mlp_norms.before.is_some() {
+                self.enter_backward(ctx, NormPlace::MlpBefore, &before.hidden, flow, gradients);
+            } else {
+                flow.shared = std::mem::take(&mut flow.input);
+            }
+            let dy = std::mem::take(&mut flow.carry);
+            if self.attention_norms.after.is_some() {
+                self.project(ctx, &before.input, stage)?;
+            }
+            let place = NormPlace::AttentionAfter;
+            let dy = Self::after_backward(ctx, &self.attention_norms, place, dy, gradients);
+            return self.project_backward(ctx, stage, &before.input, &dy, flow, gradients);
+        }
+        let mut stream = Tensor::default();
+        let stream = if self.spec.residual.from_norm && self.mlp_norms.before.is_some() {
+            // The stream was replaced by its norm; such blocks have no norms behind their sublayers.
+            self.project(ctx, &before.input, stage)?;
+            copy(&ctx.pool, &before.hidden, &mut stream);
+            add_scaled(&ctx.pool, &mut stream, &ctx.out, self.spec.residual.multiplier);
+            &stream
+        } else {
+            after
+        };
+        self.enter_backward(ctx, NormPlace::MlpBefore, stream, flow, gradients);
+        let dy = self.leave_backward(ctx, stage, before, None, flow, gradients)?;
+        self.project_backward(ctx, stage, &before.input, &dy, flow, gradients)
+    }
+
+    /// `out`: the result of the attention.
+    fn attend_backward(
+        &self,
+        ctx: &mut Ctx,
+        before: &BlockState,
+        out: &Tensor,
+        windows: &[Range<usize>],
+        flow: &mut Flow,
+        gradients: &mut impl Gradients,
+    ) -> Result<()> {
+        let mut caches = self.caches(windows.len());
+        let seqs = from_start(windows, &mut caches);
+        self.project_heads(ctx, &before.input)?;
+        let plain = [ctx.q.clone(), ctx.k.clone(), ctx.v.clone()];
+        self.normalize_heads(ctx);
+        self.rotate(ctx, gptq_compute::rope, &seqs);
+        let Ctx { pool, q, k, v, .. } = &*ctx;
+        let trace = AttnTrace { params: &self.params, seqs: windows, q, k, v, out };
+        let [dq, dk, dv] = attention_backward(pool, &trace, &flow.input);
+        (ctx.q, ctx.k) = (dq, dk);
+        self.rotate(ctx, rope_backward, &seqs);
+        let mut heads = [std::mem::take(&mut ctx.q), std::mem::take(&mut ctx.k), dv];
+        if let Some(norms) = &self.qk_norms {
+            for (which, (norms, width)) in norms.iter().zip(self.norm_widths()).enumerate() {
+                let mut dx = Tensor::default();
+                let (x, dy) = (&plain[which], &heads[which]);
+                norm_heads_backward(&ctx.pool, x, width, norms, dy, false, &mut dx);
+                heads[which] = dx;
+            }
+        }
+        if let Some(limit) = self.spec.attention.clip_qkv {
+            // What was cut off does not change.
+            for (x, dx) in plain.iter().zip(&mut heads) {
+                let cut = dx.as_mut_slice().iter_mut().zip(x.as_slice());
+                cut.filter(|(_, x)| x.abs() >= limit).for_each(|(dx, _)| *dx = 0.0);
+            }
+        }
+        let stage = Stage::Qkv;
+        if let Some(columns) = &self.fused {
+            let width = heads.iter().map(Tensor::cols).sum();
+            let mut fused = Tensor::zeros(before.input.rows(), width);
+            for (part, columns) in heads.iter().zip([&columns.q, &columns.k, &columns.v]) {
+                scatter_cols(part, columns, &mut fused);
+            }
+            self.project_backward(ctx, stage, &before.input, &fused, flow, gradients)?;
+        } else {
+            for (index, part) in heads.iter().enumerate() {
+                gradients.linear(ctx, stage, index, &before.input, part);
+                self.linear_backward(ctx, (stage, index), part, index > 0, &mut flow.input)?;
+            }
+        }
+        if self.spec.residual.parallel && self.mlp_norms.before.is_none() {
+            add_scaled(&ctx.pool, &mut flow.input, &flow.shared, 1.0);
+        }
+        Ok(())
+    }
+}
+
+/// Gradients of gate and up from that of `activation(gate) · up`.
+fn gated_backward(
+    pool: &gptq_compute::Pool,
+    activation: Activation,
+    gate: &Tensor,
+    up: &Tensor,
+    dy: Tensor,
+) -> (Tensor, Tensor) {
+    let mut dup = gate.clone();
+    activate_gated(pool, activation, &mut dup, &dy);
+    let mut product = dy;
+    let up = up.as_slice();
+    product.as_mut_slice().iter_mut().zip(up).for_each(|(dy, up)| *dy *= up);
+    let mut dgate = gate.clone();
+    activate_backward(pool, activation, &mut dgate, &product);
+    (dgate, dup)
+}

@@ -1,0 +1,204 @@
+//! Gradients of the blocks of every fixture against differences of its own forward pass.
+
+#![allow(clippy::print_stdout, reason = "what was tested is what a reader of a failure wants")]
+
+mod common;
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use common::open;
+use gptq_compute::{
+    Activation, DenseMatrix, Linear, Matrix, NormGradient, Pool, Tensor, weight_gradient,
+};
+use gptq_format::Config;
+use gptq_model::spec::Mlp;
+use gptq_model::{
+    Block, BlockState, Ctx, FAMILIES, Gradients, LinearSource, ModelError, NormPlace, Spec, Stage,
+};
+use gptq_testkit::{Rng, fixtures};
+
+/// Two sequences of different lengths.
+const WINDOWS: [Range<usize>; 2] = [0..7, 7..12];
+const ROWS: usize = 12;
+/// How far the slope along a direction may be from the gradient's, relative to the product of their lengths. Differences of
+/// f32 passes have an error of up to 5e-3 of that; a factor of 1.02 too much in one term is seen.
+const TOLERANCE: f64 = 6e-3;
+/// Shorter gradients are compared as if they were this long: that of a bias of keys is zero where nothing rotates.
+const SHORTEST: f64 = 3.0;
+
+/// All gradients of a block.
+#[derive(Default)]
+struct Kept {
+    weights: HashMap<(Stage, usize), Vec<f32>>,
+    biases: HashMap<(Stage, usize), Vec<f32>>,
+    norms: HashMap<NormPlace, NormGradient>,
+}
+
+impl Gradients for Kept {
+    fn linear(&mut self, ctx: &Ctx, stage: Stage, index: usize, x: &Tensor, dy: &Tensor) {
+        let mut dw = Tensor::default();
+        weight_gradient(&ctx.pool, dy, x, &mut dw);
+        let mut bias = vec![0.0; dy.cols()];
+        for row in 0..dy.rows() {
+            bias.iter_mut().zip(dy.row(row)).for_each(|(sum, dy)| *sum += dy);
+        }
+        assert!(self.weights.insert((stage, index), dw.as_slice().to_vec()).is_none());
+        self.biases.insert((stage, index), bias);
+    }
+
+    fn norm(&mut self, place: NormPlace, gradient: NormGradient) {
+        assert!(self.norms.insert(place, gradient).is_none(), "{place:?} twice");
+    }
+}
+
+fn output(ctx: &mut Ctx, block: &Block, input: &[f32]) -> Vec<f32> {
+    let mut state = BlockState::new(Tensor::from_vec(ROWS, input.len() / ROWS, input.to_vec()));
+    block.trace(ctx, &mut state, &WINDOWS).unwrap();
+    state.hidden.as_slice().to_vec()
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+}
+
+/// Compares the slopes of `loss` around `x` along the gradient and along two random directions with those that `gradient`
+/// tells.
+fn check(
+    what: &str,
+    rng: &mut Rng,
+    x: &[f32],
+    gradient: &[f32],
+    mut loss: impl FnMut(&[f32]) -> f64,
+) {
+    let length = dot(gradient, gradient).sqrt();
+    let size = (dot(x, x) / x.len() as f64).sqrt().max(0.3);
+    let along: Vec<f32> =
+        gradient.iter().map(|g| (f64::from(*g) / length.max(1e-30)) as f32).collect();
+    for direction in [along, rng.normals(x.len(), 1.0), rng.normals(x.len(), 1.0)] {
+        let norm = dot(&direction, &direction).sqrt();
+        // A step that moves x by a thousandth of its length; of vectors a larger one, so that the outputs change by more than
+        // their rounding.
+        let share = if x.len() < 512 { 4e-3 } else { 1e-3 };
+        let step = share * size * (x.len() as f64).sqrt() / norm.max(1e-30);
+        let mut slope = |step: f64| {
+            let moved = |sign: f64| -> Vec<f32> {
+                let pairs = x.iter().zip(&direction);
+                pairs.map(|(x, d)| x + (sign * step * f64::from(*d)) as f32).collect()
+            };
+            (loss(&moved(1.0)) - loss(&moved(-1.0))) / (2.0 * step)
+        };
+        // Of two steps, without the error that grows with their square.
+        let slope = (4.0 * slope(step / 2.0) - slope(step)) / 3.0;
+        let want = dot(gradient, &direction);
+        let error = (slope - want).abs() / (length.max(SHORTEST) * norm);
+        assert!(error < TOLERANCE, "{what}: {slope:e}, gradient {want:e}, error {error:e}");
+    }
+}
+
+fn check_block(name: &str, spec: &Arc<Spec>, block: &mut Block) {
+    let mut ctx = Ctx::new(Arc::new(Pool::new(2)));
+    let mut rng = Rng::new(7);
+    let input = rng.normals(ROWS * spec.hidden, 1.0);
+    let dy = rng.normals(ROWS * spec.hidden, 1.0);
+    let mut state = BlockState::new(Tensor::from_vec(ROWS, spec.hidden, input.clone()));
+    let trace = block.trace(&mut ctx, &mut state, &WINDOWS).unwrap();
+    let mut kept = Kept::default();
+    let gradient = Tensor::from_vec(ROWS, spec.hidden, dy.clone());
+    let dx = block.backward(&mut ctx, &trace, &WINDOWS, gradient, &mut kept).unwrap();
+    check(&format!("{name}: input"), &mut rng, &input, dx.as_slice(), |input| {
+        dot(&output(&mut ctx, block, input), &dy)
+    });
+    for stage in block.stages().to_vec() {
+        let count = block.linear_specs(stage).len();
+        for index in 0..count {
+            let what = block.linear_specs(stage).nth(index).unwrap().name.clone();
+            let linear = block.linear(stage, index).unwrap().clone();
+            let Matrix::Dense(weight) = &linear.weight else { panic!("{name}: codes") };
+            let (out, inputs) = (weight.out_features(), weight.in_features());
+            let mut set = |weight: &[f32], bias: Option<&[f32]>| {
+                let weight = Matrix::Dense(DenseMatrix::from_f32(out, inputs, weight.to_vec()));
+                let changed = Linear { weight, bias: bias.map(<[f32]>::to_vec) };
+                block.set_linear(stage, index, changed).unwrap();
+                dot(&output(&mut ctx, block, &input), &dy)
+            };
+            let floats = weight.to_f32();
+            let bias = linear.bias.as_deref();
+            let gradient = &kept.weights[&(stage, index)];
+            let title = format!("{name}: {what}.weight");
+            check(&title, &mut rng, &floats, gradient, |weight| set(weight, bias));
+            if let Some(bias) = bias {
+                let gradient = &kept.biases[&(stage, index)];
+                let title = format!("{name}: {what}.bias");
+                check(&title, &mut rng, bias, gradient, |bias| set(&floats, Some(bias)));
+            }
+            block.set_linear(stage, index, linear.clone()).unwrap();
+        }
+    }
+    for place in NormPlace::ALL {
+        assert_eq!(block.norm(place).is_some(), kept.norms.contains_key(&place), "{place:?}");
+        let Some(norm) = block.norm(place).cloned() else { continue };
+        assert!(block.norm_name(place).is_some(), "{name}: {place:?}");
+        let NormGradient { weight: of_weight, bias: of_bias } = &kept.norms[&place];
+        if let Some(weight) = &norm.weight {
+            let title = format!("{name}: {place:?} weight");
+            check(&title, &mut rng, weight, of_weight, |weight| {
+                block.norm_mut(place).unwrap().weight = Some(weight.to_vec());
+                dot(&output(&mut ctx, block, &input), &dy)
+            });
+        }
+        *block.norm_mut(place).unwrap() = norm.clone();
+        if let Some(bias) = &norm.bias {
+            let title = format!("{name}: {place:?} bias");
+            check(&title, &mut rng, bias, of_bias, |bias| {
+                block.norm_mut(place).unwrap().bias = Some(bias.to_vec());
+                dot(&output(&mut ctx, block, &input), &dy)
+            });
+        }
+        *block.norm_mut(place).unwrap() = norm;
+    }
+}
+
+/// Whether blocks of this fixture have gradients.
+fn check_fixture(name: &str, dir: &Path) -> bool {
+    let checkpoint = open(dir);
+    let mut spec = Spec::for_checkpoint(&checkpoint).unwrap();
+    if let Mlp::Plain { activation: activation @ Activation::Relu, .. } = &mut spec.mlp {
+        // A difference across its corner is no slope; its derivative has a test of its own.
+        *activation = Activation::GeluTanh;
+    }
+    let spec = Arc::new(spec);
+    for layer in 0..spec.layer_count() {
+        let mut block = Block::load(&checkpoint, &spec, layer, LinearSource::Copied).unwrap();
+        match block.check_gradients() {
+            Ok(()) => check_block(&format!("{name} block {layer}"), &spec, &mut block),
+            Err(ModelError::NoGradient { .. }) => return false,
+            Err(error) => panic!("{name}: {error}"),
+        }
+    }
+    true
+}
+
+#[test]
+fn blocks_of_every_family_change_as_their_gradients_say() {
+    let (mut tested, mut without, mut failed) = (Vec::new(), Vec::new(), Vec::new());
+    for (name, dir) in fixtures::all() {
+        let config = Config::load(&dir.join("config.json")).unwrap();
+        let model_type = config.str("model_type").unwrap();
+        let known = FAMILIES.iter().any(|family| family.model_type == model_type);
+        // Adapters' directories have no model; quantized ones have codes.
+        if !known || name.starts_with("lora") || name.starts_with("llama_q_") {
+            continue;
+        }
+        match std::panic::catch_unwind(|| check_fixture(&name, &dir)) {
+            Ok(true) => tested.push(name),
+            Ok(false) => without.push(name),
+            Err(_) => failed.push(name),
+        }
+    }
+    println!("{} fixtures: {}", tested.len(), tested.join(", "));
+    println!("without gradients: {}", without.join(", "));
+    assert!(failed.is_empty(), "failed: {}", failed.join(", "));
+}
