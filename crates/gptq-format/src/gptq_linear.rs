@@ -183,14 +183,20 @@ impl GptqLinear {
         Ok(linear)
     }
 
+    /// The codes `[in, out]`, row-major.
+    ///
+    /// # Errors
+    /// If `qweight` does not have the size that the other parts tell.
+    pub fn codes(&self) -> Result<Vec<u8>> {
+        unpack_rows(self.bits, &self.qweight, self.in_features, self.out_features)
+    }
+
     /// The weights as f32, `[out, in]`, row-major; the product is the only rounding.
     pub fn dequantize(&self) -> Vec<f32> {
         let (inputs, outputs) = (self.in_features, self.out_features);
         let mut weights = vec![0.0; inputs * outputs];
         // The sizes were checked when this was made.
-        let Ok(codes) = unpack_rows(self.bits, &self.qweight, inputs, outputs) else {
-            unreachable!("a GptqLinear has consistent sizes")
-        };
+        let Ok(codes) = self.codes() else { unreachable!("a GptqLinear has consistent sizes") };
         // Codes run along the outputs, weights along the inputs: a few inputs at a time fill whole cache lines of both.
         const BLOCK: usize = 16;
         for first in (0..inputs).step_by(BLOCK) {

@@ -14,8 +14,8 @@ use gptq_compute::{
 };
 
 use crate::block::{Block, Norms, copy};
-use crate::spec::{GateUp, Mlp};
-use crate::stages::{Part, Stage};
+use crate::spec::{GateUp, Mlp, Spec};
+use crate::stages::{Part, Stage, StageSpec};
 use crate::state::{BlockState, Ctx, SeqSpan};
 use crate::{ModelError, Result};
 
@@ -66,15 +66,17 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// Bytes that a trace of `rows` rows takes, most of them for the stages' inputs.
-    pub fn bytes(block: &Block, rows: usize) -> usize {
-        let parallel = if block.spec.residual.parallel { 2 } else { 0 };
-        let of_stage = |&stage: &Stage| {
-            let inputs = block.linear_specs(stage).next().map_or(0, |linear| linear.in_features);
-            inputs + (1 + parallel) * block.spec.hidden
-        };
-        let width = block.stages().iter().map(of_stage).sum::<usize>() + block.spec.hidden;
-        rows * width * size_of::<f32>()
+    /// Bytes of the trace of block `layer` over `rows` rows, with the gradients that exist beside it.
+    pub fn bytes(spec: &Spec, layer: usize, rows: usize) -> usize {
+        let Spec { hidden, attention, .. } = spec;
+        let kept = if spec.residual.parallel { 3 * hidden } else { *hidden };
+        let inputs = |stage: &StageSpec| stage.linears.first().map_or(0, |l| l.in_features);
+        let stages = spec.stages(layer);
+        let trace: usize = stages.iter().map(|stage| kept + inputs(stage)).sum();
+        // Of gate and up and their product; of queries, keys and values, as they are and for each query head.
+        let attended = attention.q_width() + 2 * attention.kv_width();
+        let gradients = (5 * spec.mlp.width()).max(3 * attended + 3 * attention.q_width());
+        rows * (trace + gradients + 4 * hidden) * size_of::<f32>()
     }
 }
 
@@ -93,21 +95,45 @@ fn from_start<'a>(windows: &[Range<usize>], caches: &'a mut [LayerKv]) -> Vec<Se
     spans.map(|(rows, kv)| SeqSpan { rows: rows.clone(), kv }).collect()
 }
 
+impl Spec {
+    /// Whether [`Block::backward`] knows all parts of block `layer`.
+    ///
+    /// # Errors
+    /// [`ModelError::NoGradient`] naming the part it does not know.
+    pub fn check_gradients(&self, layer: usize) -> Result<()> {
+        let parts = [
+            (self.moe(layer).is_some(), "a mixture of experts"),
+            (self.attention.relative.is_some(), "scores of distances"),
+            (self.residual.convolution.is_some() && layer == 0, "a convolution"),
+        ];
+        match parts.into_iter().find(|(has, _)| *has) {
+            Some((_, part)) => Err(ModelError::NoGradient { layer, part }),
+            None => Ok(()),
+        }
+    }
+
+    /// Full name of the norm at `place` of block `layer`, if its family has one there; its tensors are named after it.
+    pub fn norm_name(&self, layer: usize, place: NormPlace) -> Option<String> {
+        let residual = &self.residual;
+        let name = match place {
+            NormPlace::AttentionBefore => residual.attention.before,
+            NormPlace::AttentionAfter => residual.attention.after,
+            NormPlace::AttentionStream => residual.attention.stream,
+            NormPlace::MlpBefore => residual.mlp.before,
+            NormPlace::MlpAfter => residual.mlp.after,
+            NormPlace::MlpStream => residual.mlp.stream,
+        };
+        Some(format!("{}.{}", self.block_name(layer), name?))
+    }
+}
+
 impl Block {
     /// Whether [`Block::backward`] knows all parts of this block.
     ///
     /// # Errors
     /// [`ModelError::NoGradient`] naming the part it does not know.
     pub fn check_gradients(&self) -> Result<()> {
-        let parts = [
-            (self.spec.moe(self.layer()).is_some(), "a mixture of experts"),
-            (self.distances.is_some(), "scores of distances"),
-            (self.convolution.is_some(), "a convolution"),
-        ];
-        match parts.into_iter().find(|(has, _)| *has) {
-            Some((_, part)) => Err(ModelError::NoGradient { layer: self.layer(), part }),
-            None => Ok(()),
-        }
+        self.spec.check_gradients(self.layer())
     }
 
     /// The norm at `place`, if the block has one there.
@@ -134,21 +160,6 @@ impl Block {
             NormPlace::MlpAfter => mlp.after.as_mut(),
             NormPlace::MlpStream => mlp.stream.as_mut(),
         }
-    }
-
-    /// Full name of the norm at `place`; its tensors are named after it.
-    pub fn norm_name(&self, place: NormPlace) -> Option<String> {
-        let residual = &self.spec.residual;
-        let name = match place {
-            NormPlace::AttentionBefore => residual.attention.before,
-            NormPlace::AttentionAfter => residual.attention.after,
-            NormPlace::AttentionStream => residual.attention.stream,
-            NormPlace::MlpBefore => residual.mlp.before,
-            NormPlace::MlpAfter => residual.mlp.after,
-            NormPlace::MlpStream => residual.mlp.stream,
-        };
-        self.norm(place)?;
-        Some(format!("{}.{}", self.spec.block_name(self.layer()), name?))
     }
 
     /// Runs the block over whole sequences, whose rows `windows` cover those of `state` in order, and keeps what

@@ -31,8 +31,8 @@ pub struct Block {
     pub(crate) qk_norms: Option<[Vec<Norm>; 2]>,
     pub(crate) params: AttnParams,
     pub(crate) fused: Option<FusedColumns>,
-    pub(crate) distances: Option<DistanceTable>,
-    pub(crate) convolution: Option<ConvolutionLayer>,
+    distances: Option<DistanceTable>,
+    convolution: Option<ConvolutionLayer>,
     router: Option<Router>,
     order: Vec<Stage>,
     /// By [`Stage::place`].

@@ -140,7 +140,7 @@ fn check_block(name: &str, spec: &Arc<Spec>, block: &mut Block) {
     for place in NormPlace::ALL {
         assert_eq!(block.norm(place).is_some(), kept.norms.contains_key(&place), "{place:?}");
         let Some(norm) = block.norm(place).cloned() else { continue };
-        assert!(block.norm_name(place).is_some(), "{name}: {place:?}");
+        assert!(spec.norm_name(block.layer(), place).is_some(), "{name}: {place:?}");
         let NormGradient { weight: of_weight, bias: of_bias } = &kept.norms[&place];
         if let Some(weight) = &norm.weight {
             let title = format!("{name}: {place:?} weight");

@@ -148,9 +148,18 @@ impl ShardWriter {
     /// # Errors
     /// If it is not planned, has another size, or the file cannot be written.
     pub fn replace(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.restart(name)?;
+        self.write(name, bytes)
+    }
+
+    /// Takes a tensor as not written, so that it can be written again.
+    ///
+    /// # Errors
+    /// If it is not planned.
+    pub fn restart(&mut self, name: &str) -> Result<()> {
         let (shard, position) = self.place(name)?;
         self.progress[shard][position] = 0;
-        self.write(name, bytes)
+        Ok(())
     }
 
     /// Makes everything written so far durable.
