@@ -110,6 +110,16 @@ fn both_streams_of_a_correction_spill() {
 }
 
 #[test]
+fn tuned_blocks_run_again_from_the_disk() {
+    let world = with_text(World::with_model(BINARY, SHAPE));
+    check(&world, "--nsamples 200 --seqlen 96 --tune-blocks 1");
+    check(
+        &world,
+        "--nsamples 200 --seqlen 96 --tune-blocks 1 --activation-dtype f16 --correction qep",
+    );
+}
+
+#[test]
 fn experts_and_parallel_blocks_come_back_from_disk() {
     for world in ["mixtral", "gptj"].into_iter().filter_map(with_fixture) {
         check(&world, "--nsamples 600 --seqlen 64 --moe-fallback all-tokens");

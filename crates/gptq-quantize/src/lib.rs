@@ -29,7 +29,7 @@ pub use pipeline::{
     Method, MoeFallback, Plan, QuantizeOptions, plan, quantize, quantize_as_planned,
 };
 pub use progress::Progress;
-pub use report::{ModuleRecord, QuantReport};
+pub use report::{ModuleRecord, QuantReport, TuningRecord};
 pub use self_calibration::{SelfCalibration, self_calibrate};
 pub use solver::Correction;
 pub use token_weights::TokenWeights;

@@ -146,7 +146,7 @@ fn number(value: impl std::borrow::Borrow<f64>) -> String {
 }
 
 /// The keys of quantize_config.json and of its `meta` that the table shows, in its order.
-const SETTINGS: [&str; 16] = [
+const SETTINGS: [&str; 17] = [
     "bits",
     "group_size",
     "sym",
@@ -159,6 +159,7 @@ const SETTINGS: [&str; 16] = [
     "scale_search",
     "signed_scales",
     "refine",
+    "tune_blocks",
     "token_weights",
     "correction",
     "correction_strength",

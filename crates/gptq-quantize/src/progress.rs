@@ -1,7 +1,7 @@
 //! How a run tells what it is doing. The pipeline calls, the command line draws; nothing here
 //! prints.
 
-use crate::report::ModuleRecord;
+use crate::report::{ModuleRecord, TuningRecord};
 
 /// Receives the steps of a quantization run. Every method has an empty default, so that a caller
 /// implements what it shows; `()` shows nothing. Calls come from one thread at a time, in the order
@@ -18,6 +18,9 @@ pub trait Progress: Sync {
 
     /// A linear was solved and packed.
     fn module_done(&self, _record: &ModuleRecord) {}
+
+    /// Scales and norms of a block were tuned.
+    fn block_tuned(&self, _record: &TuningRecord) {}
 
     /// Block `index` is finished and durable.
     fn block_done(&self, _index: usize) {}

@@ -71,6 +71,22 @@ pub struct AwqRecord {
     pub skipped: Option<String>,
 }
 
+/// How a block was tuned (`--tune-blocks`).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct TuningRecord {
+    /// Index of the block, from 0.
+    pub layer: usize,
+    /// Mean over tokens of ‖ŷ - y‖² / ‖y‖², with y the float block's output and ŷ the quantized one's, both from the
+    /// inputs that the quantized blocks before compute.
+    pub error_before: f64,
+    /// The same with the tuned scales and norms.
+    pub error_after: f64,
+    /// Whether they were lower and were saved.
+    pub kept: bool,
+    /// Seconds that it took.
+    pub seconds: f64,
+}
+
 /// What a run is expected to need, before it starts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct PlanSummary {
@@ -156,6 +172,9 @@ pub struct QuantReport {
     /// How bits were chosen for a size; `null` where all modules have what the settings say.
     #[serde(default)]
     pub mixed_precision: Option<MixedReport>,
+    /// How each block was tuned; empty without `--tune-blocks`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tuning: Vec<TuningRecord>,
     /// What deserves a look, in sentences (see [`warnings`]).
     pub warnings: Vec<String>,
     /// One record per quantized linear, in the order of the work.
@@ -292,6 +311,7 @@ pub(crate) mod tests {
             totals: Totals::default(),
             bits_per_weight: 4.15,
             mixed_precision: None,
+            tuning: Vec::new(),
             warnings: Vec::new(),
             modules: vec![record(0, "mlp.up_proj", 0.5)],
         }

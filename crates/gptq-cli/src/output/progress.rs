@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use gptq_quantize::progress::Progress;
-use gptq_quantize::report::ModuleRecord;
+use gptq_quantize::report::{ModuleRecord, TuningRecord};
 use gptq_quantize::rss;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -180,6 +180,13 @@ impl Progress for ProgressView {
         }
     }
 
+    fn block_tuned(&self, record: &TuningRecord) {
+        let state = self.state();
+        if let Mode::Lines = &self.mode {
+            line(&tuning_line(record, state.total));
+        }
+    }
+
     fn block_done(&self, index: usize) {
         let mut state = self.state();
         let left = state.total.saturating_sub(index + 1);
@@ -288,6 +295,17 @@ fn module_line(record: &ModuleRecord, blocks: usize) -> String {
         text.push_str(&size::bytes(resident));
     }
     text
+}
+
+fn tuning_line(record: &TuningRecord, blocks: usize) -> String {
+    let TuningRecord { layer, error_before, error_after, kept, seconds } = record;
+    let width = blocks.to_string().len();
+    let span = size::duration(Duration::from_secs_f64(seconds.clamp(0.0, 1e9)));
+    let dropped = if *kept { "" } else { "  dropped" };
+    format!(
+        "layer {:>width$}/{blocks}  tuned  output error {error_before:.2e} -> {error_after:.2e}{dropped}  {span}",
+        layer + 1
+    )
 }
 
 /// Where log lines go, so that they do not tear the bars: give `|| LogWriter` to the log

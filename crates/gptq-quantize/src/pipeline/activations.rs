@@ -29,6 +29,11 @@ pub(crate) fn windows_per_chunk(seqlen: usize) -> usize {
     (CHUNK_TOKENS / seqlen.max(1)).max(1)
 }
 
+/// How many of `chunks` chunks hold about `tokens` tokens.
+pub(super) fn chunks_of(tokens: usize, chunks: usize) -> usize {
+    chunks.min((tokens / CHUNK_TOKENS).max(1))
+}
+
 /// The state of each chunk.
 pub(super) enum States {
     Memory(Vec<BlockState>),
@@ -39,6 +44,38 @@ pub(super) enum States {
 }
 
 impl States {
+    /// Nothing yet, kept as `self` is.
+    fn empty(&self, directory: Option<&Path>) -> Result<Self> {
+        Ok(match (self, directory) {
+            (Self::Disk(scratch), Some(directory)) => Self::Disk(scratch.another(directory)?),
+            (Self::Packed(_, kind), _) => Self::Packed(Vec::new(), *kind),
+            _ => Self::Memory(Vec::new()),
+        })
+    }
+
+    /// Adds the state of chunk `index`, the next one.
+    fn push(&mut self, index: usize, state: BlockState) -> Result<()> {
+        match self {
+            Self::Memory(all) => all.push(state),
+            Self::Packed(all, kind) => {
+                let mut packed = Vec::new();
+                pack(&state, *kind, &mut packed)?;
+                all.push(packed);
+            }
+            Self::Disk(scratch) => scratch.store(index, &state)?,
+        }
+        Ok(())
+    }
+
+    /// Frees what is in memory.
+    fn clear(&mut self) {
+        match self {
+            Self::Memory(all) => all.clear(),
+            Self::Packed(all, _) => all.clear(),
+            Self::Disk(_) => {}
+        }
+    }
+
     /// The state of one chunk; `buffer` holds it where it comes from the disk.
     pub(super) fn get<'s>(
         &'s self,
@@ -60,6 +97,14 @@ impl States {
     }
 }
 
+/// The stream before a block, for some windows.
+pub(super) struct Chunk {
+    /// `[rows, hidden]`.
+    pub(super) input: Tensor,
+    /// Rows of each window.
+    pub(super) windows: Vec<Range<usize>>,
+}
+
 /// All calibration tokens between two stages.
 pub(crate) struct Activations<'a> {
     /// Rows of each window of each chunk.
@@ -70,6 +115,8 @@ pub(crate) struct Activations<'a> {
     kind: ActivationType,
     /// Whether some windows are kept apart, to judge what is fitted on the others.
     hold_out: bool,
+    /// The stream as it was before the block at work, where it will be needed again.
+    start: Option<States>,
     /// The same tokens in the float model, where a correction needs them; moves with them.
     native: Option<Box<Native<'a>>>,
 }
@@ -102,15 +149,7 @@ impl<'a> Activations<'a> {
             let positions: Vec<u32> = windows.iter().flat_map(|w| 0..w.len() as u32).collect();
             let mut state = BlockState::default();
             embedder.forward(ctx, &ids, &positions, &mut state.hidden)?;
-            match &mut states {
-                States::Memory(all) => all.push(state),
-                States::Packed(all, kind) => {
-                    let mut packed = Vec::new();
-                    pack(&state, *kind, &mut packed)?;
-                    all.push(packed);
-                }
-                States::Disk(scratch) => scratch.store(chunks.len(), &state)?,
-            }
+            states.push(chunks.len(), state)?;
             let mut start = 0;
             let rows = windows.iter().map(|w| {
                 start += w.len();
@@ -125,6 +164,7 @@ impl<'a> Activations<'a> {
             weights,
             kind,
             hold_out: false,
+            start: None,
             native: None,
         })
     }
@@ -133,6 +173,61 @@ impl<'a> Activations<'a> {
     pub(crate) fn with_held_out(mut self, hold_out: bool) -> Self {
         self.hold_out = hold_out;
         self
+    }
+
+    /// Keeps the stream as it is before each block ([`Activations::keep_start`]); in a scratch file of its own with
+    /// `spill`.
+    pub(crate) fn with_start(mut self, spill: Option<&Path>) -> Result<Self> {
+        self.start = Some(self.states.empty(spill)?);
+        Ok(self)
+    }
+
+    /// Copies the stream, which is before a block, if it is to be kept.
+    pub(super) fn keep_start(&mut self, ctx: &mut Ctx, phases: &mut Phases) -> Result<()> {
+        let Some(mut start) = self.start.take() else { return Ok(()) };
+        start.clear();
+        let mut next = 0..;
+        self.pass(ctx, phases, false, |_, state, _, phases| {
+            let copy = BlockState::new(state.hidden.clone());
+            phases.time("packing", || start.push(next.next().unwrap_or(0), copy))
+        })?;
+        self.start = Some(start);
+        Ok(())
+    }
+
+    /// Takes the stream back to before the block and through it once more, because its linears have changed. The
+    /// stream of the float model stays where it is.
+    pub(super) fn run_again(
+        &mut self,
+        ctx: &mut Ctx,
+        block: &Block,
+        phases: &mut Phases,
+    ) -> Result<()> {
+        if let Some(start) = &mut self.start {
+            std::mem::swap(&mut self.states, start);
+            start.clear();
+        }
+        let native = self.native.take();
+        self.begin(ctx, block, phases)?;
+        for &stage in block.stages() {
+            self.advance(ctx, block, stage, phases)?;
+        }
+        self.native = native;
+        Ok(())
+    }
+
+    /// Chunks of about so many tokens in all, evenly spaced, as they are before the block at work.
+    pub(super) fn some_chunks(&self, tokens: usize, phases: &mut Phases) -> Result<Vec<Chunk>> {
+        let count = chunks_of(tokens, self.chunks.len());
+        let states = self.start.as_ref().unwrap_or(&self.states);
+        let mut buffer = BlockState::default();
+        let chosen = (0..count).map(|i| i * self.chunks.len() / count);
+        chosen
+            .map(|index| {
+                let input = states.get(index, &mut buffer, phases)?.hidden.clone();
+                Ok(Chunk { input, windows: self.chunks[index].clone() })
+            })
+            .collect()
     }
 
     /// Lets the tokens of the float model `source` go beside them.

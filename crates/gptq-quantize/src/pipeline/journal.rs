@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 
 use super::Job;
 use crate::error::{QuantizeError, Result};
-use crate::report::ModuleRecord;
+use crate::report::{ModuleRecord, TuningRecord};
 
 const NAME: &str = "journal.json";
 
@@ -29,11 +29,19 @@ pub(crate) struct Journal {
     pub(crate) blocks_done: usize,
     /// Their modules.
     pub(crate) records: Vec<ModuleRecord>,
+    /// How they were tuned.
+    #[serde(default)]
+    pub(crate) tuning: Vec<TuningRecord>,
 }
 
 impl Journal {
     pub(crate) fn new(job: &Job<'_>) -> Result<Self> {
-        Ok(Self { fingerprint: fingerprint(job)?, blocks_done: 0, records: Vec::new() })
+        Ok(Self {
+            fingerprint: fingerprint(job)?,
+            blocks_done: 0,
+            records: Vec::new(),
+            tuning: Vec::new(),
+        })
     }
 
     /// The journal in `directory`, if there is one and it belongs to this job.
@@ -58,9 +66,15 @@ impl Journal {
     }
 
     /// The journal with all blocks up to `layer` finished.
-    pub(crate) fn with_block(&self, layer: usize, records: &[ModuleRecord]) -> Self {
+    pub(crate) fn with_block(
+        &self,
+        layer: usize,
+        records: &[ModuleRecord],
+        tuning: &[TuningRecord],
+    ) -> Self {
         let fingerprint = self.fingerprint.clone();
-        Self { fingerprint, blocks_done: layer + 1, records: records.to_vec() }
+        let (records, tuning) = (records.to_vec(), tuning.to_vec());
+        Self { fingerprint, blocks_done: layer + 1, records, tuning }
     }
 
     pub(crate) fn write(&self, directory: &Path) -> Result<()> {
@@ -87,6 +101,7 @@ fn fingerprint(job: &Job<'_>) -> Result<Map<String, Value>> {
             set(&key, value);
         }
     }
+    set("tune_blocks", json!(options.tune_blocks));
     set("damp_auto", json!(options.damp_auto));
     set("damp_auto_increment", json!(options.damp_auto_increment));
     set("moe_fallback", json!(format!("{:?}", options.moe_fallback)));

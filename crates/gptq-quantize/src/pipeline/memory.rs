@@ -2,12 +2,13 @@
 
 use gptq_format::{Checkpoint, DType, ModuleSettings};
 use gptq_model::spec::{GateUp, Mlp, Qkv};
-use gptq_model::{ActivationType, BlockState, LinearSpec, Spec, block_parts, loaded_bytes};
+use gptq_model::{ActivationType, BlockState, LinearSpec, Spec, Trace, block_parts, loaded_bytes};
 
-use super::activations::windows_per_chunk;
+use super::activations::{chunks_of, windows_per_chunk};
 use super::fold::SEARCH_ROWS;
 use super::layout::{Layout, linear_shape};
 use super::linear::{ERROR_WEIGHTS, slab_rows};
+use super::tune::TOKENS;
 use super::{Job, Method};
 use crate::solver::Correction;
 
@@ -71,6 +72,13 @@ impl<'a> Memory<'a> {
         let state = |tokens, kind| streams * BlockState::saved_bytes(spec, tokens, kind) as u64;
         // Packed ones are whole one chunk at a time.
         let whole = if kind == ActivationType::F32 { 0 } else { chunk_tokens };
+        // The stream before a block that will run again.
+        let start = if job.options.tune_blocks > 0 {
+            let size = if kind == ActivationType::F32 { F32 } else { 2 };
+            (tokens * spec.hidden) as u64 * size
+        } else {
+            0
+        };
         Self {
             correction,
             job,
@@ -78,7 +86,7 @@ impl<'a> Memory<'a> {
             layout,
             tokens,
             chunk_tokens,
-            activations: state(tokens, kind) + state(whole, ActivationType::F32),
+            activations: state(tokens, kind) + state(whole, ActivationType::F32) + start,
             chunk: state(chunk_tokens, ActivationType::F32),
             slot: state(chunk_tokens, kind),
             temporaries: if tokens > 0 {
@@ -103,7 +111,8 @@ impl<'a> Memory<'a> {
 
     /// Bytes of the scratch file.
     pub(crate) fn scratch_bytes(&self) -> u64 {
-        self.tokens.div_ceil(self.chunk_tokens.max(1)) as u64 * self.slot
+        let files = if self.job.options.tune_blocks > 0 { 2 } else { 1 };
+        files * self.tokens.div_ceil(self.chunk_tokens.max(1)) as u64 * self.slot
     }
 
     fn moments(&self, spill: bool) -> Vec<Moment> {
@@ -133,6 +142,9 @@ impl<'a> Memory<'a> {
                 moment.push(("copy of a chunk", self.chunk));
             }
             moments.push(moment);
+            if self.job.options.tune_blocks > 0 {
+                moments.push(self.tuning(spill, layer, packed, floats));
+            }
             if self.job.options.folds() && self.tokens > 0 {
                 moments.push(self.folding(spill, layer, floats, &stages));
             }
@@ -165,6 +177,34 @@ impl<'a> Memory<'a> {
             turned + (SEARCH_ROWS.min(l.out_features) * l.in_features) as u64 * (4 * F32 + 1)
         };
         moment.push(("linear being scaled", linears.map(slab).max().unwrap_or(0)));
+        moment
+    }
+
+    /// A block is tuned: as it is saved and as floats, with the state of its gradients; the tokens it is tuned on, and one
+    /// chunk on its way forward and back.
+    fn tuning(&self, spill: bool, layer: usize, packed: u64, floats: u64) -> Moment {
+        let linears = || self.spec.stages(layer).into_iter().flat_map(|stage| stage.linears);
+        let size = |l: &LinearSpec| (l.in_features * l.out_features) as u64;
+        let (all, largest) =
+            (linears().map(|l| size(&l)).sum::<u64>(), linears().map(|l| size(&l)).max());
+        let scales = |l: LinearSpec| {
+            let settings = self.layout.settings(&l.module)?;
+            Some((linear_shape(settings, &l).groups() * l.out_features) as u64)
+        };
+        let scales: u64 = linears().filter_map(scales).sum();
+        // Floats, codes as 16-bit steps, four numbers for each scale; a linear being made anew, or the
+        // gradient of its weights. The float block is gone by then.
+        let block = (F32 + 2) * all + 4 * F32 * scales + 2 * F32 * largest.unwrap_or(0);
+        let chunk = self.chunk_tokens;
+        let chunks = chunks_of(TOKENS, self.tokens.div_ceil(chunk.max(1)));
+        let hidden = self.spec.hidden as u64 * F32;
+        let mut moment = self.with_activations(spill, vec![("block", packed)]);
+        moment.push(("block being tuned", block.max(floats)));
+        moment.push(("tokens that it is tuned on", 2 * (chunks * chunk) as u64 * hidden));
+        moment.push(("gradients of a chunk", Trace::bytes(self.spec, layer, chunk) as u64));
+        if spill {
+            moment.push(("temporaries of a chunk", self.temporaries));
+        }
         moment
     }
 

@@ -17,6 +17,7 @@ mod output;
 mod plan;
 mod scratch;
 mod stage;
+mod tune;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -33,7 +34,9 @@ pub use plan::{Plan, plan};
 use crate::calibration::CalibrationSet;
 use crate::error::{QuantizeError, Result};
 use crate::progress::Progress;
-use crate::report::{self, ModuleRecord, PhaseTime, PlanSummary, QuantReport, Totals};
+use crate::report::{
+    self, ModuleRecord, PhaseTime, PlanSummary, QuantReport, Totals, TuningRecord,
+};
 use crate::rss;
 use crate::solver::Correction;
 use activations::Activations;
@@ -51,12 +54,16 @@ impl Phases {
     pub(crate) fn time<T>(&mut self, phase: &str, work: impl FnOnce() -> T) -> T {
         let start = Instant::now();
         let result = work();
-        let seconds = start.elapsed().as_secs_f64();
+        self.add(phase, start.elapsed().as_secs_f64());
+        result
+    }
+
+    /// Books time on `phase`.
+    pub(crate) fn add(&mut self, phase: &str, seconds: f64) {
         match self.0.iter_mut().find(|p| p.phase == phase) {
             Some(p) => p.seconds += seconds,
             None => self.0.push(PhaseTime { phase: phase.to_owned(), seconds }),
         }
-        result
     }
 }
 
@@ -92,6 +99,7 @@ pub(crate) struct Run<'a> {
     pub(crate) phases: Phases,
     pub(crate) progress: &'a dyn Progress,
     pub(crate) records: Vec<ModuleRecord>,
+    pub(crate) tuning: Vec<TuningRecord>,
     /// What the block at work is multiplied with.
     pub(crate) folded: Folded,
 }
@@ -117,15 +125,17 @@ pub fn quantize_as_planned(
     let start = Instant::now();
     let spec = Arc::new(Spec::for_checkpoint(job.checkpoint)?);
     job.options.check()?;
+    check_tuning(job.options, &spec)?;
     let layout = Layout::new(job.checkpoint, &spec, job.options)?;
     let mut phases = Phases::default();
     progress.phase("write");
     let output = phases.time("write", || Output::open(job, &layout))?;
-    let records = output.records();
+    let (records, tuning) = (output.records(), output.tuning());
     let resumed = output.blocks_done() > 0;
     let folded = Folded::default();
     let layout = &layout;
-    let mut run = Run { job, spec: &spec, layout, output, phases, progress, records, folded };
+    let mut run =
+        Run { job, spec: &spec, layout, output, phases, progress, records, tuning, folded };
     if let Err(error) = run.units(plan.spill) {
         // Another try can succeed: what is finished is worth keeping.
         let done = run.output.blocks_done();
@@ -163,12 +173,25 @@ pub fn quantize_as_planned(
         },
         bits_per_weight: layout.bits_per_weight(),
         mixed_precision: job.options.mixed.clone(),
+        tuning: std::mem::take(&mut run.tuning),
         warnings: report::warnings(&modules),
         modules,
     };
     let total = layout.units(&spec);
     run.output.commit(job, &report).map_err(|error| kept(error, total, total))?;
     Ok(report)
+}
+
+/// Whether all blocks can be tuned, if they are to be.
+fn check_tuning(options: &QuantizeOptions, spec: &Spec) -> Result<()> {
+    let tuned = if options.tune_blocks > 0 { spec.layer_count() } else { 0 };
+    for layer in 0..tuned {
+        spec.check_gradients(layer).map_err(|error| QuantizeError::Option {
+            option: "tune_blocks",
+            reason: format!("{error}; leave it at 0 for this model"),
+        })?;
+    }
+    Ok(())
 }
 
 /// The error of a run whose finished blocks are kept.
@@ -211,6 +234,11 @@ impl Run<'_> {
                     let activations =
                         Activations::embed(&mut ctx, model, self.spec, set, kept, directory)?
                             .with_held_out(options.damp_auto);
+                    let activations = if options.tune_blocks > 0 && options.true_sequential {
+                        activations.with_start(directory)?
+                    } else {
+                        activations
+                    };
                     match options.correction {
                         Correction::None => Ok(activations),
                         _ => activations.with_native(&mut ctx, source, set, directory),
@@ -237,8 +265,8 @@ impl Run<'_> {
                 self.head(&mut ctx, activations.as_mut())?;
             }
             self.progress.phase("write");
-            let Self { output, records, phases, .. } = self;
-            phases.time("write", || output.block_done(layer, records))?;
+            let Self { output, records, tuning, phases, .. } = self;
+            phases.time("write", || output.block_done(layer, records, tuning))?;
             self.progress.block_done(layer);
             if self.progress.interrupted() && layer + 1 < total {
                 return Err(QuantizeError::Interrupted { done: layer + 1, total });
@@ -283,6 +311,7 @@ impl Run<'_> {
         layer: usize,
         mut activations: Option<&mut Activations<'_>>,
     ) -> Result<()> {
+        self.restore_norms(layer)?;
         self.fold(ctx, layer, activations.as_deref_mut())?;
         let checkpoint = self.output.checkpoint();
         let mut block = Block::load(checkpoint, self.spec, layer, LinearSource::Unset)?;
@@ -302,6 +331,7 @@ impl Run<'_> {
             });
         };
         if self.job.options.true_sequential {
+            activations.keep_start(ctx, &mut self.phases)?;
             activations.begin(ctx, &block, &mut self.phases)?;
             for &stage in &stages {
                 let fallback = self.job.options.moe_fallback;
@@ -310,6 +340,11 @@ impl Run<'_> {
                 // Behind the last stage of all only the head is solved, but what comes out is checked.
                 self.progress.phase("inputs");
                 activations.advance(ctx, &block, stage, &mut self.phases)?;
+            }
+            if self.job.options.tune_blocks > 0 {
+                self.tune(ctx, &mut block, activations)?;
+                self.progress.phase("inputs");
+                activations.run_again(ctx, &block, &mut self.phases)?;
             }
             return Ok(());
         }
@@ -329,6 +364,7 @@ impl Run<'_> {
         for (&stage, inputs) in stages.iter().zip(inputs) {
             self.solve_stage(&mut block, layer, stage, inputs)?;
         }
+        self.tune(ctx, &mut block, activations)?;
         self.progress.phase("inputs");
         activations.begin(ctx, &block, &mut self.phases)?;
         for &stage in &stages {

@@ -99,6 +99,9 @@ pub struct QuantizeOptions {
     pub signed_scales: bool,
     /// Rounds of closed-form scales and coordinate descent after the sweep; 0 for none.
     pub refine: usize,
+    /// Passes over some of the calibration tokens that scales and norms of each block are tuned for, by gradient
+    /// towards the float block's output, when its codes are found; 0 for none.
+    pub tune_blocks: usize,
     /// Stages of a block see the quantized stages before them.
     pub true_sequential: bool,
     /// What is done with an expert that too few tokens were routed to.
@@ -158,6 +161,7 @@ impl Default for QuantizeOptions {
             scale_search: ScaleSearch::Hessian,
             signed_scales: true,
             refine: 0,
+            tune_blocks: 0,
             true_sequential: true,
             moe_fallback: MoeFallback::default(),
             token_weights: TokenWeights::default(),
@@ -204,6 +208,12 @@ impl QuantizeOptions {
         }
         if self.refine > MOST_ROUNDS {
             return error("refine", "at most 100 rounds; three give most of the gain");
+        }
+        if self.tune_blocks > MOST_ROUNDS {
+            return error("tune_blocks", "at most 100 passes; three give most of the gain");
+        }
+        if self.tune_blocks > 0 && !self.method.needs_calibration() {
+            return error("tune_blocks", "needs calibration data, which rtn has none of");
         }
         if matches!(self.scale_search, ScaleSearch::Power(norm) if !(norm > 0.0 && norm <= 8.0)) {
             return error("mse", "the exponent must be above 0 and at most 8; 2.4 is usual");
@@ -301,6 +311,9 @@ impl QuantizeOptions {
             if used {
                 config.meta.insert(key.to_owned(), value);
             }
+        }
+        if self.tune_blocks > 0 {
+            config.meta.insert("tune_blocks".to_owned(), self.tune_blocks.into());
         }
         if self.damp_auto {
             config.meta.insert("damp_percent_auto".to_owned(), true.into());

@@ -16,7 +16,7 @@ use super::layout::{Copied, Layout};
 use super::scratch::Scratch;
 use crate::error::Result;
 use crate::model_card::{CardDetails, license_of_card, model_card};
-use crate::report::{ModuleRecord, QuantReport};
+use crate::report::{ModuleRecord, QuantReport, TuningRecord};
 
 /// Bytes that are converted at a time when a tensor is copied.
 const COPY_BYTES: usize = 1 << 20;
@@ -112,6 +112,11 @@ impl Output {
         self.journal.records.clone()
     }
 
+    /// How the finished blocks were tuned.
+    pub(crate) fn tuning(&self) -> Vec<TuningRecord> {
+        self.journal.tuning.clone()
+    }
+
     /// The model as it is saved so far.
     pub(crate) fn checkpoint(&self) -> &Checkpoint {
         &self.checkpoint
@@ -130,15 +135,26 @@ impl Output {
         Ok(())
     }
 
-    /// Writes a tensor that was copied anew.
+    /// Writes a tensor anew.
     pub(crate) fn replace(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         Ok(self.writer.replace(name, bytes)?)
     }
 
+    /// Copies a tensor of the model once more.
+    pub(crate) fn copy_again(&mut self, model: &Checkpoint, tensor: &Copied) -> Result<()> {
+        self.writer.restart(&tensor.name)?;
+        copy(model, tensor, &mut self.writer)
+    }
+
     /// Makes a finished block durable: its tensors first, then the journal that counts it.
-    pub(crate) fn block_done(&mut self, layer: usize, records: &[ModuleRecord]) -> Result<()> {
+    pub(crate) fn block_done(
+        &mut self,
+        layer: usize,
+        records: &[ModuleRecord],
+        tuning: &[TuningRecord],
+    ) -> Result<()> {
         self.writer.sync()?;
-        let journal = self.journal.with_block(layer, records);
+        let journal = self.journal.with_block(layer, records, tuning);
         journal.write(self.directory.path())?;
         self.journal = journal;
         Ok(())

@@ -7,9 +7,10 @@ use gptq_compute::arch::{Isa, isa};
 use gptq_format::QuantizeConfig;
 use gptq_model::{LinearSpec, LoadedBytes, Spec, block_parts, loaded_bytes};
 
-use super::Job;
+use super::activations::{CHUNK_TOKENS, chunks_of, windows_per_chunk};
 use super::layout::Layout;
 use super::memory::{Memory, total};
+use super::{Job, check_tuning, tune};
 use crate::calibration::{CalibrationOptions, CalibrationReport, SELF};
 use crate::error::{QuantizeError, Result};
 use crate::report::PlanSummary;
@@ -20,6 +21,9 @@ use crate::solver::Correction;
 /// What writing a text token by token reaches of the f32 rate, from floats and from the codes of GGUF's blocks.
 const WRITING: f64 = 0.35;
 const WRITING_FROM_CODES: f64 = 0.9;
+
+/// What tuning reaches of it.
+const TUNING: f64 = 0.8;
 
 /// The needs of a run, in total and by what they are for.
 #[derive(Debug, Clone)]
@@ -49,6 +53,7 @@ pub struct Plan {
 pub fn plan(job: &Job<'_>) -> Result<Plan> {
     job.options.check()?;
     let spec = Arc::new(Spec::for_checkpoint(job.checkpoint)?);
+    check_tuning(job.options, &spec)?;
     let layout = Layout::new(job.checkpoint, &spec, job.options)?;
     summarize(job, &spec, &layout)
 }
@@ -212,12 +217,21 @@ impl Time {
         let weight = first.map(|linear| format!("{}.weight", linear.module));
         let codes = weight.and_then(|weight| block_parts(job.checkpoint, &weight)).is_some();
         let writing = if codes { WRITING_FROM_CODES } else { WRITING };
-        let tokens = tokens as f64;
-        let operations = (forward + sums) * tokens;
+        let mut operations = (forward + sums) * tokens as f64;
+        // Blocks that were tuned run again; a step is a pass and the gradients of inputs and of weights, in f32.
+        let mut tuning = 0.0;
+        if job.options.tune_blocks > 0 {
+            let chunks = tokens.div_ceil(windows_per_chunk(seqlen) * seqlen.max(1));
+            let steps = chunks_of(tune::TOKENS, chunks) * (4 * job.options.tune_blocks + 3);
+            tuning = forward * (steps * CHUNK_TOKENS) as f64;
+            operations += forward * tokens as f64;
+        }
         Self {
-            seconds: solving + operations / (efficiency(job.options.activations) * rate),
+            seconds: solving
+                + operations / (efficiency(job.options.activations) * rate)
+                + tuning / (TUNING * rate),
             per_written: (forward + logits) / (writing * rate),
-            operations,
+            operations: operations + tuning,
             rate,
         }
     }

@@ -37,6 +37,11 @@ impl Scratch {
         Ok(Self { file, path, slot: slot as u64, kind })
     }
 
+    /// Another file like this one.
+    pub(crate) fn another(&self, directory: &Path) -> Result<Self> {
+        Self::create(directory, self.slot as usize, self.kind)
+    }
+
     /// Deletes what a process left that was killed before the file had lost its name.
     pub(crate) fn remove_left_over(directory: &Path) -> Result<()> {
         let path = directory.join(NAME);

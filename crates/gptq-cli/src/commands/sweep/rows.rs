@@ -305,7 +305,7 @@ fn line(command: &clap::Command, settings: &[(String, String)]) -> anyhow::Resul
 pub(super) const MIX: &str = "+";
 
 /// Options without a meaning for `--method rtn`.
-const OF_DATA: [&str; 15] = [
+const OF_DATA: [&str; 16] = [
     "order",
     "desc-act",
     "act-group-aware",
@@ -315,6 +315,7 @@ const OF_DATA: [&str; 15] = [
     "no-true-sequential",
     "moe-fallback",
     "refine",
+    "tune-blocks",
     "calibration",
     "nsamples",
     "seqlen",

@@ -1,0 +1,291 @@
+//! What of a block is tuned: every scale and norm weight times a factor near 1, which Adam (Kingma & Ba 2015) moves.
+
+use std::collections::HashMap;
+
+use gptq_compute::{DenseMatrix, Linear, Matrix, NormGradient, Tensor, weight_gradient};
+use gptq_format::{Bits, DType, GptqLinear};
+use gptq_model::{Block, Ctx, Gradients, NormPlace, Stage};
+use half::{bf16, f16};
+
+use crate::error::Result;
+
+/// Length of the first steps of a scale, times 2^bits: the most that its factor changes in one. The errors that it makes up
+/// for are as small as the grid is fine.
+const RATE: f32 = 0.04;
+/// Adam's decay of the mean of gradients and of the mean of their squares. Shorter than usual: there are some dozens of steps.
+const DECAY: [f32; 2] = [0.9, 0.95];
+
+/// Factors near 1, as their distance from it, on their way along a gradient.
+pub(super) struct Factors {
+    moved: Vec<f32>,
+    gradient: Vec<f32>,
+    /// Means of the gradients and of their squares.
+    means: [Vec<f32>; 2],
+}
+
+impl Factors {
+    pub(super) fn new(count: usize) -> Self {
+        let zeros = || vec![0.0; count];
+        Self { moved: zeros(), gradient: zeros(), means: [zeros(), zeros()] }
+    }
+
+    /// Step number `step`, from 0, of Adam.
+    fn step(&mut self, step: usize, rate: f32) {
+        let [first, second] = DECAY.map(|decay| 1.0 - decay.powi(step as i32 + 1));
+        let [means, squares] = &mut self.means;
+        for (i, gradient) in self.gradient.iter_mut().enumerate() {
+            means[i] += (1.0 - DECAY[0]) * (*gradient - means[i]);
+            squares[i] += (1.0 - DECAY[1]) * (*gradient * *gradient - squares[i]);
+            let spread = (squares[i] / second).sqrt();
+            if spread > 0.0 {
+                self.moved[i] -= rate * (means[i] / first) / spread;
+            }
+            *gradient = 0.0;
+        }
+    }
+
+    fn factor(&self, index: usize) -> f32 {
+        1.0 + self.moved[index]
+    }
+}
+
+/// A linear whose scales are tuned.
+pub(super) struct TunedLinear {
+    pub(super) stage: Stage,
+    pub(super) index: usize,
+    pub(super) module: String,
+    pub(super) packed: GptqLinear,
+    /// Codes less their zero points `[out, in]`.
+    steps: Vec<i16>,
+    /// Of the scales `[groups, out]`.
+    factors: Factors,
+    bias: Option<Vec<f32>>,
+}
+
+impl TunedLinear {
+    pub(super) fn new(
+        stage: Stage,
+        index: usize,
+        module: String,
+        packed: GptqLinear,
+    ) -> Result<Self> {
+        let (inputs, outputs) = (packed.in_features, packed.out_features);
+        let codes = packed.codes()?;
+        let mut steps = vec![0i16; inputs * outputs];
+        for (k, codes) in codes.chunks_exact(outputs).enumerate() {
+            let group = packed.g_idx[k] as usize * outputs;
+            for (n, &code) in codes.iter().enumerate() {
+                steps[n * inputs + k] = i16::from(code) - i16::from(packed.zeros[group + n]);
+            }
+        }
+        let factors = Factors::new(packed.scales.len());
+        // As it was saved.
+        let bias = packed.bias.as_ref();
+        let bias = bias.map(|b| b.iter().map(|&x| f16::from_f32(x).to_f32()).collect());
+        Ok(Self { stage, index, module, packed, steps, factors, bias })
+    }
+
+    /// The scales as they would be saved.
+    pub(super) fn scales(&self) -> Vec<f16> {
+        let scales = self.packed.scales.iter().enumerate();
+        scales
+            .map(|(i, scale)| {
+                let scale = scale.to_f32() * self.factors.factor(i);
+                f16::from_f32(scale.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()))
+            })
+            .collect()
+    }
+
+    /// The linear with these scales, as floats.
+    fn linear(&self) -> Linear {
+        let GptqLinear { in_features: inputs, out_features: outputs, g_idx, .. } = &self.packed;
+        let scales: Vec<f32> = self.scales().into_iter().map(f16::to_f32).collect();
+        let mut weights = Vec::with_capacity(self.steps.len());
+        for (n, steps) in self.steps.chunks_exact(*inputs).enumerate() {
+            let scaled = steps.iter().zip(g_idx);
+            weights.extend(
+                scaled.map(|(&step, &g)| f32::from(step) * scales[g as usize * outputs + n]),
+            );
+        }
+        let weight = Matrix::Dense(DenseMatrix::from_f32(*outputs, *inputs, weights));
+        Linear { weight, bias: self.bias.clone() }
+    }
+
+    /// Adds the gradient of the factors: a weight is step · scale · factor.
+    fn add_gradient(&mut self, of_weights: &Tensor) {
+        let GptqLinear { in_features: inputs, out_features: outputs, g_idx, scales, .. } =
+            &self.packed;
+        let mut sums = vec![0.0f32; self.packed.groups];
+        for (n, steps) in self.steps.chunks_exact(*inputs).enumerate() {
+            sums.fill(0.0);
+            for ((&step, &g), dw) in steps.iter().zip(g_idx).zip(of_weights.row(n)) {
+                sums[g as usize] += f32::from(step) * dw;
+            }
+            for (g, sum) in sums.iter().enumerate() {
+                let at = g * outputs + n;
+                self.factors.gradient[at] += scales[at].to_f32() * sum;
+            }
+        }
+    }
+}
+
+/// A norm whose weight is tuned.
+pub(super) struct TunedNorm {
+    pub(super) place: NormPlace,
+    /// Name of the weight's tensor, and its type.
+    pub(super) tensor: String,
+    pub(super) dtype: DType,
+    /// As it is stored, and what is added to it in use.
+    pub(super) weight: Vec<f32>,
+    pub(super) plus: f32,
+    pub(super) factors: Factors,
+}
+
+impl TunedNorm {
+    fn weight(&self) -> Vec<f32> {
+        let weights = self.weight.iter().enumerate();
+        weights.map(|(i, w)| (w + self.plus) * self.factors.factor(i) - self.plus).collect()
+    }
+
+    /// The weight as it is saved, and its bytes.
+    pub(super) fn stored(&self) -> (Vec<f32>, Vec<u8>) {
+        let weight = self.weight();
+        if self.dtype == DType::BF16 {
+            let stored: Vec<bf16> = weight.into_iter().map(bf16::from_f32).collect();
+            let bytes = stored.iter().flat_map(|x| x.to_le_bytes()).collect();
+            return (stored.into_iter().map(bf16::to_f32).collect(), bytes);
+        }
+        let stored: Vec<f16> = weight.into_iter().map(f16::from_f32).collect();
+        let bytes = stored.iter().flat_map(|x| x.to_le_bytes()).collect();
+        (stored.into_iter().map(f16::to_f32).collect(), bytes)
+    }
+
+    fn add_gradient(&mut self, of_weight: &[f32]) {
+        for (i, dw) in of_weight.iter().enumerate() {
+            self.factors.gradient[i] += (self.weight[i] + self.plus) * dw;
+        }
+    }
+}
+
+/// Everything of a block that is tuned.
+pub(super) struct Tuned {
+    pub(super) linears: Vec<TunedLinear>,
+    pub(super) norms: Vec<TunedNorm>,
+    /// Place of each linear in the list.
+    pub(super) places: HashMap<(Stage, usize), usize>,
+}
+
+impl Gradients for Tuned {
+    fn linear(&mut self, ctx: &Ctx, stage: Stage, index: usize, x: &Tensor, dy: &Tensor) {
+        if let Some(&place) = self.places.get(&(stage, index)) {
+            let mut of_weights = Tensor::default();
+            weight_gradient(&ctx.pool, dy, x, &mut of_weights);
+            self.linears[place].add_gradient(&of_weights);
+        }
+    }
+
+    fn norm(&mut self, place: NormPlace, gradient: NormGradient) {
+        if let Some(norm) = self.norms.iter_mut().find(|norm| norm.place == place) {
+            norm.add_gradient(&gradient.weight);
+        }
+    }
+}
+
+impl Tuned {
+    /// Puts linears and norms as they are now into the block.
+    pub(super) fn set(&self, block: &mut Block) -> Result<()> {
+        for tuned in &self.linears {
+            block.set_linear(tuned.stage, tuned.index, tuned.linear())?;
+        }
+        for tuned in &self.norms {
+            set_norm(block, tuned.place, tuned.weight());
+        }
+        Ok(())
+    }
+
+    /// Step number `step` of `steps`; norms go with the coarsest of the linears.
+    pub(super) fn step(&mut self, step: usize, steps: usize) {
+        let coarsest = self.linears.iter().map(|tuned| tuned.packed.bits).min();
+        for tuned in &mut self.linears {
+            tuned.factors.step(step, rate(tuned.packed.bits, step, steps));
+        }
+        for tuned in &mut self.norms {
+            tuned.factors.step(step, rate(coarsest.unwrap_or(Bits::B8), step, steps));
+        }
+    }
+}
+
+/// Replaces the weight of the norm at `place`.
+pub(super) fn set_norm(block: &mut Block, place: NormPlace, weight: Vec<f32>) {
+    if let Some(norm) = block.norm_mut(place) {
+        norm.weight = Some(weight);
+    }
+}
+
+/// The length of step `step` of `steps` at so many bits: half a cosine, down to nothing.
+fn rate(bits: Bits, step: usize, steps: usize) -> f32 {
+    let done = step as f32 / steps.max(1) as f32;
+    let first = RATE / (1u32 << bits.as_u32()) as f32;
+    first * 0.5 * (1.0 + (std::f32::consts::PI * done).cos())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adam_finds_the_bottom_of_a_bowl() {
+        // f(x) = a (x - b)², of very different steepness.
+        let bowls = [(1.0f32, 0.05f32), (1e4, -0.03), (1e-4, 0.0)];
+        let mut factors = Factors::new(bowls.len());
+        let steps = 60;
+        for step in 0..steps {
+            for (i, (a, b)) in bowls.iter().enumerate() {
+                factors.gradient[i] = 2.0 * a * (factors.moved[i] - b);
+            }
+            factors.step(step, rate(Bits::B2, step, steps));
+        }
+        for (i, (_, b)) in bowls.iter().enumerate() {
+            assert!((factors.moved[i] - b).abs() < 2e-3, "{:?}", factors.moved);
+        }
+        assert_eq!(factors.gradient, [0.0; 3]);
+    }
+
+    #[test]
+    fn gradients_of_scales_match_differences_in_f64() {
+        // 16 inputs in two groups out of order, 8 outputs.
+        let (inputs, outputs) = (16, 8);
+        let codes: Vec<u8> = (0..inputs * outputs).map(|i| (i * 7 % 16) as u8).collect();
+        let value = |i: usize| (i * 37 % 19) as f32 / 7.0 - 1.2;
+        let scales: Vec<f16> = (0..2 * outputs).map(|i| f16::from_f32(value(i))).collect();
+        let zeros: Vec<u8> = (0..2 * outputs).map(|i| (i % 15 + 1) as u8).collect();
+        let g_idx: Vec<u32> = (0..inputs).map(|k| (k / 3 % 2) as u32).collect();
+        let shape = [inputs, outputs];
+        let packed =
+            GptqLinear::from_codes(Bits::B4, shape, &codes, scales, zeros, g_idx, None).unwrap();
+        let mut tuned = TunedLinear::new(Stage::Qkv, 0, String::new(), packed.clone()).unwrap();
+        let Matrix::Dense(weight) = tuned.linear().weight else { panic!("codes") };
+        assert_eq!(weight.to_f32(), packed.dequantize());
+        let dw: Vec<f32> = (0..inputs * outputs).map(|i| value(i + 5)).collect();
+        tuned.add_gradient(&Tensor::from_vec(outputs, inputs, dw.clone()));
+        // The sum of dw · W, whose gradient by W is dw.
+        let loss = |factors: &[f64]| -> f64 {
+            let term = |i: usize| {
+                let (n, k) = (i / inputs, i % inputs);
+                let at = packed.g_idx[k] as usize * outputs + n;
+                let step = f64::from(codes[k * outputs + n]) - f64::from(packed.zeros[at]);
+                step * f64::from(packed.scales[at].to_f32()) * factors[at] * f64::from(dw[i])
+            };
+            (0..inputs * outputs).map(term).sum()
+        };
+        for at in 0..2 * outputs {
+            let mut factors = vec![1.0f64; 2 * outputs];
+            factors[at] += 1e-4;
+            let above = loss(&factors);
+            factors[at] -= 2e-4;
+            let slope = (above - loss(&factors)) / 2e-4;
+            let got = f64::from(tuned.factors.gradient[at]);
+            assert!((got - slope).abs() < 1e-5 * (1.0 + slope.abs()), "{got} {slope}");
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! Block-wise tuning through the pipeline: what it may change, that it helps, and that the bytes depend on nothing
+//! but the settings.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use gptq_compute::{Pool, Tensor};
+use gptq_format::{Bits, Checkpoint};
+use gptq_model::{
+    Block, BlockState, Ctx, Embedder, EncodeInput, LinearSource, Model, Session, Spec,
+};
+use gptq_quantize::pipeline::Job;
+use gptq_quantize::{
+    CalibrationOptions, CalibrationReport, CalibrationSet, Correction, Method, Progress,
+    QuantReport, QuantizeOptions, quantize,
+};
+use gptq_testkit::{Rng, TinyLlama, fixtures, safetensors_file};
+
+const WINDOWS: usize = 8;
+const LENGTH: usize = 48;
+
+fn calibration(spec: &Spec) -> CalibrationSet {
+    let Spec { vocab, max_positions: positions, .. } = *spec;
+    let mut rng = Rng::new(4);
+    let length = LENGTH.min(positions);
+    let windows: Vec<Vec<u32>> = (0..WINDOWS).map(|_| rng.tokens(length, vocab)).collect();
+    let options = CalibrationOptions { nsamples: WINDOWS, seqlen: length, seed: 0 };
+    let report = CalibrationReport::new(Vec::new(), &windows, &options, vocab);
+    CalibrationSet::from_windows(windows, report)
+}
+
+/// Stops after the first block, once.
+struct Stop(AtomicBool);
+
+impl Progress for Stop {
+    fn interrupted(&self) -> bool {
+        self.0.swap(false, Ordering::Relaxed)
+    }
+}
+
+fn with_job<T>(
+    source: &Path,
+    output: &Path,
+    options: &QuantizeOptions,
+    threads: usize,
+    work: impl FnOnce(&Job<'_>) -> T,
+) -> T {
+    let checkpoint = Checkpoint::open(source).unwrap();
+    let spec = Spec::for_checkpoint(&checkpoint).unwrap();
+    work(&Job {
+        checkpoint: &checkpoint,
+        tokenizer: None,
+        model: "fixture",
+        calibration: Some(&calibration(&spec)),
+        options,
+        output,
+        plots: None,
+        pool: &Arc::new(Pool::new(threads)),
+    })
+}
+
+fn run(source: &Path, output: &Path, options: &QuantizeOptions) -> QuantReport {
+    with_job(source, output, options, 2, |job| quantize(job, &())).unwrap()
+}
+
+fn options(bits: Bits) -> QuantizeOptions {
+    QuantizeOptions {
+        bits,
+        group_size: 16,
+        tune_blocks: 12,
+        overwrite: true,
+        ..QuantizeOptions::default()
+    }
+}
+
+fn hidden(directory: &Path) -> Tensor {
+    let model = Model::load(&Checkpoint::open(directory).unwrap()).unwrap();
+    let mut session = Session::new(Arc::new(Pool::new(2)));
+    let vocab = model.spec().vocab as u32;
+    let ids: Vec<u32> = (0..12).map(|i| (i * 7 + 3) % vocab).collect();
+    let input = EncodeInput { ids: &ids, ..EncodeInput::default() };
+    model.encode(&mut session, &[input]).unwrap().hidden.clone()
+}
+
+/// Mean over the calibration tokens of the relative squared error of the first block's output, in f64.
+fn error_of_first_block(source: &Path, output: &Path) -> f64 {
+    let ctx = &mut Ctx::new(Arc::new(Pool::new(2)));
+    let mut output_of = |directory: &Path| -> Vec<Tensor> {
+        let checkpoint = Checkpoint::open(directory).unwrap();
+        let spec = Arc::new(Spec::for_checkpoint(&checkpoint).unwrap());
+        let embedder = Embedder::load(&checkpoint, &spec, LinearSource::Copied).unwrap();
+        let block = Block::load(&checkpoint, &spec, 0, LinearSource::Copied).unwrap();
+        let run = |ids: &Vec<u32>| {
+            let mut state = BlockState::default();
+            let positions: Vec<u32> = (0..ids.len() as u32).collect();
+            embedder.forward(ctx, ids, &positions, &mut state.hidden).unwrap();
+            // Both blocks read what the checkpoint holds, whose floats are f16.
+            block.trace(ctx, &mut state, std::slice::from_ref(&(0..ids.len()))).unwrap();
+            state.hidden
+        };
+        calibration(&spec).windows.iter().map(run).collect()
+    };
+    let (float, quantized) = (output_of(source), output_of(output));
+    let (mut sum, mut tokens) = (0.0, 0);
+    for (float, quantized) in float.iter().zip(&quantized) {
+        for row in 0..float.rows() {
+            let squares = float.row(row).iter().zip(quantized.row(row)).map(|(x, y)| {
+                (f64::from(*x) * f64::from(*x), (f64::from(*x) - f64::from(*y)).powi(2))
+            });
+            let (square, error) = squares.fold((0.0, 0.0), |(a, b), (x, y)| (a + x, b + y));
+            sum += error / square;
+            tokens += 1;
+        }
+    }
+    sum / f64::from(tokens)
+}
+
+fn bytes(directory: &Path, tensor: &str) -> Vec<u8> {
+    let file = std::fs::read(directory.join("model.safetensors")).unwrap();
+    file[safetensors_file::range(&file, tensor)].to_vec()
+}
+
+#[test]
+fn scales_and_norms_move_and_nothing_else_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, output) = (folder.path().join("model"), folder.path().join("out"));
+    let plain = folder.path().join("plain");
+    TinyLlama::default().write(&source, 3);
+    for true_sequential in [true, false] {
+        let tuned = QuantizeOptions { true_sequential, ..options(Bits::B4) };
+        let report = run(&source, &output, &tuned);
+        let without = QuantizeOptions { tune_blocks: 0, ..tuned };
+        let report_without = run(&source, &plain, &without);
+        assert!(report_without.tuning.is_empty());
+        assert_eq!(report.tuning.iter().map(|t| t.layer).collect::<Vec<_>>(), [0, 1]);
+        for tuning in &report.tuning {
+            // Sixteen weights share a scale: some tenths of the error can go.
+            let part = tuning.error_after / tuning.error_before;
+            assert!(tuning.kept && part < 0.9, "{tuning:?}");
+        }
+        assert_eq!(report.quantize_config["meta"]["tune_blocks"], 12);
+        assert_eq!(report.bits_per_weight, report_without.bits_per_weight);
+        // The first block read the same inputs.
+        let module = "model.layers.0.mlp.down_proj";
+        for part in ["qweight", "qzeros", "g_idx"] {
+            let name = format!("{module}.{part}");
+            let same = bytes(&output, &name) == bytes(&plain, &name);
+            // Later stages saw the same codes before them, too: tuning comes last.
+            assert!(same, "{name}");
+        }
+        for name in [
+            format!("{module}.scales"),
+            "model.layers.0.input_layernorm.weight".to_owned(),
+            "model.layers.1.post_attention_layernorm.weight".to_owned(),
+        ] {
+            assert!(bytes(&output, &name) != bytes(&plain, &name), "{name}");
+        }
+        for name in ["model.norm.weight", "model.embed_tokens.weight"] {
+            assert!(bytes(&output, name) == bytes(&plain, name), "{name}");
+        }
+        // What is told is what the saved block computes.
+        let first = report.tuning[0];
+        for (directory, told) in [(&plain, first.error_before), (&output, first.error_after)] {
+            let error = error_of_first_block(&source, directory);
+            assert!((error / told - 1.0).abs() < 1e-4, "{error} {told}");
+        }
+    }
+}
+
+#[test]
+fn bytes_depend_on_nothing_but_the_settings() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, output) = (folder.path().join("model"), folder.path().join("out"));
+    TinyLlama::default().write(&source, 3);
+    for (awq_scales, correction) in
+        [(false, Correction::None), (true, Correction::None), (false, Correction::Qronos)]
+    {
+        let base = QuantizeOptions { awq_scales, correction, tune_blocks: 2, ..options(Bits::B3) };
+        let all = || std::fs::read(output.join("model.safetensors")).unwrap();
+        let once = |options: &QuantizeOptions, threads, progress: &dyn Progress| {
+            with_job(&source, &output, options, threads, |job| quantize(job, progress))
+        };
+        let report = once(&base, 1, &()).unwrap();
+        let want = all();
+        once(&base, 3, &()).unwrap();
+        assert!(all() == want, "threads");
+        // Stopped behind the first block, with scales and a norm of the second already changed.
+        std::fs::remove_dir_all(&output).unwrap();
+        let resume = QuantizeOptions { resume: true, overwrite: false, ..base };
+        let stop = Stop(AtomicBool::new(true));
+        let error = once(&resume, 2, &stop).unwrap_err().to_string();
+        assert!(error.contains("stopped after 1 of 2"), "{error}");
+        let unfinished: Vec<_> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().path().join("model.safetensors"))
+            .filter(|path| path.is_file() && !path.starts_with(&source))
+            .collect();
+        let [unfinished] = unfinished.as_slice() else { panic!("{unfinished:?}") };
+        let mut half = std::fs::read(unfinished).unwrap();
+        for name in
+            ["model.layers.1.post_attention_layernorm.weight", "model.layers.1.mlp.up_proj.scales"]
+        {
+            let range = safetensors_file::range(&half, name);
+            half[range].fill(0x11);
+        }
+        std::fs::write(unfinished, half).unwrap();
+        let resumed = once(&resume, 1, &()).unwrap();
+        assert!(all() == want, "resumed");
+        let errors = |report: &QuantReport| -> Vec<(f64, f64)> {
+            report.tuning.iter().map(|t| (t.error_before, t.error_after)).collect()
+        };
+        assert_eq!(errors(&resumed), errors(&report));
+    }
+}
+
+#[test]
+fn every_family_with_gradients_is_tuned() {
+    let mut tuned = 0;
+    for (name, source) in fixtures::all() {
+        let Ok(checkpoint) = Checkpoint::open(&source) else { continue };
+        let Ok(spec) = Spec::for_checkpoint(&checkpoint) else { continue };
+        if checkpoint.quantize_config.is_some() || name.starts_with("lora") {
+            continue;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("out");
+        let options = QuantizeOptions { tune_blocks: 4, ..options(Bits::B4) };
+        let result = with_job(&source, &output, &options, 2, |job| quantize(job, &()));
+        if (0..spec.layer_count()).any(|layer| spec.check_gradients(layer).is_err()) {
+            let error = result.unwrap_err().to_string();
+            assert!(error.starts_with("tune_blocks: block "), "{name}: {error}");
+            assert!(error.contains("no gradients of"), "{name}: {error}");
+            assert!(!output.exists());
+            continue;
+        }
+        let report = result.unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(report.tuning.len(), spec.layer_count(), "{name}");
+        let kept = report.tuning.iter().filter(|tuning| tuning.kept).count();
+        assert_eq!(kept, spec.layer_count(), "{name}: {:?}", report.tuning);
+        assert!(hidden(&output).as_slice().iter().all(|x| x.is_finite()), "{name}");
+        tuned += 1;
+    }
+    // A clone without the shared data has a part of them.
+    assert!(tuned >= 15 || fixtures::all().is_empty(), "{tuned} families");
+}
+
+#[test]
+fn rounding_without_data_cannot_be_tuned() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, output) = (folder.path().join("model"), folder.path().join("out"));
+    TinyLlama::default().write(&source, 3);
+    let rtn = QuantizeOptions { method: Method::Rtn, ..options(Bits::B4) };
+    let error = with_job(&source, &output, &rtn, 2, |job| quantize(job, &())).unwrap_err();
+    assert!(error.to_string().starts_with("tune_blocks: needs calibration data"), "{error}");
+    let many = QuantizeOptions { tune_blocks: 101, ..options(Bits::B4) };
+    let error = with_job(&source, &output, &many, 2, |job| quantize(job, &())).unwrap_err();
+    assert!(error.to_string().starts_with("tune_blocks: at most 100"), "{error}");
+}
