@@ -183,10 +183,11 @@ pub fn gather_cols(pool: &Pool, src: &Tensor, chunks: &[(usize, usize)], out: &m
 /// length)` of the row of `out`, whose other columns stay.
 ///
 /// # Panics
-/// If the rows differ or a range is outside `out`.
+/// If the rows differ, `src` is not as wide as the ranges together, or a range is outside `out`.
 #[track_caller]
 pub fn scatter_cols(src: &Tensor, chunks: &[(usize, usize)], out: &mut Tensor) {
     assert_eq!(src.rows(), out.rows(), "rows");
+    assert_eq!(src.cols(), chunks.iter().map(|c| c.1).sum::<usize>(), "columns");
     for row in 0..src.rows() {
         let mut rest = src.row(row);
         for &(first, len) in chunks {

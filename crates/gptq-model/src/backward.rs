@@ -8,77 +8,17 @@
 use std::ops::Range;
 
 use gptq_compute::{
-    Activation, AttnTrace, LayerKv, Matrix, Norm, NormGradient, Tensor, activate_backward,
-    activate_gated, add_scaled, attention_backward, gather_cols, input_gradient, linear, norm,
-    norm_backward, norm_heads_backward, rope_backward, scale, scatter_cols,
+    Activation, AttnTrace, LayerKv, Matrix, Tensor, activate_backward, activate_gated, add_scaled,
+    attention_backward, gather_cols, input_gradient, linear, norm, norm_backward,
+    norm_heads_backward, rope_backward, scale, scatter_cols,
 };
 
 use crate::block::{Block, Norms, copy};
-use crate::spec::{GateUp, Mlp, Spec};
-use crate::stages::{Part, Stage, StageSpec};
+use crate::gradients::{Gradients, NormPlace, Trace};
+use crate::spec::{GateUp, Mlp};
+use crate::stages::{Part, Stage};
 use crate::state::{BlockState, Ctx, SeqSpan};
 use crate::{ModelError, Result};
-
-/// One of the norms around the sublayers of a block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum NormPlace {
-    /// Before the attention.
-    AttentionBefore,
-    /// Of the attention's output.
-    AttentionAfter,
-    /// Of the stream behind the attention.
-    AttentionStream,
-    /// Before the MLP.
-    MlpBefore,
-    /// Of the MLP's output.
-    MlpAfter,
-    /// Of the stream behind the MLP.
-    MlpStream,
-}
-
-impl NormPlace {
-    /// All of them.
-    pub const ALL: [Self; 6] = [
-        Self::AttentionBefore,
-        Self::AttentionAfter,
-        Self::AttentionStream,
-        Self::MlpBefore,
-        Self::MlpAfter,
-        Self::MlpStream,
-    ];
-}
-
-/// What is done with the gradients of a block's parameters.
-pub trait Gradients {
-    /// Linear number `index` of `stage` read `x` `[rows, in]`, and `dy` `[rows, out]` is the gradient of its output:
-    /// dyᵀx is that of its weight ([`gptq_compute::weight_gradient`]), the sum of the rows of `dy` that of its bias.
-    fn linear(&mut self, ctx: &Ctx, stage: Stage, index: usize, x: &Tensor, dy: &Tensor);
-
-    /// The gradient of a norm's parameters.
-    fn norm(&mut self, place: NormPlace, gradient: NormGradient);
-}
-
-/// The states of a block's forward pass: before each stage, in their order.
-pub struct Trace {
-    /// The stream that the block read.
-    input: Tensor,
-    stages: Vec<BlockState>,
-}
-
-impl Trace {
-    /// Bytes of the trace of block `layer` over `rows` rows, with the gradients that exist beside it.
-    pub fn bytes(spec: &Spec, layer: usize, rows: usize) -> usize {
-        let Spec { hidden, attention, .. } = spec;
-        let kept = if spec.residual.parallel { 3 * hidden } else { *hidden };
-        let inputs = |stage: &StageSpec| stage.linears.first().map_or(0, |l| l.in_features);
-        let stages = spec.stages(layer);
-        let trace: usize = stages.iter().map(|stage| kept + inputs(stage)).sum();
-        // Of gate and up and their product; of queries, keys and values, as they are and for each query head.
-        let attended = attention.q_width() + 2 * attention.kv_width();
-        let gradients = (5 * spec.mlp.width()).max(3 * attended + 3 * attention.q_width());
-        rows * (trace + gradients + 4 * hidden) * size_of::<f32>()
-    }
-}
 
 /// Gradients of the tensors of a [`BlockState`].
 #[derive(Default)]
@@ -95,75 +35,22 @@ fn from_start<'a>(windows: &[Range<usize>], caches: &'a mut [LayerKv]) -> Vec<Se
     spans.map(|(rows, kv)| SeqSpan { rows: rows.clone(), kv }).collect()
 }
 
-impl Spec {
-    /// Whether [`Block::backward`] knows all parts of block `layer`.
-    ///
-    /// # Errors
-    /// [`ModelError::NoGradient`] naming the part it does not know.
-    pub fn check_gradients(&self, layer: usize) -> Result<()> {
-        let parts = [
-            (self.moe(layer).is_some(), "a mixture of experts"),
-            (self.attention.relative.is_some(), "scores of distances"),
-            (self.residual.convolution.is_some() && layer == 0, "a convolution"),
-        ];
-        match parts.into_iter().find(|(has, _)| *has) {
-            Some((_, part)) => Err(ModelError::NoGradient { layer, part }),
-            None => Ok(()),
-        }
-    }
-
-    /// Full name of the norm at `place` of block `layer`, if its family has one there; its tensors are named after it.
-    pub fn norm_name(&self, layer: usize, place: NormPlace) -> Option<String> {
-        let residual = &self.residual;
-        let name = match place {
-            NormPlace::AttentionBefore => residual.attention.before,
-            NormPlace::AttentionAfter => residual.attention.after,
-            NormPlace::AttentionStream => residual.attention.stream,
-            NormPlace::MlpBefore => residual.mlp.before,
-            NormPlace::MlpAfter => residual.mlp.after,
-            NormPlace::MlpStream => residual.mlp.stream,
-        };
-        Some(format!("{}.{}", self.block_name(layer), name?))
-    }
-}
-
 impl Block {
-    /// Whether [`Block::backward`] knows all parts of this block.
+    /// Runs the block over whole sequences, whose rows `windows` cover those of `state` in order.
     ///
     /// # Errors
-    /// [`ModelError::NoGradient`] naming the part it does not know.
-    pub fn check_gradients(&self) -> Result<()> {
-        self.spec.check_gradients(self.layer())
+    /// As [`Block::run_stage`].
+    pub fn run_whole(
+        &self,
+        ctx: &mut Ctx,
+        state: &mut BlockState,
+        windows: &[Range<usize>],
+    ) -> Result<()> {
+        let mut caches = self.caches(windows.len());
+        self.forward(ctx, state, &mut from_start(windows, &mut caches))
     }
 
-    /// The norm at `place`, if the block has one there.
-    pub fn norm(&self, place: NormPlace) -> Option<&Norm> {
-        let Self { attention_norms: attention, mlp_norms: mlp, .. } = self;
-        match place {
-            NormPlace::AttentionBefore => attention.before.as_ref(),
-            NormPlace::AttentionAfter => attention.after.as_ref(),
-            NormPlace::AttentionStream => attention.stream.as_ref(),
-            NormPlace::MlpBefore => mlp.before.as_ref(),
-            NormPlace::MlpAfter => mlp.after.as_ref(),
-            NormPlace::MlpStream => mlp.stream.as_ref(),
-        }
-    }
-
-    /// The norm at `place`, to be changed.
-    pub fn norm_mut(&mut self, place: NormPlace) -> Option<&mut Norm> {
-        let Self { attention_norms: attention, mlp_norms: mlp, .. } = self;
-        match place {
-            NormPlace::AttentionBefore => attention.before.as_mut(),
-            NormPlace::AttentionAfter => attention.after.as_mut(),
-            NormPlace::AttentionStream => attention.stream.as_mut(),
-            NormPlace::MlpBefore => mlp.before.as_mut(),
-            NormPlace::MlpAfter => mlp.after.as_mut(),
-            NormPlace::MlpStream => mlp.stream.as_mut(),
-        }
-    }
-
-    /// Runs the block over whole sequences, whose rows `windows` cover those of `state` in order, and keeps what
-    /// [`Block::backward`] needs.
+    /// As [`Block::run_whole`], and keeps what [`Block::backward`] needs.
     ///
     /// # Errors
     /// As [`Block::run_stage`].
@@ -175,16 +62,16 @@ impl Block {
     ) -> Result<Trace> {
         let mut caches = self.caches(windows.len());
         let mut seqs = from_start(windows, &mut caches);
-        let input = state.hidden.clone();
-        self.begin(ctx, state);
         let mut stages = Vec::with_capacity(self.stages().len());
+        let block_input = state.hidden.clone();
+        self.begin(ctx, state);
         for &stage in self.stages() {
             let BlockState { hidden, input, shared, carry, .. } = &*state;
             let [hidden, input, shared, carry] = [hidden, input, shared, carry].map(Clone::clone);
             stages.push(BlockState { hidden, input, shared, carry, ..BlockState::default() });
             self.run_stage(ctx, stage, state, &mut seqs)?;
         }
-        Ok(Trace { input, stages })
+        Ok(Trace { windows: windows.to_vec(), input: block_input, stages })
     }
 
     /// From `dy`, the gradient of the block's output `[rows, hidden]` in the pass that `trace` was made in, that of its
@@ -196,11 +83,11 @@ impl Block {
         &self,
         ctx: &mut Ctx,
         trace: &Trace,
-        windows: &[Range<usize>],
         dy: Tensor,
         gradients: &mut impl Gradients,
     ) -> Result<Tensor> {
-        self.check_gradients()?;
+        self.spec.check_gradients(self.layer())?;
+        let windows = &trace.windows;
         let mut flow = Flow { hidden: dy, ..Flow::default() };
         for (index, &stage) in self.stages().iter().enumerate().rev() {
             let before = &trace.stages[index];
@@ -437,7 +324,7 @@ impl Block {
         }
         let mut stream = Tensor::default();
         let stream = if self.spec.residual.from_norm && self.mlp_norms.before.is_some() {
-            // The stream was replaced by its norm; such blocks have no norms behind their sublayers.
+            // The stream was replaced by its norm; `check_gradients` refuses norms behind sublayers then.
             self.project(ctx, &before.input, stage)?;
             copy(&ctx.pool, &before.hidden, &mut stream);
             add_scaled(&ctx.pool, &mut stream, &ctx.out, self.spec.residual.multiplier);

@@ -27,6 +27,7 @@ pub mod families;
 mod fields;
 pub mod fused;
 pub mod generate;
+pub mod gradients;
 pub mod head;
 mod linear_rows;
 mod load;
@@ -44,7 +45,6 @@ pub mod state;
 pub mod table;
 mod unfused;
 
-pub use backward::{Gradients, NormPlace, Trace};
 pub use block::Block;
 pub use cache::Sequence;
 pub use embedder::Embedder;
@@ -54,6 +54,7 @@ pub use families::{FAMILIES, Family};
 pub use generate::{
     BatchOptions, FinishReason, GenerateOptions, Generated, generate, generate_batch,
 };
+pub use gradients::{Gradients, NormPlace, Trace};
 pub use head::HeadLayer;
 pub use linear_rows::LinearRows;
 pub use load::{LinearSource, LoadedBytes, block_parts, load_linear, loaded_bytes};

@@ -85,7 +85,7 @@ impl ActivationType {
     }
 
     /// Bytes of one element.
-    pub(crate) fn size(self) -> usize {
+    pub fn size(self) -> usize {
         match self {
             Self::F32 => size_of::<f32>(),
             Self::F16 => size_of::<f16>(),

@@ -79,8 +79,8 @@ pub struct TuningRecord {
     /// Mean over tokens of ‖ŷ - y‖² / ‖y‖², with y the float block's output and ŷ the quantized one's, both from the
     /// inputs that the quantized blocks before compute.
     pub error_before: f64,
-    /// The same with the tuned scales and norms.
-    pub error_after: f64,
+    /// The same with the tuned scales and norms; `null` if it is not a number.
+    pub error_after: Option<f64>,
     /// Whether they were lower and were saved.
     pub kept: bool,
     /// Seconds that it took.
@@ -173,7 +173,7 @@ pub struct QuantReport {
     #[serde(default)]
     pub mixed_precision: Option<MixedReport>,
     /// How each block was tuned; empty without `--tune-blocks`.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub tuning: Vec<TuningRecord>,
     /// What deserves a look, in sentences (see [`warnings`]).
     pub warnings: Vec<String>,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use gptq_compute::{Pool, Tensor};
-use gptq_format::{Bits, Checkpoint};
+use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic};
 use gptq_model::{
     Block, BlockState, Ctx, Embedder, EncodeInput, LinearSource, Model, Session, Spec,
 };
@@ -17,15 +17,17 @@ use gptq_quantize::{
 };
 use gptq_testkit::{Rng, TinyLlama, fixtures, safetensors_file};
 
-const WINDOWS: usize = 8;
 const LENGTH: usize = 48;
+/// Windows of one chunk, and of three of which the last is shorter than the others.
+const FEW: usize = 8;
+const MANY: usize = 100;
 
-fn calibration(spec: &Spec) -> CalibrationSet {
+fn calibration(spec: &Spec, count: usize) -> CalibrationSet {
     let Spec { vocab, max_positions: positions, .. } = *spec;
     let mut rng = Rng::new(4);
     let length = LENGTH.min(positions);
-    let windows: Vec<Vec<u32>> = (0..WINDOWS).map(|_| rng.tokens(length, vocab)).collect();
-    let options = CalibrationOptions { nsamples: WINDOWS, seqlen: length, seed: 0 };
+    let windows: Vec<Vec<u32>> = (0..count).map(|_| rng.tokens(length, vocab)).collect();
+    let options = CalibrationOptions { nsamples: count, seqlen: length, seed: 0 };
     let report = CalibrationReport::new(Vec::new(), &windows, &options, vocab);
     CalibrationSet::from_windows(windows, report)
 }
@@ -43,7 +45,7 @@ fn with_job<T>(
     source: &Path,
     output: &Path,
     options: &QuantizeOptions,
-    threads: usize,
+    (windows, threads): (usize, usize),
     work: impl FnOnce(&Job<'_>) -> T,
 ) -> T {
     let checkpoint = Checkpoint::open(source).unwrap();
@@ -52,7 +54,7 @@ fn with_job<T>(
         checkpoint: &checkpoint,
         tokenizer: None,
         model: "fixture",
-        calibration: Some(&calibration(&spec)),
+        calibration: Some(&calibration(&spec, windows)),
         options,
         output,
         plots: None,
@@ -61,14 +63,14 @@ fn with_job<T>(
 }
 
 fn run(source: &Path, output: &Path, options: &QuantizeOptions) -> QuantReport {
-    with_job(source, output, options, 2, |job| quantize(job, &())).unwrap()
+    with_job(source, output, options, (MANY, 2), |job| quantize(job, &())).unwrap()
 }
 
 fn options(bits: Bits) -> QuantizeOptions {
     QuantizeOptions {
         bits,
         group_size: 16,
-        tune_blocks: 12,
+        tune_blocks: 4,
         overwrite: true,
         ..QuantizeOptions::default()
     }
@@ -96,10 +98,10 @@ fn error_of_first_block(source: &Path, output: &Path) -> f64 {
             let positions: Vec<u32> = (0..ids.len() as u32).collect();
             embedder.forward(ctx, ids, &positions, &mut state.hidden).unwrap();
             // Both blocks read what the checkpoint holds, whose floats are f16.
-            block.trace(ctx, &mut state, std::slice::from_ref(&(0..ids.len()))).unwrap();
+            block.run_whole(ctx, &mut state, std::slice::from_ref(&(0..ids.len()))).unwrap();
             state.hidden
         };
-        calibration(&spec).windows.iter().map(run).collect()
+        calibration(&spec, MANY).windows.iter().map(run).collect()
     };
     let (float, quantized) = (output_of(source), output_of(output));
     let (mut sum, mut tokens) = (0.0, 0);
@@ -135,35 +137,79 @@ fn scales_and_norms_move_and_nothing_else_does() {
         assert!(report_without.tuning.is_empty());
         assert_eq!(report.tuning.iter().map(|t| t.layer).collect::<Vec<_>>(), [0, 1]);
         for tuning in &report.tuning {
-            // Sixteen weights share a scale: some tenths of the error can go.
-            let part = tuning.error_after / tuning.error_before;
-            assert!(tuning.kept && part < 0.9, "{tuning:?}");
+            let part = tuning.error_after.unwrap() / tuning.error_before;
+            assert!(tuning.kept && part < 0.95, "{tuning:?}");
         }
-        assert_eq!(report.quantize_config["meta"]["tune_blocks"], 12);
+        assert_eq!(report.quantize_config["meta"]["tune_blocks"], 4);
         assert_eq!(report.bits_per_weight, report_without.bits_per_weight);
-        // The first block read the same inputs.
-        let module = "model.layers.0.mlp.down_proj";
-        for part in ["qweight", "qzeros", "g_idx"] {
-            let name = format!("{module}.{part}");
-            let same = bytes(&output, &name) == bytes(&plain, &name);
-            // Later stages saw the same codes before them, too: tuning comes last.
-            assert!(same, "{name}");
-        }
-        for name in [
-            format!("{module}.scales"),
-            "model.layers.0.input_layernorm.weight".to_owned(),
-            "model.layers.1.post_attention_layernorm.weight".to_owned(),
-        ] {
-            assert!(bytes(&output, &name) != bytes(&plain, &name), "{name}");
-        }
-        for name in ["model.norm.weight", "model.embed_tokens.weight"] {
-            assert!(bytes(&output, name) == bytes(&plain, name), "{name}");
+        // The first block read the same inputs, and was tuned when all of its codes were found.
+        let checkpoint = Checkpoint::open(&output).unwrap();
+        for name in checkpoint.tensors.names().filter(|name| !name.contains("layers.1.")) {
+            let scale = name.ends_with(".scales") || name.contains("layernorm");
+            let same = bytes(&output, name) == bytes(&plain, name);
+            assert!(same != scale, "{name}");
         }
         // What is told is what the saved block computes.
         let first = report.tuning[0];
-        for (directory, told) in [(&plain, first.error_before), (&output, first.error_after)] {
+        for (directory, told) in [(&plain, Some(first.error_before)), (&output, first.error_after)]
+        {
             let error = error_of_first_block(&source, directory);
-            assert!((error / told - 1.0).abs() < 1e-4, "{error} {told}");
+            assert!((error / told.unwrap() - 1.0).abs() < 1e-4, "{error} {told:?}");
+        }
+    }
+}
+
+#[test]
+fn a_block_without_errors_stays_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, output) = (folder.path().join("model"), folder.path().join("out"));
+    let plain = folder.path().join("plain");
+    TinyLlama::default().write(&source, 3);
+    // Both sublayers of the second block give nothing.
+    let path = source.join("model.safetensors");
+    let mut file = std::fs::read(&path).unwrap();
+    for module in ["self_attn.o_proj", "mlp.down_proj"] {
+        let range = safetensors_file::range(&file, &format!("model.layers.1.{module}.weight"));
+        file[range].fill(0);
+    }
+    std::fs::write(path, file).unwrap();
+    let report = run(&source, &output, &options(Bits::B3));
+    let [first, second] = report.tuning.as_slice() else { panic!("{:?}", report.tuning) };
+    assert!(first.kept && !second.kept);
+    assert_eq!((second.error_before, second.error_after), (0.0, Some(0.0)));
+    run(&source, &plain, &QuantizeOptions { tune_blocks: 0, ..options(Bits::B3) });
+    let norm = "model.layers.1.post_attention_layernorm.weight";
+    assert!(bytes(&output, norm) == bytes(&plain, norm));
+    assert!(hidden(&output).as_slice().iter().all(|x| x.is_finite()));
+}
+
+#[test]
+fn other_orders_formats_and_blocks_that_stay_floats() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, output) = (folder.path().join("model"), folder.path().join("out"));
+    TinyLlama::default().write(&source, 3);
+    let rules = |json: &str| Dynamic::from_map(&serde_json::from_str(json).unwrap()).unwrap();
+    let base = options(Bits::B4);
+    let cases = [
+        ("desc_act", QuantizeOptions { desc_act: true, act_group_aware: false, ..base.clone() }),
+        ("v2", QuantizeOptions { format: CheckpointFormat::GptqV2, ..base.clone() }),
+        ("damp", QuantizeOptions { damp_auto: true, ..base.clone() }),
+        ("head", QuantizeOptions { lm_head: true, ..base.clone() }),
+        ("asym", QuantizeOptions { sym: false, ..base.clone() }),
+        ("float", QuantizeOptions { dynamic: rules(r#"{"-:.*q_proj": {}}"#), ..base.clone() }),
+        ("block", QuantizeOptions { dynamic: rules(r#"{"-:.*layers\\.0\\..*": {}}"#), ..base }),
+    ];
+    for (name, options) in cases {
+        let report = run(&source, &output, &options);
+        let layers: Vec<usize> = report.tuning.iter().map(|tuning| tuning.layer).collect();
+        let all = name != "block";
+        assert_eq!(layers, if all { vec![0, 1] } else { vec![1] }, "{name}");
+        assert!(report.tuning.iter().all(|tuning| tuning.kept), "{name}: {:?}", report.tuning);
+        assert!(hidden(&output).as_slice().iter().all(|x| x.is_finite()), "{name}");
+        if all {
+            let error = error_of_first_block(&source, &output);
+            let told = report.tuning[0].error_after.unwrap();
+            assert!((error / told - 1.0).abs() < 1e-4, "{name}: {error} {told}");
         }
     }
 }
@@ -179,7 +225,7 @@ fn bytes_depend_on_nothing_but_the_settings() {
         let base = QuantizeOptions { awq_scales, correction, tune_blocks: 2, ..options(Bits::B3) };
         let all = || std::fs::read(output.join("model.safetensors")).unwrap();
         let once = |options: &QuantizeOptions, threads, progress: &dyn Progress| {
-            with_job(&source, &output, options, threads, |job| quantize(job, progress))
+            with_job(&source, &output, options, (MANY, threads), |job| quantize(job, progress))
         };
         let report = once(&base, 1, &()).unwrap();
         let want = all();
@@ -207,10 +253,12 @@ fn bytes_depend_on_nothing_but_the_settings() {
         std::fs::write(unfinished, half).unwrap();
         let resumed = once(&resume, 1, &()).unwrap();
         assert!(all() == want, "resumed");
-        let errors = |report: &QuantReport| -> Vec<(f64, f64)> {
-            report.tuning.iter().map(|t| (t.error_before, t.error_after)).collect()
-        };
-        assert_eq!(errors(&resumed), errors(&report));
+        assert_eq!(resumed.tuning.len(), report.tuning.len());
+        for (resumed, once) in resumed.tuning.iter().zip(&report.tuning) {
+            // The journal's decimals may be a last place off.
+            assert!((resumed.error_before / once.error_before - 1.0).abs() < 1e-12);
+            assert_eq!(resumed.kept, once.kept);
+        }
     }
 }
 
@@ -226,7 +274,7 @@ fn every_family_with_gradients_is_tuned() {
         let folder = tempfile::tempdir().unwrap();
         let output = folder.path().join("out");
         let options = QuantizeOptions { tune_blocks: 4, ..options(Bits::B4) };
-        let result = with_job(&source, &output, &options, 2, |job| quantize(job, &()));
+        let result = with_job(&source, &output, &options, (FEW, 2), |job| quantize(job, &()));
         if (0..spec.layer_count()).any(|layer| spec.check_gradients(layer).is_err()) {
             let error = result.unwrap_err().to_string();
             assert!(error.starts_with("tune_blocks: block "), "{name}: {error}");
@@ -251,9 +299,9 @@ fn rounding_without_data_cannot_be_tuned() {
     let (source, output) = (folder.path().join("model"), folder.path().join("out"));
     TinyLlama::default().write(&source, 3);
     let rtn = QuantizeOptions { method: Method::Rtn, ..options(Bits::B4) };
-    let error = with_job(&source, &output, &rtn, 2, |job| quantize(job, &())).unwrap_err();
+    let error = with_job(&source, &output, &rtn, (FEW, 2), |job| quantize(job, &())).unwrap_err();
     assert!(error.to_string().starts_with("tune_blocks: needs calibration data"), "{error}");
     let many = QuantizeOptions { tune_blocks: 101, ..options(Bits::B4) };
-    let error = with_job(&source, &output, &many, 2, |job| quantize(job, &())).unwrap_err();
+    let error = with_job(&source, &output, &many, (FEW, 2), |job| quantize(job, &())).unwrap_err();
     assert!(error.to_string().starts_with("tune_blocks: at most 100"), "{error}");
 }

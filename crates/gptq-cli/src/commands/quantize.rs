@@ -108,9 +108,10 @@ pub(crate) struct Args {
     /// loss on the calibration text, if rarely a better model.
     #[arg(long, default_value_t = QuantizeOptions::default().refine, value_name = "ROUNDS")]
     refine: usize,
-    /// When a block has its codes, tune its scales and norms by gradient towards the output of the
-    /// float block, in so many passes over 16384 calibration tokens. Lowers the loss most at 2 and 3
-    /// bits and costs nothing at inference, but several times the time of the run; 3 are enough.
+    /// When a block has its codes, tune its scales and the norms around its sublayers by gradient
+    /// towards the output of the float block, in so many passes over about 16384 calibration tokens.
+    /// Lowers the loss most at 2 bits and costs nothing at inference, but minutes of the run; 3 are
+    /// enough.
     #[arg(long, default_value_t = QuantizeOptions::default().tune_blocks, value_name = "PASSES")]
     tune_blocks: usize,
     /// Scale the inputs of each stage by AWQ before it is quantized: weights of large inputs become

@@ -181,9 +181,16 @@ impl Progress for ProgressView {
     }
 
     fn block_tuned(&self, record: &TuningRecord) {
-        let state = self.state();
-        if let Mode::Lines = &self.mode {
-            line(&tuning_line(record, state.total));
+        let mut state = self.state();
+        match &self.mode {
+            Mode::Bars { blocks, .. } => {
+                state.module = tuned(record);
+                if let Some(bar) = blocks.get() {
+                    bar.set_message(state.message());
+                }
+            }
+            Mode::Lines => line(&tuning_line(record, state.total)),
+            Mode::Hidden => {}
         }
     }
 
@@ -297,15 +304,17 @@ fn module_line(record: &ModuleRecord, blocks: usize) -> String {
     text
 }
 
-fn tuning_line(record: &TuningRecord, blocks: usize) -> String {
-    let TuningRecord { layer, error_before, error_after, kept, seconds } = record;
-    let width = blocks.to_string().len();
-    let span = size::duration(Duration::from_secs_f64(seconds.clamp(0.0, 1e9)));
+fn tuned(record: &TuningRecord) -> String {
+    let TuningRecord { error_before, error_after, kept, .. } = record;
+    let after = error_after.map_or("not a number".to_owned(), |error| format!("{error:.2e}"));
     let dropped = if *kept { "" } else { "  dropped" };
-    format!(
-        "layer {:>width$}/{blocks}  tuned  output error {error_before:.2e} -> {error_after:.2e}{dropped}  {span}",
-        layer + 1
-    )
+    format!("tuned  output error {error_before:.2e} -> {after}{dropped}")
+}
+
+fn tuning_line(record: &TuningRecord, blocks: usize) -> String {
+    let width = blocks.to_string().len();
+    let span = size::duration(Duration::from_secs_f64(record.seconds.clamp(0.0, 1e9)));
+    format!("layer {:>width$}/{blocks}  {}  {span}", record.layer + 1, tuned(record))
 }
 
 /// Where log lines go, so that they do not tear the bars: give `|| LogWriter` to the log

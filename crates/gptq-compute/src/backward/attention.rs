@@ -15,7 +15,7 @@ const TILE: usize = 64;
 pub struct AttnTrace<'a> {
     /// Shape and variant.
     pub params: &'a AttnParams,
-    /// Rows of each sequence.
+    /// Rows of each sequence, in order.
     pub seqs: &'a [Range<usize>],
     /// Queries `[rows, heads * head_dim]`, as they were multiplied.
     pub q: &'a Tensor,
@@ -27,11 +27,19 @@ pub struct AttnTrace<'a> {
     pub out: &'a Tensor,
 }
 
+impl AttnTrace<'_> {
+    /// Bytes that each thread of [`attention_backward`] needs for sequences of `len` tokens.
+    pub fn tile_bytes(len: usize) -> usize {
+        2 * TILE * len * size_of::<f32>()
+    }
+}
+
 /// Gradients of queries, keys and values from `dout`, that of the result. Scores are computed once more,
 /// a tile of 64 queries of one head at a time (Dao et al. 2022, appendix B).
 ///
 /// # Panics
-/// If the shapes do not match.
+/// If the shapes do not match, sequences overlap or are empty, or a query sees no key.
+#[track_caller]
 pub fn attention_backward(pool: &Pool, trace: &AttnTrace<'_>, dout: &Tensor) -> [Tensor; 3] {
     let &AttnTrace { params: p, seqs, q, k, v, out } = trace;
     let (rows, d) = (q.rows(), p.head_dim);
@@ -41,7 +49,14 @@ pub fn attention_backward(pool: &Pool, trace: &AttnTrace<'_>, dout: &Tensor) -> 
     for x in [k, v] {
         assert_eq!((x.rows(), x.cols()), (rows, p.kv_heads * d), "shape of keys and values");
     }
-    assert!(seqs.iter().all(|seq| seq.end <= rows), "sequences beyond the rows");
+    assert!(p.heads.is_multiple_of(p.kv_heads), "heads and kv_heads");
+    assert!(p.alibi.as_ref().is_none_or(|a| a.len() == p.heads), "one slope per head");
+    assert!(p.window != Some(0), "a window of no key");
+    let mut end = 0;
+    for seq in seqs {
+        assert!(seq.start >= end && seq.end > seq.start && seq.end <= rows, "sequence {seq:?}");
+        end = seq.end;
+    }
     let mut dq = Tensor::zeros(rows, p.heads * d);
     // Of each query head by itself; those that share keys and values are added up behind.
     let (mut dk, mut dv) = (vec![0.0f32; rows * p.heads * d], vec![0.0f32; rows * p.heads * d]);
@@ -103,8 +118,8 @@ impl OneHead<'_> {
         weights.resize(rows * keys, 0.0);
         changes.resize(rows * keys, 0.0);
         let span = |rows: usize| (rows - 1) * wide + d;
-        // SAFETY: the operands have the rows that are named; the columns of one head in the rows of one
-        // sequence belong to one task.
+        // SAFETY: the operands have the rows and columns that are named, as the caller's assertions say, and
+        // the buffers `rows * keys` elements.
         unsafe {
             let to = (weights.as_mut_ptr(), keys, 1);
             product((rows, keys, d), (query(q), wide, 1), (key(k), 1, narrow), to, false);
@@ -126,7 +141,8 @@ impl OneHead<'_> {
                 mean,
             );
         }
-        // SAFETY: as above.
+        // SAFETY: as above; the columns of one head in the rows of one sequence belong to one task, because
+        // sequences do not overlap.
         unsafe {
             let to = (dv.at(key_row * wide + of_q, span(keys)), wide, 1);
             let from = (query(self.dout), wide, 1);

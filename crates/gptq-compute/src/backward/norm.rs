@@ -49,7 +49,8 @@ pub fn norm_heads_backward(
 ) -> Vec<NormGradient> {
     let (rows, cols) = (x.rows(), x.cols());
     assert_eq!((dy.rows(), dy.cols()), (rows, cols), "shapes differ");
-    let heads = cols / head_dim.max(1);
+    assert!(cols.is_multiple_of(head_dim), "{cols} columns are not heads of {head_dim}");
+    let heads = cols / head_dim;
     assert!([1, heads].contains(&norms.len()), "{} norms for {heads} heads", norms.len());
     for norm in norms {
         check(norm, head_dim);
@@ -164,13 +165,23 @@ mod tests {
                     eps: 1e-5,
                 };
                 let norms: Vec<Norm> = (0..if own { heads } else { 1 }).map(norm).collect();
-                let mut dx = x.clone();
+                // Added to what was there before, here the inputs, or not.
+                let mut alone = Tensor::default();
                 let gradients =
+                    norm_heads_backward(&Pool::new(1), &x, width, &norms, &dy, false, &mut alone);
+                let mut dx = x.clone();
+                let added =
                     norm_heads_backward(&Pool::new(1), &x, width, &norms, &dy, true, &mut dx);
                 let mut again = x.clone();
                 let threads = Pool::new(3);
                 let same = norm_heads_backward(&threads, &x, width, &norms, &dy, true, &mut again);
                 assert_eq!((dx.as_slice(), &gradients), (again.as_slice(), &same));
+                assert_eq!(gradients, added);
+                for ((alone, sum), x) in
+                    alone.as_slice().iter().zip(dx.as_slice()).zip(x.as_slice())
+                {
+                    assert!((x + alone - sum).abs() < 1e-5 * (1.0 + sum.abs()));
+                }
                 let mut weights = vec![vec![0.0f64; width]; norms.len()];
                 for row in 0..rows {
                     for head in 0..heads {

@@ -13,7 +13,8 @@ use gptq_model::{
 use super::held_out::is_held_out;
 use super::inputs::{StageInputs, Sum, rounds};
 use super::native::Native;
-use super::scratch::{Scratch, not_kept};
+use super::scratch::Scratch;
+use super::states::{States, pack, unpack};
 use super::{MoeFallback, Phases};
 use crate::calibration::CalibrationSet;
 use crate::error::Result;
@@ -29,72 +30,9 @@ pub(crate) fn windows_per_chunk(seqlen: usize) -> usize {
     (CHUNK_TOKENS / seqlen.max(1)).max(1)
 }
 
-/// How many of `chunks` chunks hold about `tokens` tokens.
-pub(super) fn chunks_of(tokens: usize, chunks: usize) -> usize {
-    chunks.min((tokens / CHUNK_TOKENS).max(1))
-}
-
-/// The state of each chunk.
-pub(super) enum States {
-    Memory(Vec<BlockState>),
-    /// As they are saved with this type: one chunk at a time is whole.
-    Packed(Vec<Vec<u8>>, ActivationType),
-    /// One chunk at a time is in memory.
-    Disk(Scratch),
-}
-
-impl States {
-    /// Nothing yet, kept as `self` is.
-    fn empty(&self, directory: Option<&Path>) -> Result<Self> {
-        Ok(match (self, directory) {
-            (Self::Disk(scratch), Some(directory)) => Self::Disk(scratch.another(directory)?),
-            (Self::Packed(_, kind), _) => Self::Packed(Vec::new(), *kind),
-            _ => Self::Memory(Vec::new()),
-        })
-    }
-
-    /// Adds the state of chunk `index`, the next one.
-    fn push(&mut self, index: usize, state: BlockState) -> Result<()> {
-        match self {
-            Self::Memory(all) => all.push(state),
-            Self::Packed(all, kind) => {
-                let mut packed = Vec::new();
-                pack(&state, *kind, &mut packed)?;
-                all.push(packed);
-            }
-            Self::Disk(scratch) => scratch.store(index, &state)?,
-        }
-        Ok(())
-    }
-
-    /// Frees what is in memory.
-    fn clear(&mut self) {
-        match self {
-            Self::Memory(all) => all.clear(),
-            Self::Packed(all, _) => all.clear(),
-            Self::Disk(_) => {}
-        }
-    }
-
-    /// The state of one chunk; `buffer` holds it where it comes from the disk.
-    pub(super) fn get<'s>(
-        &'s self,
-        index: usize,
-        buffer: &'s mut BlockState,
-        phases: &mut Phases,
-    ) -> Result<&'s BlockState> {
-        match self {
-            Self::Memory(all) => Ok(&all[index]),
-            Self::Packed(all, kind) => {
-                phases.time("packing", || unpack(&all[index], *kind, buffer))?;
-                Ok(buffer)
-            }
-            Self::Disk(scratch) => {
-                phases.time("scratch", || scratch.load(index, buffer))?;
-                Ok(buffer)
-            }
-        }
-    }
+/// How many of `chunks` chunks of `chunk_tokens` tokens hold about `tokens` tokens.
+pub(super) fn chunks_of(tokens: usize, chunk_tokens: usize, chunks: usize) -> usize {
+    chunks.min(tokens.div_ceil(chunk_tokens.max(1)))
 }
 
 /// The stream before a block, for some windows.
@@ -175,10 +113,10 @@ impl<'a> Activations<'a> {
         self
     }
 
-    /// Keeps the stream as it is before each block ([`Activations::keep_start`]); in a scratch file of its own with
-    /// `spill`.
-    pub(crate) fn with_start(mut self, spill: Option<&Path>) -> Result<Self> {
-        self.start = Some(self.states.empty(spill)?);
+    /// Keeps the stream as it is before each block ([`Activations::keep_start`]); what is on disk in another file, in
+    /// `directory`.
+    pub(crate) fn with_start(mut self, directory: &Path) -> Result<Self> {
+        self.start = Some(self.states.empty(directory)?);
         Ok(self)
     }
 
@@ -186,10 +124,12 @@ impl<'a> Activations<'a> {
     pub(super) fn keep_start(&mut self, ctx: &mut Ctx, phases: &mut Phases) -> Result<()> {
         let Some(mut start) = self.start.take() else { return Ok(()) };
         start.clear();
-        let mut next = 0..;
+        let mut index = 0;
         self.pass(ctx, phases, false, |_, state, _, phases| {
-            let copy = BlockState::new(state.hidden.clone());
-            phases.time("packing", || start.push(next.next().unwrap_or(0), copy))
+            index += 1;
+            phases.time(start.phase(), || {
+                start.push(index - 1, BlockState::new(state.hidden.clone()))
+            })
         })?;
         self.start = Some(start);
         Ok(())
@@ -218,7 +158,9 @@ impl<'a> Activations<'a> {
 
     /// Chunks of about so many tokens in all, evenly spaced, as they are before the block at work.
     pub(super) fn some_chunks(&self, tokens: usize, phases: &mut Phases) -> Result<Vec<Chunk>> {
-        let count = chunks_of(tokens, self.chunks.len());
+        let chunk_tokens =
+            self.chunks.first().map_or(0, |windows| windows.iter().map(Range::len).sum());
+        let count = chunks_of(tokens, chunk_tokens, self.chunks.len());
         let states = self.start.as_ref().unwrap_or(&self.states);
         let mut buffer = BlockState::default();
         let chosen = (0..count).map(|i| i * self.chunks.len() / count);
@@ -497,19 +439,6 @@ impl<'a> Activations<'a> {
         }
         Ok(inputs)
     }
-}
-
-fn pack(state: &BlockState, kind: ActivationType, packed: &mut Vec<u8>) -> Result<()> {
-    packed.clear();
-    state.save(packed, kind).map_err(|error| not_kept(error, Path::new("memory")))?;
-    // Grown step by step, it may have room for twice as much.
-    packed.shrink_to_fit();
-    Ok(())
-}
-
-fn unpack(packed: &[u8], kind: ActivationType, state: &mut BlockState) -> Result<()> {
-    let mut bytes = packed;
-    state.restore(&mut bytes, kind).map_err(|error| not_kept(error, Path::new("memory")))
 }
 
 pub(super) fn run(

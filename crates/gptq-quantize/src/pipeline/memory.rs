@@ -1,5 +1,6 @@
 //! What a run holds in memory, moment by moment.
 
+use gptq_compute::AttnTrace;
 use gptq_format::{Checkpoint, DType, ModuleSettings};
 use gptq_model::spec::{GateUp, Mlp, Qkv};
 use gptq_model::{ActivationType, BlockState, LinearSpec, Spec, Trace, block_parts, loaded_bytes};
@@ -38,8 +39,10 @@ pub(crate) struct Memory<'a> {
     /// Bytes of the activations of all tokens, and of a chunk; of both streams where there are two.
     activations: u64,
     chunk: u64,
-    /// Bytes of a chunk in the scratch file.
+    /// Bytes of a chunk in the scratch files.
     slot: u64,
+    /// Tokens of a window.
+    seqlen: usize,
     /// What makes up for the errors of inputs.
     correction: Correction,
     /// Bytes of the buffers of a chunk on its way through a block.
@@ -73,12 +76,8 @@ impl<'a> Memory<'a> {
         // Packed ones are whole one chunk at a time.
         let whole = if kind == ActivationType::F32 { 0 } else { chunk_tokens };
         // The stream before a block that will run again.
-        let start = if job.options.tune_blocks > 0 {
-            let size = if kind == ActivationType::F32 { F32 } else { 2 };
-            (tokens * spec.hidden) as u64 * size
-        } else {
-            0
-        };
+        let again = job.options.runs_blocks_again();
+        let start = if again { (tokens * spec.hidden * kind.size()) as u64 } else { 0 };
         Self {
             correction,
             job,
@@ -86,9 +85,11 @@ impl<'a> Memory<'a> {
             layout,
             tokens,
             chunk_tokens,
+            seqlen,
             activations: state(tokens, kind) + state(whole, ActivationType::F32) + start,
             chunk: state(chunk_tokens, ActivationType::F32),
-            slot: state(chunk_tokens, kind),
+            slot: state(chunk_tokens, kind)
+                + if again { BlockState::saved_bytes(spec, chunk_tokens, kind) as u64 } else { 0 },
             temporaries: if tokens > 0 {
                 temporaries(spec, chunk_tokens, seqlen)
                     + job.pool.threads() as u64 * distance_products(spec, seqlen)
@@ -111,8 +112,7 @@ impl<'a> Memory<'a> {
 
     /// Bytes of the scratch file.
     pub(crate) fn scratch_bytes(&self) -> u64 {
-        let files = if self.job.options.tune_blocks > 0 { 2 } else { 1 };
-        files * self.tokens.div_ceil(self.chunk_tokens.max(1)) as u64 * self.slot
+        self.tokens.div_ceil(self.chunk_tokens.max(1)) as u64 * self.slot
     }
 
     fn moments(&self, spill: bool) -> Vec<Moment> {
@@ -196,12 +196,14 @@ impl<'a> Memory<'a> {
         // gradient of its weights. The float block is gone by then.
         let block = (F32 + 2) * all + 4 * F32 * scales + 2 * F32 * largest.unwrap_or(0);
         let chunk = self.chunk_tokens;
-        let chunks = chunks_of(TOKENS, self.tokens.div_ceil(chunk.max(1)));
+        let chunks = chunks_of(TOKENS, chunk, self.tokens.div_ceil(chunk.max(1)));
         let hidden = self.spec.hidden as u64 * F32;
         let mut moment = self.with_activations(spill, vec![("block", packed)]);
         moment.push(("block being tuned", block.max(floats)));
         moment.push(("tokens that it is tuned on", 2 * (chunks * chunk) as u64 * hidden));
-        moment.push(("gradients of a chunk", Trace::bytes(self.spec, layer, chunk) as u64));
+        let tiles = self.job.pool.threads() * AttnTrace::tile_bytes(self.seqlen);
+        let gradients = Trace::bytes(self.spec, layer, chunk) + tiles;
+        moment.push(("gradients of a chunk", gradients as u64));
         if spill {
             moment.push(("temporaries of a chunk", self.temporaries));
         }

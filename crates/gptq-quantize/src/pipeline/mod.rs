@@ -17,6 +17,7 @@ mod output;
 mod plan;
 mod scratch;
 mod stage;
+mod states;
 mod tune;
 
 use std::path::Path;
@@ -234,8 +235,8 @@ impl Run<'_> {
                     let activations =
                         Activations::embed(&mut ctx, model, self.spec, set, kept, directory)?
                             .with_held_out(options.damp_auto);
-                    let activations = if options.tune_blocks > 0 && options.true_sequential {
-                        activations.with_start(directory)?
+                    let activations = if options.runs_blocks_again() {
+                        activations.with_start(self.output.directory())?
                     } else {
                         activations
                     };
@@ -341,8 +342,7 @@ impl Run<'_> {
                 self.progress.phase("inputs");
                 activations.advance(ctx, &block, stage, &mut self.phases)?;
             }
-            if self.job.options.tune_blocks > 0 {
-                self.tune(ctx, &mut block, activations)?;
+            if self.tune(ctx, &mut block, activations)? {
                 self.progress.phase("inputs");
                 activations.run_again(ctx, &block, &mut self.phases)?;
             }

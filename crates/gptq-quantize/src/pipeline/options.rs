@@ -269,6 +269,11 @@ impl QuantizeOptions {
         }
     }
 
+    /// Whether the calibration tokens run through each block once more, because it is tuned after they did.
+    pub(crate) fn runs_blocks_again(&self) -> bool {
+        self.tune_blocks > 0 && self.true_sequential
+    }
+
     /// Whether scales are folded into the blocks.
     pub(crate) fn folds(&self) -> bool {
         self.awq_scales || self.method == Method::Awq

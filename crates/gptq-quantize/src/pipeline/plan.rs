@@ -7,7 +7,7 @@ use gptq_compute::arch::{Isa, isa};
 use gptq_format::QuantizeConfig;
 use gptq_model::{LinearSpec, LoadedBytes, Spec, block_parts, loaded_bytes};
 
-use super::activations::{CHUNK_TOKENS, chunks_of, windows_per_chunk};
+use super::activations::{chunks_of, windows_per_chunk};
 use super::layout::Layout;
 use super::memory::{Memory, total};
 use super::{Job, check_tuning, tune};
@@ -22,7 +22,7 @@ use crate::solver::Correction;
 const WRITING: f64 = 0.35;
 const WRITING_FROM_CODES: f64 = 0.9;
 
-/// What tuning reaches of it.
+/// What tuning reaches of the f32 rate.
 const TUNING: f64 = 0.8;
 
 /// The needs of a run, in total and by what they are for.
@@ -218,14 +218,18 @@ impl Time {
         let codes = weight.and_then(|weight| block_parts(job.checkpoint, &weight)).is_some();
         let writing = if codes { WRITING_FROM_CODES } else { WRITING };
         let mut operations = (forward + sums) * tokens as f64;
-        // Blocks that were tuned run again; a step is a pass and the gradients of inputs and of weights, in f32.
-        let mut tuning = 0.0;
-        if job.options.tune_blocks > 0 {
-            let chunks = tokens.div_ceil(windows_per_chunk(seqlen) * seqlen.max(1));
-            let steps = chunks_of(tune::TOKENS, chunks) * (4 * job.options.tune_blocks + 3);
-            tuning = forward * (steps * CHUNK_TOKENS) as f64;
+        if job.options.runs_blocks_again() {
             operations += forward * tokens as f64;
         }
+        // A step is a pass, most of it once more, and the gradients of inputs and of weights, in f32; before and behind
+        // the steps are three passes.
+        let passes = match job.options.tune_blocks {
+            0 => 0,
+            passes => 4 * passes + 3,
+        };
+        let chunk = (windows_per_chunk(seqlen) * seqlen).min(tokens).max(1);
+        let tuned = chunks_of(tune::TOKENS, chunk, tokens.div_ceil(chunk)) * chunk;
+        let tuning = forward * (passes * tuned) as f64;
         Self {
             seconds: solving
                 + operations / (efficiency(job.options.activations) * rate)

@@ -17,50 +17,42 @@ use gptq_compute::NormKind;
 use gptq_format::{DType, GptqLinear};
 use gptq_model::{Block, Ctx, LinearSource, NormPlace};
 
-use super::Run;
 use super::activations::Activations;
 use super::layout::Copied;
 use super::linear::runtime_linear;
-use crate::error::Result;
+use super::{Phases, Run};
+use crate::error::{QuantizeError, Result};
 use crate::report::TuningRecord;
 use example::{Example, mean_error};
 use tuned::{Factors, Tuned, TunedLinear, TunedNorm, set_norm};
 
-/// Calibration tokens that are tuned on, in whole chunks.
+/// Calibration tokens that are tuned on, about: in whole chunks.
 pub(super) const TOKENS: usize = 16_384;
+
 impl Run<'_> {
-    /// Tunes scales and norms of `block`, whose linears are all quantized, and writes them, unless the options ask for
-    /// none or it does not lower the error.
+    /// Tunes scales and norms of `block`, whose linears have their codes, if the options ask for it, and writes them if
+    /// that lowers the error. Returns whether the block has changed.
     pub(super) fn tune(
         &mut self,
         ctx: &mut Ctx,
         block: &mut Block,
         activations: &mut Activations<'_>,
-    ) -> Result<()> {
-        let epochs = self.job.options.tune_blocks;
-        if epochs == 0 {
-            return Ok(());
+    ) -> Result<bool> {
+        let passes = self.job.options.tune_blocks;
+        let layer = block.layer();
+        if passes == 0 || !self.has_codes(layer) {
+            return Ok(false);
         }
         self.progress.phase("tune");
         let start = Instant::now();
-        let layer = block.layer();
-        let mut examples = Vec::new();
-        {
-            let float = Block::load(self.job.checkpoint, self.spec, layer, LinearSource::Copied)?;
-            for chunk in activations.some_chunks(TOKENS, &mut self.phases)? {
-                examples.push(Example::new(ctx, &float, chunk)?);
-            }
-        }
+        let examples = self.examples(ctx, layer, activations)?;
         let mut tuned = self.tuned(block)?;
-        let norms: Vec<(NormPlace, Vec<f32>)> =
-            tuned.norms.iter().map(|norm| (norm.place, norm.weight.clone())).collect();
         tuned.set(block)?;
         let before = mean_error(ctx, block, &examples)?;
-        let steps = epochs * examples.len();
+        let steps = passes * examples.len();
         for step in 0..steps {
-            let example = &examples[step % examples.len()];
-            let (_, gradient, trace) = example.error(ctx, block)?;
-            block.backward(ctx, &trace, &example.chunk.windows, gradient, &mut tuned)?;
+            let (gradient, trace) = examples[step % examples.len()].gradient(ctx, block)?;
+            block.backward(ctx, &trace, gradient, &mut tuned)?;
             tuned.step(step, steps);
             tuned.set(block)?;
             self.progress.phase_progress(step + 1, steps);
@@ -70,32 +62,60 @@ impl Run<'_> {
         }
         let after = mean_error(ctx, block, &examples)?;
         let kept = after < before;
-        if kept {
-            for norm in &tuned.norms {
-                self.output.replace(&norm.tensor, &norm.stored().1)?;
-            }
-        } else {
-            for (place, weight) in norms {
-                set_norm(block, place, weight);
-            }
-        }
-        for tuned in tuned.linears {
-            let scales = tuned.scales();
-            let mut packed = tuned.packed;
-            if kept {
-                let bytes: Vec<u8> = scales.iter().flat_map(|x| x.to_le_bytes()).collect();
-                self.output.replace(&format!("{}.scales", tuned.module), &bytes)?;
-                packed.scales = scales;
-            }
-            let linear = runtime_linear(&tuned.module, packed)?;
-            block.set_linear(tuned.stage, tuned.index, linear)?;
-        }
+        self.finish(block, tuned, kept)?;
         let seconds = start.elapsed().as_secs_f64();
-        let record =
-            TuningRecord { layer, error_before: before, error_after: after, kept, seconds };
         self.phases.add("tune", seconds);
+        if !before.is_finite() {
+            let linears = self.spec.stages(layer).into_iter().flat_map(|stage| stage.linears);
+            let module = linears.last().map_or_else(String::new, |linear| linear.module);
+            return Err(QuantizeError::OutputNotFinite { layer, module });
+        }
+        let error_after = after.is_finite().then_some(after);
+        let record = TuningRecord { layer, error_before: before, error_after, kept, seconds };
         self.progress.block_tuned(&record);
         self.tuning.push(record);
+        Ok(kept)
+    }
+
+    /// Whether a linear of the block is quantized.
+    fn has_codes(&self, layer: usize) -> bool {
+        let mut linears = self.spec.stages(layer).into_iter().flat_map(|stage| stage.linears);
+        linears.any(|linear| self.layout.settings(&linear.module).is_some())
+    }
+
+    /// What block `layer` is tuned on.
+    fn examples(
+        &self,
+        ctx: &mut Ctx,
+        layer: usize,
+        activations: &Activations<'_>,
+    ) -> Result<Vec<Example>> {
+        let float = Block::load(self.job.checkpoint, self.spec, layer, LinearSource::Copied)?;
+        // Their time is part of the tuning.
+        let chunks = activations.some_chunks(TOKENS, &mut Phases::default())?;
+        chunks.into_iter().map(|chunk| Example::new(ctx, &float, chunk)).collect()
+    }
+
+    /// Puts the linears back as codes, and writes what was tuned if it is `kept`; else the norms go back, too.
+    fn finish(&mut self, block: &mut Block, tuned: Tuned, kept: bool) -> Result<()> {
+        for norm in tuned.norms {
+            if kept {
+                self.output.replace(&norm.tensor, &norm.stored().1)?;
+            } else {
+                set_norm(block, norm.place, norm.weight);
+            }
+        }
+        for linear in tuned.linears {
+            let scales = linear.scales();
+            let mut packed = linear.packed;
+            if kept {
+                let bytes: Vec<u8> = scales.iter().flat_map(|x| x.to_le_bytes()).collect();
+                self.output.replace(&format!("{}.scales", linear.module), &bytes)?;
+                packed.scales = scales;
+            }
+            let runtime = runtime_linear(&linear.module, packed)?;
+            block.set_linear(linear.stage, linear.index, runtime)?;
+        }
         Ok(())
     }
 
