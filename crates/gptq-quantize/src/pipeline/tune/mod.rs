@@ -3,7 +3,8 @@
 //!
 //! GPTQ fits each linear to its own output. What a block makes of the errors of its linears together (they add
 //! up, cancel, pass activations and softmax) only its output shows. Codes, zero points and biases stay; every scale
-//! and norm weight is multiplied by a factor near 1, found with Adam (Kingma & Ba 2015) on some of the calibration
+//! and every weight of the norms around the sublayers is multiplied by a factor near 1, found with Adam (Kingma & Ba
+//! 2015) on some of the calibration
 //! tokens. Both blocks read what the quantized blocks before them computed, and each token counts
 //! by the error relative to its output, because the next norm divides by its length.
 
