@@ -85,6 +85,15 @@ impl Elementwise for Scale {
 }
 
 #[derive(Clone, Copy)]
+struct Multiply;
+impl Elementwise for Multiply {
+    #[inline(always)]
+    unsafe fn apply<S: Simd>(self, x: S::F, y: S::F) -> S::F {
+        S::mul(x, y)
+    }
+}
+
+#[derive(Clone, Copy)]
 struct SoftCap(f32);
 impl Elementwise for SoftCap {
     #[inline(always)]
@@ -133,6 +142,15 @@ pub(crate) fn exp_row(x: &mut [f32], most: f32) {
 /// x <- s · x.
 pub fn scale(pool: &Pool, x: &mut Tensor, s: f32) {
     map(pool, Scale(s), x, None);
+}
+
+/// x <- x · y, element by element.
+///
+/// # Panics
+/// If the shapes differ.
+#[track_caller]
+pub fn multiply(pool: &Pool, x: &mut Tensor, y: &Tensor) {
+    map(pool, Multiply, x, Some(y));
 }
 
 /// x <- cap · tanh(x / cap).
@@ -210,6 +228,9 @@ mod tests {
             let y = x.clone();
             add_scaled(&pool, &mut x, &y, -0.5);
             scale(&pool, &mut x, 4.0);
+            let mut square = y.clone();
+            multiply(&pool, &mut square, &y);
+            assert!(square.as_slice().iter().zip(y.as_slice()).all(|(s, y)| *s == y * y));
             clamp(&pool, &mut x, 100.0);
             assert!(
                 x.as_slice().iter().enumerate().all(|(i, &v)| v == (2.0 * i as f32).min(100.0))

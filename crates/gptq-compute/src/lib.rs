@@ -51,13 +51,15 @@ pub use attention::{
     AttnParams, AttnSpan, Distances, KvMemory, KvType, LayerKv, Span, attention, relative_attention,
 };
 pub use backward::{
-    AttnTrace, NormGradient, activate_backward, attention_backward, input_gradient, norm_backward,
-    norm_heads_backward, weight_gradient,
+    AttnTrace, NormGradient, Steps, activate_backward, attention_backward, input_gradient,
+    norm_backward, norm_heads_backward, weight_gradient,
 };
 pub use bandwidth::BandwidthProbe;
 pub use convolution::{Convolution, convolve};
 pub use cross::{Cross, times_inverse};
-pub use elementwise::{add_scaled, clamp, embed, gather_cols, scale, scatter_cols, soft_cap};
+pub use elementwise::{
+    add_scaled, clamp, embed, gather_cols, multiply, scale, scatter_cols, soft_cap,
+};
 pub use error::{ComputeError, Result};
 pub use gemm::{gemm_nt, gemm_peak_rate};
 pub use gram::Gram;

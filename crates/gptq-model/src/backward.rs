@@ -8,9 +8,9 @@
 use std::ops::Range;
 
 use gptq_compute::{
-    Activation, AttnTrace, LayerKv, Matrix, Tensor, activate_backward, activate_gated, add_scaled,
-    attention_backward, gather_cols, input_gradient, linear, norm, norm_backward,
-    norm_heads_backward, rope_backward, scale, scatter_cols,
+    Activation, AttnTrace, LayerKv, Matrix, Pool, Tensor, activate_backward, activate_gated,
+    add_scaled, attention_backward, gather_cols, input_gradient, linear, multiply, norm,
+    norm_backward, norm_heads_backward, rope_backward, scale, scatter_cols,
 };
 
 use crate::block::{Block, Norms, copy};
@@ -397,7 +397,7 @@ impl Block {
 
 /// Gradients of gate and up from that of `activation(gate) · up`.
 fn gated_backward(
-    pool: &gptq_compute::Pool,
+    pool: &Pool,
     activation: Activation,
     gate: &Tensor,
     up: &Tensor,
@@ -406,8 +406,7 @@ fn gated_backward(
     let mut dup = gate.clone();
     activate_gated(pool, activation, &mut dup, &dy);
     let mut product = dy;
-    let up = up.as_slice();
-    product.as_mut_slice().iter_mut().zip(up).for_each(|(dy, up)| *dy *= up);
+    multiply(pool, &mut product, up);
     let mut dgate = gate.clone();
     activate_backward(pool, activation, &mut dgate, &product);
     (dgate, dup)

@@ -8,8 +8,10 @@ mod activation;
 mod attention;
 mod norm;
 mod product;
+mod scales;
 
 pub use activation::activate_backward;
 pub use attention::{AttnTrace, attention_backward};
 pub use norm::{NormGradient, norm_backward, norm_heads_backward};
 pub use product::{input_gradient, weight_gradient};
+pub use scales::Steps;

@@ -4,9 +4,8 @@
 //! GPTQ fits each linear to its own output. What a block makes of the errors of its linears together (they add
 //! up, cancel, pass activations and softmax) only its output shows. Codes, zero points and biases stay; every scale
 //! and every weight of the norms around the sublayers is multiplied by a factor near 1, found with Adam (Kingma & Ba
-//! 2015) on some of the calibration
-//! tokens. Both blocks read what the quantized blocks before them computed, and each token counts
-//! by the error relative to its output, because the next norm divides by its length.
+//! 2015) on some of the calibration tokens. Both blocks read what the quantized blocks before them computed, and each
+//! token counts by the error relative to its output, because the next norm divides by its length.
 
 mod example;
 mod tuned;
@@ -48,14 +47,14 @@ impl Run<'_> {
         let start = Instant::now();
         let examples = self.examples(ctx, layer, activations)?;
         let mut tuned = self.tuned(block)?;
-        tuned.set(block)?;
+        tuned.set(&ctx.pool, block)?;
         let before = mean_error(ctx, block, &examples)?;
         let steps = passes * examples.len();
         for step in 0..steps {
             let (gradient, trace) = examples[step % examples.len()].gradient(ctx, block)?;
             block.backward(ctx, &trace, gradient, &mut tuned)?;
             tuned.step(step, steps);
-            tuned.set(block)?;
+            tuned.set(&ctx.pool, block)?;
             self.progress.phase_progress(step + 1, steps);
         }
         for norm in &tuned.norms {

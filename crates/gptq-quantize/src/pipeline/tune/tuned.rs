@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use gptq_compute::{DenseMatrix, Linear, Matrix, NormGradient, Tensor, weight_gradient};
+use gptq_compute::{Linear, Matrix, NormGradient, Pool, Steps, Tensor, weight_gradient};
 use gptq_format::{Bits, DType, GptqLinear};
 use gptq_model::{Block, Ctx, Gradients, NormPlace, Stage};
 use half::{bf16, f16};
@@ -55,8 +55,7 @@ pub(super) struct TunedLinear {
     pub(super) index: usize,
     pub(super) module: String,
     pub(super) packed: GptqLinear,
-    /// Codes less their zero points `[out, in]`.
-    steps: Vec<i16>,
+    steps: Steps,
     /// Of the scales `[groups, out]`.
     factors: Factors,
 }
@@ -68,15 +67,7 @@ impl TunedLinear {
         module: String,
         packed: GptqLinear,
     ) -> Result<Self> {
-        let (inputs, outputs) = (packed.in_features, packed.out_features);
-        let codes = packed.codes()?;
-        let mut steps = vec![0i16; inputs * outputs];
-        for (k, codes) in codes.chunks_exact(outputs).enumerate() {
-            let group = packed.g_idx[k] as usize * outputs;
-            for (n, &code) in codes.iter().enumerate() {
-                steps[n * inputs + k] = i16::from(code) - i16::from(packed.zeros[group + n]);
-            }
-        }
+        let steps = Steps::new(&packed.codes()?, &packed.zeros, &packed.g_idx, packed.groups);
         let factors = Factors::new(packed.scales.len());
         Ok(Self { stage, index, module, packed, steps, factors })
     }
@@ -88,34 +79,18 @@ impl TunedLinear {
     }
 
     /// The linear with these scales, as floats.
-    fn linear(&self) -> Linear {
-        let GptqLinear { in_features: inputs, out_features: outputs, g_idx, .. } = &self.packed;
+    fn linear(&self, pool: &Pool) -> Linear {
         let scales: Vec<f32> = self.scales().into_iter().map(f16::to_f32).collect();
-        let mut weights = Vec::with_capacity(self.steps.len());
-        for (n, steps) in self.steps.chunks_exact(*inputs).enumerate() {
-            let scaled = steps.iter().zip(g_idx);
-            weights.extend(
-                scaled.map(|(&step, &g)| f32::from(step) * scales[g as usize * outputs + n]),
-            );
-        }
-        let weight = Matrix::Dense(DenseMatrix::from_f32(*outputs, *inputs, weights));
+        let weight = Matrix::Dense(self.steps.weights(pool, &scales));
         Linear { weight, bias: self.packed.bias.clone() }
     }
 
     /// Adds the gradient of the factors: a weight is step · scale · factor.
-    fn add_gradient(&mut self, of_weights: &Tensor) {
-        let GptqLinear { in_features: inputs, out_features: outputs, g_idx, scales, .. } =
-            &self.packed;
-        let mut sums = vec![0.0f32; self.packed.groups];
-        for (n, steps) in self.steps.chunks_exact(*inputs).enumerate() {
-            sums.fill(0.0);
-            for ((&step, &g), dw) in steps.iter().zip(g_idx).zip(of_weights.row(n)) {
-                sums[g as usize] += f32::from(step) * dw;
-            }
-            for (g, sum) in sums.iter().enumerate() {
-                let at = g * outputs + n;
-                self.factors.gradient[at] += scales[at].to_f32() * sum;
-            }
+    fn add_gradient(&mut self, pool: &Pool, of_weights: &Tensor) {
+        let mut of_scales = vec![0.0; self.packed.scales.len()];
+        self.steps.add_gradient(pool, of_weights, &mut of_scales);
+        for (i, of_scale) in of_scales.into_iter().enumerate() {
+            self.factors.gradient[i] += self.packed.scales[i].to_f32() * of_scale;
         }
     }
 }
@@ -171,7 +146,7 @@ impl Gradients for Tuned {
         if let Some(&place) = self.places.get(&(stage, index)) {
             let mut of_weights = Tensor::default();
             weight_gradient(&ctx.pool, dy, x, &mut of_weights);
-            self.linears[place].add_gradient(&of_weights);
+            self.linears[place].add_gradient(&ctx.pool, &of_weights);
         }
     }
 
@@ -184,9 +159,9 @@ impl Gradients for Tuned {
 
 impl Tuned {
     /// Puts linears and norms as they are now into the block.
-    pub(super) fn set(&self, block: &mut Block) -> Result<()> {
+    pub(super) fn set(&self, pool: &Pool, block: &mut Block) -> Result<()> {
         for tuned in &self.linears {
-            block.set_linear(tuned.stage, tuned.index, tuned.linear())?;
+            block.set_linear(tuned.stage, tuned.index, tuned.linear(pool))?;
         }
         for tuned in &self.norms {
             set_norm(block, tuned.place, tuned.weight());
@@ -243,40 +218,39 @@ mod tests {
     }
 
     #[test]
-    fn gradients_of_scales_match_differences_in_f64() {
-        // 16 inputs in two groups out of order, 8 outputs.
+    fn a_linear_is_tuned_from_its_saved_weights_on() {
         let (inputs, outputs) = (16, 8);
         let codes: Vec<u8> = (0..inputs * outputs).map(|i| (i * 7 % 16) as u8).collect();
-        let value = |i: usize| (i * 37 % 19) as f32 / 7.0 - 1.2;
-        let scales: Vec<f16> = (0..2 * outputs).map(|i| f16::from_f32(value(i))).collect();
+        let scale = |i: usize| f16::from_f32((i * 37 % 19) as f32 / 7.0 - 1.2);
+        let scales: Vec<f16> = (0..2 * outputs).map(scale).collect();
         let zeros: Vec<u8> = (0..2 * outputs).map(|i| (i % 15 + 1) as u8).collect();
         let g_idx: Vec<u32> = (0..inputs).map(|k| (k / 3 % 2) as u32).collect();
         let shape = [inputs, outputs];
         let packed =
             GptqLinear::from_codes(Bits::B4, shape, &codes, scales, zeros, g_idx, None).unwrap();
         let mut tuned = TunedLinear::new(Stage::Qkv, 0, String::new(), packed.clone()).unwrap();
-        let Matrix::Dense(weight) = tuned.linear().weight else { panic!("codes") };
-        assert_eq!(weight.to_f32(), packed.dequantize());
-        let dw: Vec<f32> = (0..inputs * outputs).map(|i| value(i + 5)).collect();
-        tuned.add_gradient(&Tensor::from_vec(outputs, inputs, dw.clone()));
-        // The sum of dw · W, whose gradient by W is dw.
-        let loss = |factors: &[f64]| -> f64 {
-            let term = |i: usize| {
-                let (n, k) = (i / inputs, i % inputs);
-                let at = packed.g_idx[k] as usize * outputs + n;
-                let step = f64::from(codes[k * outputs + n]) - f64::from(packed.zeros[at]);
-                step * f64::from(packed.scales[at].to_f32()) * factors[at] * f64::from(dw[i])
-            };
-            (0..inputs * outputs).map(term).sum()
+        let pool = Pool::new(2);
+        let weights = |tuned: &TunedLinear| match tuned.linear(&pool).weight {
+            Matrix::Dense(weight) => weight.to_f32(),
+            Matrix::Quantized(_) => panic!("codes"),
         };
-        for at in 0..2 * outputs {
-            let mut factors = vec![1.0f64; 2 * outputs];
-            factors[at] += 1e-4;
-            let above = loss(&factors);
-            factors[at] -= 2e-4;
-            let slope = (above - loss(&factors)) / 2e-4;
-            let got = f64::from(tuned.factors.gradient[at]);
-            assert!((got - slope).abs() < 1e-5 * (1.0 + slope.abs()), "{got} {slope}");
+        assert_eq!(weights(&tuned), packed.dequantize());
+        // The gradient of half the sum of all squared weights by a factor of 1: that sum over its group.
+        let dw = Tensor::from_vec(outputs, inputs, packed.dequantize());
+        tuned.add_gradient(&pool, &dw);
+        for (at, got) in tuned.factors.gradient.iter().enumerate() {
+            let (g, n) = (at / outputs, at % outputs);
+            let group = (0..inputs).filter(|&k| packed.g_idx[k] as usize == g);
+            let want: f64 = group.map(|k| f64::from(dw.row(n)[k]).powi(2)).sum();
+            assert!((f64::from(*got) - want).abs() < 1e-4 * (1.0 + want), "{got} {want}");
+        }
+        // A factor moves its group of one output alone, by what f16 keeps of it.
+        tuned.factors.moved[3] = 0.5;
+        let moved = weights(&tuned);
+        for (i, (new, old)) in moved.iter().zip(packed.dequantize()).enumerate() {
+            let own = i / inputs == 3 && packed.g_idx[i % inputs] == 0;
+            let want = if own { 1.5 * old } else { old };
+            assert!((new - want).abs() <= 1e-3 * want.abs(), "{i}: {new} {want}");
         }
     }
 }
