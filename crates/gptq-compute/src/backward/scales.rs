@@ -7,7 +7,7 @@ use crate::tensor::{RawSlice, Tensor};
 /// Outputs that one task computes.
 const ROWS: usize = 16;
 
-/// A matrix of codes less their zero points: the weight of output n and input k is `steps[n, k]` times
+/// A matrix of codes less their zero points: the weight of output n and input k is `values[n, k]` times
 /// the scale of output n in the group of k.
 #[derive(Debug, Clone)]
 pub struct Steps {
