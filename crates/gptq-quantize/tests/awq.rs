@@ -1,39 +1,22 @@
 //! AWQ through the pipeline: what is saved is a checkpoint like any other, whatever the threads, the
 //! memory, and the interruptions.
 
+mod common;
+
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
+use common::{Stop, calibration};
 use gptq_compute::{Pool, Tensor};
 use gptq_format::{Bits, Checkpoint};
 use gptq_model::{EncodeInput, Model, Session, Spec};
 use gptq_quantize::pipeline::Job;
-use gptq_quantize::{
-    CalibrationOptions, CalibrationReport, CalibrationSet, Method, Progress, QuantReport,
-    QuantizeOptions, quantize,
-};
-use gptq_testkit::{Rng, TinyLlama, difference, fixtures, safetensors_file};
+use gptq_quantize::{Method, Progress, QuantReport, QuantizeOptions, quantize};
+use gptq_testkit::{TinyLlama, difference, fixtures, safetensors_file};
 
 const WINDOWS: usize = 8;
 const LENGTH: usize = 48;
-
-fn calibration(vocab: usize) -> CalibrationSet {
-    let mut rng = Rng::new(4);
-    let windows: Vec<Vec<u32>> = (0..WINDOWS).map(|_| rng.tokens(LENGTH, vocab)).collect();
-    let options = CalibrationOptions { nsamples: WINDOWS, seqlen: LENGTH, seed: 0 };
-    let report = CalibrationReport::new(Vec::new(), &windows, &options, vocab);
-    CalibrationSet::from_windows(windows, report)
-}
-
-/// Stops after the first block, once.
-struct Stop(AtomicBool);
-
-impl Progress for Stop {
-    fn interrupted(&self) -> bool {
-        self.0.swap(false, Ordering::Relaxed)
-    }
-}
 
 fn run(
     source: &Path,
@@ -48,7 +31,7 @@ fn run(
         checkpoint: &checkpoint,
         tokenizer: None,
         model: "fixture",
-        calibration: Some(&calibration(vocab)),
+        calibration: Some(&calibration(vocab, WINDOWS, LENGTH)),
         options,
         output,
         plots: None,

@@ -1,10 +1,13 @@
 //! Block-wise tuning through the pipeline: what it may change, that it helps, and that the bytes depend on nothing
 //! but the settings.
 
+mod common;
+
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
+use common::{Stop, calibration};
 use gptq_compute::{Pool, Tensor};
 use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic};
 use gptq_model::{
@@ -12,33 +15,17 @@ use gptq_model::{
 };
 use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
-    CalibrationOptions, CalibrationReport, CalibrationSet, Correction, Method, Progress,
-    QuantReport, QuantizeOptions, quantize,
+    CalibrationSet, Correction, Method, Progress, QuantReport, QuantizeOptions, quantize,
 };
-use gptq_testkit::{Rng, TinyLlama, fixtures, safetensors_file};
+use gptq_testkit::{TinyLlama, fixtures, safetensors_file};
 
 const LENGTH: usize = 48;
 /// Windows of one chunk, and of three of which the last is shorter than the others.
 const FEW: usize = 8;
 const MANY: usize = 100;
 
-fn calibration(spec: &Spec, count: usize) -> CalibrationSet {
-    let Spec { vocab, max_positions: positions, .. } = *spec;
-    let mut rng = Rng::new(4);
-    let length = LENGTH.min(positions);
-    let windows: Vec<Vec<u32>> = (0..count).map(|_| rng.tokens(length, vocab)).collect();
-    let options = CalibrationOptions { nsamples: count, seqlen: length, seed: 0 };
-    let report = CalibrationReport::new(Vec::new(), &windows, &options, vocab);
-    CalibrationSet::from_windows(windows, report)
-}
-
-/// Stops after the first block, once.
-struct Stop(AtomicBool);
-
-impl Progress for Stop {
-    fn interrupted(&self) -> bool {
-        self.0.swap(false, Ordering::Relaxed)
-    }
+fn windows_for(spec: &Spec, count: usize) -> CalibrationSet {
+    calibration(spec.vocab, count, LENGTH.min(spec.max_positions))
 }
 
 fn with_job<T>(
@@ -54,7 +41,7 @@ fn with_job<T>(
         checkpoint: &checkpoint,
         tokenizer: None,
         model: "fixture",
-        calibration: Some(&calibration(&spec, windows)),
+        calibration: Some(&windows_for(&spec, windows)),
         options,
         output,
         plots: None,
@@ -101,7 +88,7 @@ fn error_of_first_block(source: &Path, output: &Path) -> f64 {
             block.run_whole(ctx, &mut state, std::slice::from_ref(&(0..ids.len()))).unwrap();
             state.hidden
         };
-        calibration(&spec, MANY).windows.iter().map(run).collect()
+        windows_for(&spec, MANY).windows.iter().map(run).collect()
     };
     let (float, quantized) = (output_of(source), output_of(output));
     let (mut sum, mut tokens) = (0.0, 0);
