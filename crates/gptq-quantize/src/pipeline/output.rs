@@ -4,7 +4,7 @@ use std::path::Path;
 
 use gptq_format::fs::write_atomic;
 use gptq_format::{
-    Checkpoint, CheckpointKind, FormatError, GptqLinear, OutputDir, ShardWriter,
+    Checkpoint, CheckpointKind, DType, FormatError, GptqLinear, OutputDir, ShardWriter,
     copy_sentence_files,
 };
 use half::{bf16, f16};
@@ -259,10 +259,13 @@ fn narrow(tensor: &Copied, floats: &[f32]) -> Result<Vec<u8>> {
             ),
         });
     }
-    Ok(match tensor.dtype {
-        gptq_format::DType::BF16 => {
-            floats.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect()
-        }
+    Ok(halves(tensor.dtype, floats))
+}
+
+/// Floats as the output stores them: bfloat16 where that is their type, else f16.
+pub(super) fn halves(dtype: DType, floats: &[f32]) -> Vec<u8> {
+    match dtype {
+        DType::BF16 => floats.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
         _ => floats.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
-    })
+    }
 }

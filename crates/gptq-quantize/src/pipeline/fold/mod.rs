@@ -21,6 +21,7 @@ use half::{bf16, f16};
 use super::Run;
 use super::activations::Activations;
 use super::inputs::StageInputs;
+use super::output::halves;
 use crate::error::{QuantizeError, Result};
 use crate::hessian::Hessian;
 use crate::report::AwqRecord;
@@ -131,12 +132,7 @@ fn divide_norm(
         DType::BF16 => bf16::from_f32(x).to_f32(),
         _ => f16::from_f32(x).to_f32(),
     };
-    let bytes = |values: &[f32]| -> Vec<u8> {
-        match dtype {
-            DType::BF16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
-            _ => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
-        }
-    };
+    let bytes = |values: &[f32]| halves(dtype, values);
     let divided: Vec<(f32, f32)> = weight
         .iter()
         .zip(scales)

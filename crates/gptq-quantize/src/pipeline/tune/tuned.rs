@@ -8,6 +8,7 @@ use gptq_model::{Block, Ctx, Gradients, NormPlace, Stage};
 use half::{bf16, f16};
 
 use crate::error::Result;
+use crate::pipeline::output::halves;
 
 /// Length of the first steps of a scale, times 2^bits: the most that its factor changes in one. The errors that it makes up
 /// for are as small as the grid is fine.
@@ -116,14 +117,12 @@ impl TunedNorm {
     /// The weight as it is saved, and its bytes.
     pub(super) fn stored(&self) -> (Vec<f32>, Vec<u8>) {
         let weight = self.weight();
-        if self.dtype == DType::BF16 {
-            let stored: Vec<bf16> = weight.into_iter().map(bf16::from_f32).collect();
-            let bytes = stored.iter().flat_map(|x| x.to_le_bytes()).collect();
-            return (stored.into_iter().map(bf16::to_f32).collect(), bytes);
-        }
-        let stored: Vec<f16> = weight.into_iter().map(f16::from_f32).collect();
-        let bytes = stored.iter().flat_map(|x| x.to_le_bytes()).collect();
-        (stored.into_iter().map(f16::to_f32).collect(), bytes)
+        let bytes = halves(self.dtype, &weight);
+        let stored = weight.into_iter().map(|x| match self.dtype {
+            DType::BF16 => bf16::from_f32(x).to_f32(),
+            _ => f16::from_f32(x).to_f32(),
+        });
+        (stored.collect(), bytes)
     }
 
     fn add_gradient(&mut self, of_weight: &[f32]) {
