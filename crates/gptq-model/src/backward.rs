@@ -132,13 +132,13 @@ impl Block {
             add_scaled(&ctx.pool, &mut flow.input, &flow.hidden, 1.0);
             flow.hidden.as_mut_slice().fill(0.0);
         }
-        match self.norm(place) {
-            Some(norm) => {
+        match self.norms(place) {
+            [norm] => {
                 let gradient =
                     norm_backward(&ctx.pool, hidden, norm, &flow.input, true, &mut flow.hidden);
-                gradients.norm(place, gradient);
+                gradients.norms(place, vec![gradient]);
             }
-            None => add_scaled(&ctx.pool, &mut flow.hidden, &flow.input, 1.0),
+            _ => add_scaled(&ctx.pool, &mut flow.hidden, &flow.input, 1.0),
         }
     }
 
@@ -207,7 +207,7 @@ impl Block {
             let mut dx = Tensor::default();
             let gradient =
                 norm_backward(&ctx.pool, &sum, stream_norm, &flow.hidden, false, &mut dx);
-            gradients.norm(stream, gradient);
+            gradients.norms(stream, vec![gradient]);
             flow.hidden = dx;
         }
         let mut dy = flow.hidden.clone();
@@ -229,7 +229,7 @@ impl Block {
         let Some(after) = &norms.after else { return dy };
         let mut dx = Tensor::default();
         let gradient = norm_backward(&ctx.pool, &ctx.out, after, &dy, false, &mut dx);
-        gradients.norm(place, gradient);
+        gradients.norms(place, vec![gradient]);
         dx
     }
 
@@ -359,11 +359,14 @@ impl Block {
         (ctx.q, ctx.k) = (dq, dk);
         self.rotate(ctx, rope_backward, &seqs);
         let mut heads = [std::mem::take(&mut ctx.q), std::mem::take(&mut ctx.k), dv];
-        if let Some(norms) = &self.qk_norms {
-            for (which, (norms, width)) in norms.iter().zip(self.norm_widths()).enumerate() {
+        let places = [NormPlace::Query, NormPlace::Key];
+        for (which, (place, width)) in places.into_iter().zip(self.norm_widths()).enumerate() {
+            let norms = self.norms(place);
+            if !norms.is_empty() {
                 let mut dx = Tensor::default();
                 let (x, dy) = (&plain[which], &heads[which]);
-                norm_heads_backward(&ctx.pool, x, width, norms, dy, false, &mut dx);
+                let of_norms = norm_heads_backward(&ctx.pool, x, width, norms, dy, false, &mut dx);
+                gradients.norms(place, of_norms);
                 heads[which] = dx;
             }
         }

@@ -27,8 +27,8 @@ pub struct Block {
     pub(crate) spec: Arc<Spec>,
     pub(crate) attention_norms: Norms,
     pub(crate) mlp_norms: Norms,
-    /// Of queries and keys: one norm, or one for each head.
-    pub(crate) qk_norms: Option<[Vec<Norm>; 2]>,
+    /// Of queries and of keys: none, one norm, or one for each head.
+    pub(crate) qk_norms: [Vec<Norm>; 2],
     pub(crate) params: AttnParams,
     pub(crate) fused: Option<FusedColumns>,
     distances: Option<DistanceTable>,
@@ -104,7 +104,7 @@ impl Block {
             layer,
             attention_norms: norms(&attention_names)?,
             mlp_norms: norms(&spec.residual.mlp)?,
-            qk_norms: qk_norms.transpose()?,
+            qk_norms: qk_norms.transpose()?.unwrap_or_default(),
             params: attention_params(spec, layer),
             fused: match spec.attention.qkv {
                 Qkv::Fused { order, .. } => Some(order.columns(&spec.attention)),
@@ -398,10 +398,10 @@ impl Block {
     /// Normalises `ctx.q` and `ctx.k` where the spec says so.
     pub(crate) fn normalize_heads(&self, ctx: &mut Ctx) {
         let Ctx { pool, q, k, .. } = ctx;
-        if let Some([q_norm, k_norm]) = &self.qk_norms {
-            let [q_width, k_width] = self.norm_widths();
-            norm_heads(pool, q, q_width, q_norm);
-            norm_heads(pool, k, k_width, k_norm);
+        for ((x, norms), width) in [q, k].into_iter().zip(&self.qk_norms).zip(self.norm_widths()) {
+            if !norms.is_empty() {
+                norm_heads(pool, x, width, norms);
+            }
         }
     }
 

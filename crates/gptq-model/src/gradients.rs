@@ -5,16 +5,20 @@ use std::ops::Range;
 use gptq_compute::{Norm, NormGradient, Tensor};
 
 use crate::block::Block;
-use crate::spec::Spec;
+use crate::spec::{QkNorm, Spec};
 use crate::stages::{Stage, StageSpec};
 use crate::state::{BlockState, Ctx};
 use crate::{ModelError, Result};
 
-/// One of the norms around the sublayers of a block.
+/// Where norms of a block are: one, or of queries and keys one for each head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum NormPlace {
     /// Before the attention.
     AttentionBefore,
+    /// Of the queries.
+    Query,
+    /// Of the keys.
+    Key,
     /// Of the attention's output.
     AttentionAfter,
     /// Of the stream behind the attention.
@@ -29,8 +33,10 @@ pub enum NormPlace {
 
 impl NormPlace {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::AttentionBefore,
+        Self::Query,
+        Self::Key,
         Self::AttentionAfter,
         Self::AttentionStream,
         Self::MlpBefore,
@@ -45,8 +51,8 @@ pub trait Gradients {
     /// dyᵀx is that of its weight ([`gptq_compute::weight_gradient`]), the sum of the rows of `dy` that of its bias.
     fn linear(&mut self, ctx: &Ctx, stage: Stage, index: usize, x: &Tensor, dy: &Tensor);
 
-    /// The gradient of a norm's parameters.
-    fn norm(&mut self, place: NormPlace, gradient: NormGradient);
+    /// The gradients of the parameters of each norm at `place`.
+    fn norms(&mut self, place: NormPlace, gradients: Vec<NormGradient>);
 }
 
 /// The states of a block's forward pass over whole sequences.
@@ -86,7 +92,7 @@ impl Spec {
         let replaced =
             residual.from_norm && (residual.parallel || behind.iter().any(Option::is_some));
         let names: Vec<String> =
-            NormPlace::ALL.into_iter().filter_map(|place| self.norm_name(layer, place)).collect();
+            NormPlace::ALL.into_iter().flat_map(|place| self.norm_names(layer, place)).collect();
         let shared = (1..names.len()).any(|i| names[..i].contains(&names[i]));
         let parts = [
             (
@@ -104,45 +110,60 @@ impl Spec {
         }
     }
 
-    /// Full name of the norm at `place` of block `layer`, if its family has one there; its tensors are named after it.
-    pub fn norm_name(&self, layer: usize, place: NormPlace) -> Option<String> {
-        let residual = &self.residual;
-        let name = match place {
-            NormPlace::AttentionBefore => residual.attention.before,
-            NormPlace::AttentionAfter => residual.attention.after,
-            NormPlace::AttentionStream => residual.attention.stream,
-            NormPlace::MlpBefore => residual.mlp.before,
-            NormPlace::MlpAfter => residual.mlp.after,
-            NormPlace::MlpStream => residual.mlp.stream,
+    /// Full names of the norms at `place` of block `layer`, none if its family has none there. Tensors are named after
+    /// them, and together hold the parameters of [`Block::norms`] in their order.
+    pub fn norm_names(&self, layer: usize, place: NormPlace) -> Vec<String> {
+        let Self { residual, attention, .. } = self;
+        let of_heads = |name: fn(&QkNorm) -> &'static str, heads: usize| {
+            attention.qk_norm.iter().flat_map(|qk| qk.names(name(qk), heads)).collect()
         };
-        Some(format!("{}.{}", self.block_name(layer), name?))
+        let one = |name: Option<&str>| name.map(str::to_owned).into_iter().collect();
+        let bare = self.layers[layer].bare;
+        let names: Vec<String> = match place {
+            NormPlace::AttentionBefore => one(residual.attention.before.filter(|_| !bare)),
+            NormPlace::Query => of_heads(|qk| qk.q, attention.heads),
+            NormPlace::Key => of_heads(|qk| qk.k, attention.kv_heads),
+            NormPlace::AttentionAfter => one(residual.attention.after),
+            NormPlace::AttentionStream => one(residual.attention.stream),
+            NormPlace::MlpBefore => one(residual.mlp.before),
+            NormPlace::MlpAfter => one(residual.mlp.after),
+            NormPlace::MlpStream => one(residual.mlp.stream),
+        };
+        let block = self.block_name(layer);
+        names.into_iter().map(|name| format!("{block}.{name}")).collect()
     }
 }
 
 impl Block {
-    /// The norm at `place`, if the block has one there.
-    pub fn norm(&self, place: NormPlace) -> Option<&Norm> {
-        let Self { attention_norms: attention, mlp_norms: mlp, .. } = self;
+    /// The norms at `place`: none, one, or of queries and keys one for each head.
+    pub fn norms(&self, place: NormPlace) -> &[Norm] {
+        let Self { attention_norms: attention, mlp_norms: mlp, qk_norms, .. } = self;
+        let [queries, keys] = qk_norms;
         match place {
-            NormPlace::AttentionBefore => attention.before.as_ref(),
-            NormPlace::AttentionAfter => attention.after.as_ref(),
-            NormPlace::AttentionStream => attention.stream.as_ref(),
-            NormPlace::MlpBefore => mlp.before.as_ref(),
-            NormPlace::MlpAfter => mlp.after.as_ref(),
-            NormPlace::MlpStream => mlp.stream.as_ref(),
+            NormPlace::AttentionBefore => attention.before.as_slice(),
+            NormPlace::Query => queries,
+            NormPlace::Key => keys,
+            NormPlace::AttentionAfter => attention.after.as_slice(),
+            NormPlace::AttentionStream => attention.stream.as_slice(),
+            NormPlace::MlpBefore => mlp.before.as_slice(),
+            NormPlace::MlpAfter => mlp.after.as_slice(),
+            NormPlace::MlpStream => mlp.stream.as_slice(),
         }
     }
 
-    /// The norm at `place`, to be changed.
-    pub fn norm_mut(&mut self, place: NormPlace) -> Option<&mut Norm> {
-        let Self { attention_norms: attention, mlp_norms: mlp, .. } = self;
+    /// The norms at `place`, to be changed.
+    pub fn norms_mut(&mut self, place: NormPlace) -> &mut [Norm] {
+        let Self { attention_norms: attention, mlp_norms: mlp, qk_norms, .. } = self;
+        let [queries, keys] = qk_norms;
         match place {
-            NormPlace::AttentionBefore => attention.before.as_mut(),
-            NormPlace::AttentionAfter => attention.after.as_mut(),
-            NormPlace::AttentionStream => attention.stream.as_mut(),
-            NormPlace::MlpBefore => mlp.before.as_mut(),
-            NormPlace::MlpAfter => mlp.after.as_mut(),
-            NormPlace::MlpStream => mlp.stream.as_mut(),
+            NormPlace::AttentionBefore => attention.before.as_mut_slice(),
+            NormPlace::Query => queries,
+            NormPlace::Key => keys,
+            NormPlace::AttentionAfter => attention.after.as_mut_slice(),
+            NormPlace::AttentionStream => attention.stream.as_mut_slice(),
+            NormPlace::MlpBefore => mlp.before.as_mut_slice(),
+            NormPlace::MlpAfter => mlp.after.as_mut_slice(),
+            NormPlace::MlpStream => mlp.stream.as_mut_slice(),
         }
     }
 }

@@ -166,10 +166,10 @@ impl Loader<'_> {
     ) -> Result<Vec<Norm>> {
         match qk.over {
             NormOver::Row => Ok(vec![self.norm(name, heads * head_dim, qk.norm)?]),
-            NormOver::Head => Ok(vec![self.norm(name, head_dim, qk.norm)?]),
-            NormOver::ListedHead => (0..heads)
-                .map(|head| self.norm(&format!("{name}.norms.{head}"), head_dim, qk.norm))
-                .collect(),
+            NormOver::Head | NormOver::ListedHead => {
+                let names = qk.names(name, heads);
+                names.iter().map(|name| self.norm(name, head_dim, qk.norm)).collect()
+            }
             NormOver::OwnHead => {
                 let tensor = format!("{name}.weight");
                 let rows = self.matrix(&tensor, heads, head_dim, LinearSource::Copied)?.to_f32();

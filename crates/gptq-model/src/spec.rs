@@ -218,6 +218,16 @@ pub struct QkNorm {
     pub over: NormOver,
 }
 
+impl QkNorm {
+    /// Names of the norms of `heads` heads that are called `name`: of one for all, or of each head's.
+    pub fn names(&self, name: &str, heads: usize) -> Vec<String> {
+        match self.over {
+            NormOver::ListedHead => (0..heads).map(|head| format!("{name}.norms.{head}")).collect(),
+            NormOver::Row | NormOver::Head | NormOver::OwnHead => vec![name.to_owned()],
+        }
+    }
+}
+
 /// What a norm of queries or keys goes over, and how its parameters are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormOver {

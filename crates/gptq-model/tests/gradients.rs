@@ -34,7 +34,7 @@ const SHORTEST: f64 = 3.0;
 struct Kept {
     weights: HashMap<(Stage, usize), Vec<f32>>,
     biases: HashMap<(Stage, usize), Vec<f32>>,
-    norms: HashMap<NormPlace, NormGradient>,
+    norms: HashMap<NormPlace, Vec<NormGradient>>,
 }
 
 impl Gradients for Kept {
@@ -49,8 +49,8 @@ impl Gradients for Kept {
         self.biases.insert((stage, index), bias);
     }
 
-    fn norm(&mut self, place: NormPlace, gradient: NormGradient) {
-        assert!(self.norms.insert(place, gradient).is_none(), "{place:?} twice");
+    fn norms(&mut self, place: NormPlace, gradients: Vec<NormGradient>) {
+        assert!(self.norms.insert(place, gradients).is_none(), "{place:?} twice");
     }
 }
 
@@ -140,26 +140,28 @@ fn check_block(name: &str, spec: &Arc<Spec>, block: &mut Block) {
         }
     }
     for place in NormPlace::ALL {
-        assert_eq!(block.norm(place).is_some(), kept.norms.contains_key(&place), "{place:?}");
-        let Some(norm) = block.norm(place).cloned() else { continue };
-        assert!(spec.norm_name(block.layer(), place).is_some(), "{name}: {place:?}");
-        let NormGradient { weight: of_weight, bias: of_bias } = &kept.norms[&place];
-        if let Some(weight) = &norm.weight {
-            let title = format!("{name}: {place:?} weight");
-            check(&title, &mut rng, weight, of_weight, |weight| {
-                block.norm_mut(place).unwrap().weight = Some(weight.to_vec());
-                dot(&output(&mut ctx, block, &input), &dy)
-            });
+        let count = block.norms(place).len();
+        assert_eq!(count, kept.norms.get(&place).map_or(0, Vec::len), "{name}: {place:?}");
+        assert_eq!(spec.norm_names(block.layer(), place).is_empty(), count == 0, "{place:?}");
+        for index in 0..count {
+            let title = |part| format!("{name}: {place:?} {index} {part}");
+            let norm = block.norms(place)[index].clone();
+            let NormGradient { weight: of_weight, bias: of_bias } = &kept.norms[&place][index];
+            if let Some(weight) = &norm.weight {
+                check(&title("weight"), &mut rng, weight, of_weight, |weight| {
+                    block.norms_mut(place)[index].weight = Some(weight.to_vec());
+                    dot(&output(&mut ctx, block, &input), &dy)
+                });
+            }
+            block.norms_mut(place)[index] = norm.clone();
+            if let Some(bias) = &norm.bias {
+                check(&title("bias"), &mut rng, bias, of_bias, |bias| {
+                    block.norms_mut(place)[index].bias = Some(bias.to_vec());
+                    dot(&output(&mut ctx, block, &input), &dy)
+                });
+            }
+            block.norms_mut(place)[index] = norm;
         }
-        *block.norm_mut(place).unwrap() = norm.clone();
-        if let Some(bias) = &norm.bias {
-            let title = format!("{name}: {place:?} bias");
-            check(&title, &mut rng, bias, of_bias, |bias| {
-                block.norm_mut(place).unwrap().bias = Some(bias.to_vec());
-                dot(&output(&mut ctx, block, &input), &dy)
-            });
-        }
-        *block.norm_mut(place).unwrap() = norm;
     }
 }
 

@@ -11,7 +11,7 @@ use common::{Stop, calibration};
 use gptq_compute::{Pool, Tensor};
 use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic};
 use gptq_model::{
-    Block, BlockState, Ctx, Embedder, EncodeInput, LinearSource, Model, Session, Spec,
+    Block, BlockState, Ctx, Embedder, EncodeInput, LinearSource, Model, NormPlace, Session, Spec,
 };
 use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
@@ -274,6 +274,18 @@ fn every_family_with_gradients_is_tuned() {
         let kept = report.tuning.iter().filter(|tuning| tuning.kept).count();
         assert_eq!(kept, spec.layer_count(), "{name}: {:?}", report.tuning);
         assert!(hidden(&output).as_slice().iter().all(|x| x.is_finite()), "{name}");
+        let spec = Arc::new(spec);
+        let block = |checkpoint| Block::load(checkpoint, &spec, 0, LinearSource::Copied).unwrap();
+        let (before, after) = (block(&checkpoint), block(&Checkpoint::open(&output).unwrap()));
+        for place in NormPlace::ALL {
+            for (before, after) in before.norms(place).iter().zip(after.norms(place)) {
+                let mut pairs =
+                    before.weight.iter().zip(&after.weight).flat_map(|(x, y)| x.iter().zip(y));
+                // By more than rounding to 16 bits.
+                let moved = pairs.any(|(x, y)| (x - y).abs() > 1e-3 * x.abs());
+                assert_eq!(moved, before.weight.is_some(), "{name}: {place:?}");
+            }
+        }
         tuned += 1;
     }
     // A clone without the shared data has a part of them.

@@ -108,7 +108,7 @@ pub(crate) struct Args {
     /// loss on the calibration text, if rarely a better model.
     #[arg(long, default_value_t = QuantizeOptions::default().refine, value_name = "ROUNDS")]
     refine: usize,
-    /// When a block has its codes, tune its scales and the norms around its sublayers by gradient
+    /// When a block has its codes, tune its scales and the weights of its norms by gradient
     /// towards the output of the float block, in so many passes over about 16384 calibration tokens.
     /// Lowers the loss most at 2 bits and costs nothing at inference, but minutes of the run; 3 are
     /// enough.

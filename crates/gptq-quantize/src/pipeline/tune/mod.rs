@@ -3,7 +3,7 @@
 //!
 //! GPTQ fits each linear to its own output. What a block makes of the errors of its linears together (they add
 //! up, cancel, pass activations and softmax) only its output shows. Codes, zero points and biases stay; every scale
-//! and every weight of the norms around the sublayers is multiplied by a factor near 1, found with Adam (Kingma & Ba
+//! and every weight of its norms is multiplied by a factor near 1, found with Adam (Kingma & Ba
 //! 2015) on some of the calibration tokens. Both blocks read what the quantized blocks before them computed, and each
 //! token counts by the error relative to its output, because the next norm divides by its length.
 
@@ -24,7 +24,7 @@ use super::{Phases, Run};
 use crate::error::{QuantizeError, Result};
 use crate::report::TuningRecord;
 use example::{Example, mean_error};
-use tuned::{Factors, Tuned, TunedLinear, TunedNorm, set_norm};
+use tuned::{Factors, Tuned, TunedLinear, TunedNorms, set_norms};
 
 /// Calibration tokens that are tuned on, about: in whole chunks.
 pub(super) const TOKENS: usize = 16_384;
@@ -57,8 +57,8 @@ impl Run<'_> {
             tuned.set(&ctx.pool, block)?;
             self.progress.phase_progress(step + 1, steps);
         }
-        for norm in &tuned.norms {
-            set_norm(block, norm.place, norm.stored().0);
+        for norms in &tuned.norms {
+            set_norms(block, norms.place, &norms.stored().0);
         }
         let after = mean_error(ctx, block, &examples)?;
         let kept = after < before;
@@ -98,11 +98,18 @@ impl Run<'_> {
 
     /// Puts the linears back as codes, and writes what was tuned if it is `kept`; else the norms go back, too.
     fn finish(&mut self, block: &mut Block, tuned: Tuned, kept: bool) -> Result<()> {
-        for norm in tuned.norms {
+        for norms in tuned.norms {
             if kept {
-                self.output.replace(&norm.tensor, &norm.stored().1)?;
+                let bytes = norms.stored().1;
+                // Two for each weight.
+                let mut rest = bytes.as_slice();
+                for tensor in &norms.tensors {
+                    let (own, others) = rest.split_at(2 * tensor.elements());
+                    self.output.replace(&tensor.name, own)?;
+                    rest = others;
+                }
             } else {
-                set_norm(block, norm.place, norm.weight);
+                set_norms(block, norms.place, &norms.weight);
             }
         }
         for linear in tuned.linears {
@@ -136,23 +143,25 @@ impl Run<'_> {
                 linears.push(TunedLinear::new(stage, index, linear.module, packed)?);
             }
         }
-        let norms = NormPlace::ALL.into_iter().filter_map(|place| self.tuned_norm(block, place));
+        let norms = NormPlace::ALL.into_iter().filter_map(|place| self.tuned_norms(block, place));
         Ok(Tuned { norms: norms.collect(), linears, places })
     }
 
-    /// The weight of a norm as the output holds it.
-    fn stored_norm(&self, layer: usize, place: NormPlace) -> Option<&Copied> {
-        let name = self.spec.norm_name(layer, place)?;
-        // Checkpoints converted from TensorFlow have the names of its layer norm.
-        let names = [format!("{name}.weight"), format!("{name}.gamma")];
-        self.layout.copied.iter().find(|copied| names.contains(&copied.name))
+    /// The weights of the norms at `place` as the output holds them.
+    fn stored_norms(&self, layer: usize, place: NormPlace) -> Vec<Copied> {
+        let stored = |name: String| {
+            // Checkpoints converted from TensorFlow have the names of its layer norm.
+            let names = [format!("{name}.weight"), format!("{name}.gamma")];
+            self.layout.copied.iter().find(|copied| names.contains(&copied.name)).cloned()
+        };
+        self.spec.norm_names(layer, place).into_iter().filter_map(stored).collect()
     }
 
     /// Copies the norms of a block once more, where they may have been tuned before a run was interrupted.
     pub(super) fn restore_norms(&mut self, layer: usize) -> Result<()> {
         if self.job.options.tune_blocks > 0 {
             for place in NormPlace::ALL {
-                if let Some(stored) = self.stored_norm(layer, place).cloned() {
+                for stored in self.stored_norms(layer, place) {
                     self.output.copy_again(self.job.checkpoint, &stored)?;
                 }
             }
@@ -160,14 +169,25 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// The norm at `place`, if it is there, has a weight, and is stored as 16-bit floats.
-    fn tuned_norm(&self, block: &Block, place: NormPlace) -> Option<TunedNorm> {
-        let norm = block.norm(place)?;
-        let (stored, weight) = (self.stored_norm(block.layer(), place)?, norm.weight.clone()?);
-        let plus = if norm.kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 };
+    /// The norms at `place`, if they are there, have weights, and are stored as 16-bit floats.
+    fn tuned_norms(&self, block: &Block, place: NormPlace) -> Option<TunedNorms> {
+        let norms = block.norms(place);
+        let tensors = self.stored_norms(block.layer(), place);
+        let dtype = tensors.first()?.dtype;
+        let weights: Option<Vec<_>> = norms.iter().map(|norm| norm.weight.as_deref()).collect();
+        let weight = weights?.concat();
+        let plus = if norms.first()?.kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 };
         let factors = Factors::new(weight.len());
-        let (tensor, dtype) = (stored.name.clone(), stored.dtype);
         let narrow = matches!(dtype, DType::F16 | DType::BF16);
-        narrow.then_some(TunedNorm { place, tensor, dtype, weight, plus, factors })
+        let all = tensors.iter().map(Copied::elements).sum::<usize>() == weight.len();
+        let same = tensors.iter().all(|tensor| tensor.dtype == dtype);
+        (narrow && all && same).then_some(TunedNorms {
+            place,
+            tensors,
+            dtype,
+            weight,
+            plus,
+            factors,
+        })
     }
 }

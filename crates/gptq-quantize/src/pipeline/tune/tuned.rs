@@ -8,6 +8,7 @@ use gptq_model::{Block, Ctx, Gradients, NormPlace, Stage};
 use half::{bf16, f16};
 
 use crate::error::Result;
+use crate::pipeline::layout::Copied;
 use crate::pipeline::output::halves;
 
 /// Length of the first steps of a scale, times 2^bits: the most that its factor changes in one. The errors that it makes up
@@ -96,25 +97,25 @@ impl TunedLinear {
     }
 }
 
-/// A norm whose weight is tuned.
-pub(super) struct TunedNorm {
+/// The norms at one place, whose weights are tuned.
+pub(super) struct TunedNorms {
     pub(super) place: NormPlace,
-    /// Name of the weight's tensor, and its type.
-    pub(super) tensor: String,
+    /// The tensors of the weights, and their type.
+    pub(super) tensors: Vec<Copied>,
     pub(super) dtype: DType,
-    /// As it is stored, and what is added to it in use.
+    /// The weights as they are stored, one behind the other, and what is added to them in use.
     pub(super) weight: Vec<f32>,
     pub(super) plus: f32,
     pub(super) factors: Factors,
 }
 
-impl TunedNorm {
+impl TunedNorms {
     fn weight(&self) -> Vec<f32> {
         let weights = self.weight.iter().enumerate();
         weights.map(|(i, w)| (w + self.plus) * self.factors.factor(i) - self.plus).collect()
     }
 
-    /// The weight as it is saved, and its bytes.
+    /// The weights as they are saved, and their bytes.
     pub(super) fn stored(&self) -> (Vec<f32>, Vec<u8>) {
         let weight = self.weight();
         let bytes = halves(self.dtype, &weight);
@@ -125,8 +126,8 @@ impl TunedNorm {
         (stored.collect(), bytes)
     }
 
-    fn add_gradient(&mut self, of_weight: &[f32]) {
-        for (i, dw) in of_weight.iter().enumerate() {
+    fn add_gradient(&mut self, of_norms: &[NormGradient]) {
+        for (i, dw) in of_norms.iter().flat_map(|norm| &norm.weight).enumerate() {
             self.factors.gradient[i] += (self.weight[i] + self.plus) * dw;
         }
     }
@@ -135,7 +136,7 @@ impl TunedNorm {
 /// Everything of a block that is tuned.
 pub(super) struct Tuned {
     pub(super) linears: Vec<TunedLinear>,
-    pub(super) norms: Vec<TunedNorm>,
+    pub(super) norms: Vec<TunedNorms>,
     /// Place of each linear in the list.
     pub(super) places: HashMap<(Stage, usize), usize>,
 }
@@ -149,9 +150,9 @@ impl Gradients for Tuned {
         }
     }
 
-    fn norm(&mut self, place: NormPlace, gradient: NormGradient) {
-        if let Some(norm) = self.norms.iter_mut().find(|norm| norm.place == place) {
-            norm.add_gradient(&gradient.weight);
+    fn norms(&mut self, place: NormPlace, gradients: Vec<NormGradient>) {
+        if let Some(norms) = self.norms.iter_mut().find(|norms| norms.place == place) {
+            norms.add_gradient(&gradients);
         }
     }
 }
@@ -163,7 +164,7 @@ impl Tuned {
             block.set_linear(tuned.stage, tuned.index, tuned.linear(pool))?;
         }
         for tuned in &self.norms {
-            set_norm(block, tuned.place, tuned.weight());
+            set_norms(block, tuned.place, &tuned.weight());
         }
         Ok(())
     }
@@ -180,10 +181,12 @@ impl Tuned {
     }
 }
 
-/// Replaces the weight of the norm at `place`.
-pub(super) fn set_norm(block: &mut Block, place: NormPlace, weight: Vec<f32>) {
-    if let Some(norm) = block.norm_mut(place) {
-        norm.weight = Some(weight);
+/// Replaces the weights of the norms at `place`, which are equally long.
+pub(super) fn set_norms(block: &mut Block, place: NormPlace, weight: &[f32]) {
+    let norms = block.norms_mut(place);
+    let width = weight.len() / norms.len().max(1);
+    for (norm, weight) in norms.iter_mut().zip(weight.chunks_exact(width.max(1))) {
+        norm.weight = Some(weight.to_vec());
     }
 }
 
