@@ -18,7 +18,7 @@ use gptq_model::spec::Mlp;
 use gptq_model::{
     Block, BlockState, Ctx, FAMILIES, Gradients, LinearSource, ModelError, NormPlace, Spec, Stage,
 };
-use gptq_testkit::{Rng, fixtures};
+use gptq_testkit::{Rng, fixtures, models_with_head_norms};
 
 /// Two sequences, one longer than the fixtures' sliding windows (8) and the lengths at which their frequencies change (16).
 const WINDOWS: [Range<usize>; 2] = [0..19, 19..24];
@@ -188,7 +188,8 @@ fn check_fixture(name: &str, dir: &Path) -> bool {
 #[test]
 fn blocks_of_every_family_change_as_their_gradients_say() {
     let (mut tested, mut without, mut failed) = (Vec::new(), Vec::new(), Vec::new());
-    for (name, dir) in fixtures::all() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, dir) in fixtures::all().into_iter().chain(models_with_head_norms(folder.path())) {
         let config = Config::load(&dir.join("config.json")).unwrap();
         let model_type = config.str("model_type").unwrap();
         let known = FAMILIES.iter().any(|family| family.model_type == model_type);

@@ -17,7 +17,7 @@ use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
     CalibrationSet, Correction, Method, Progress, QuantReport, QuantizeOptions, quantize,
 };
-use gptq_testkit::{TinyLlama, fixtures, safetensors_file};
+use gptq_testkit::{TinyLlama, fixtures, models_with_head_norms, safetensors_file};
 
 const LENGTH: usize = 48;
 /// Windows of one chunk, and of three of which the last is shorter than the others.
@@ -252,7 +252,8 @@ fn bytes_depend_on_nothing_but_the_settings() {
 #[test]
 fn every_family_with_gradients_is_tuned() {
     let mut tuned = 0;
-    for (name, source) in fixtures::all() {
+    let models = tempfile::tempdir().unwrap();
+    for (name, source) in fixtures::all().into_iter().chain(models_with_head_norms(models.path())) {
         let Ok(checkpoint) = Checkpoint::open(&source) else { continue };
         let Ok(spec) = Spec::for_checkpoint(&checkpoint) else { continue };
         if checkpoint.quantize_config.is_some() || name.starts_with("lora") {

@@ -14,6 +14,7 @@ pub mod awq;
 mod compare;
 mod expected;
 pub mod fixtures;
+mod head_norms;
 mod rng;
 pub mod safetensors_file;
 mod tiny;
@@ -21,6 +22,7 @@ mod world;
 
 pub use compare::{Difference, assert_close, assert_relative, difference};
 pub use expected::Expected;
+pub use head_norms::models_with_head_norms;
 pub use rng::Rng;
 pub use tiny::{TinyLlama, byte_level_tokenizer, tiny_llama};
 pub use world::World;
