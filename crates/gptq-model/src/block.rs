@@ -33,7 +33,7 @@ pub struct Block {
     pub(crate) fused: Option<FusedColumns>,
     distances: Option<DistanceTable>,
     convolution: Option<ConvolutionLayer>,
-    router: Option<Router>,
+    pub(crate) router: Option<Router>,
     order: Vec<Stage>,
     /// By [`Stage::place`].
     linears: Vec<Vec<Slot>>,

@@ -5,9 +5,10 @@ use std::ops::Range;
 use gptq_compute::{Norm, NormGradient, Tensor};
 
 use crate::block::Block;
-use crate::spec::{QkNorm, Spec};
-use crate::stages::{Stage, StageSpec};
-use crate::state::{BlockState, Ctx};
+use crate::moe::MoeState;
+use crate::spec::{Mlp, QkNorm, Spec};
+use crate::stages::Stage;
+use crate::state::Ctx;
 use crate::{ModelError, Result};
 
 /// Where norms of a block are: one, or of queries and keys one for each head.
@@ -49,6 +50,7 @@ impl NormPlace {
 pub trait Gradients {
     /// Linear number `index` of `stage` read `x` `[rows, in]`, and `dy` `[rows, out]` is the gradient of its output:
     /// dyᵀx is that of its weight ([`gptq_compute::weight_gradient`]), the sum of the rows of `dy` that of its bias.
+    /// Not called for an expert that no token went to.
     fn linear(&mut self, ctx: &Ctx, stage: Stage, index: usize, x: &Tensor, dy: &Tensor);
 
     /// The gradients of the parameters of each norm at `place`.
@@ -61,21 +63,37 @@ pub struct Trace {
     pub(crate) windows: Vec<Range<usize>>,
     /// The stream that the block read.
     pub(crate) input: Tensor,
-    /// The state before each stage, in their order.
-    pub(crate) stages: Vec<BlockState>,
+    /// The stream while the attention runs and while the MLP does.
+    pub(crate) streams: [Tensor; 2],
+    /// The attention's output in a block whose sublayers lie side by side.
+    pub(crate) carry: Tensor,
+    /// The input of each stage, in their order.
+    pub(crate) inputs: Vec<Tensor>,
+    /// Which tokens went to which expert.
+    pub(crate) moe: MoeState,
 }
 
 impl Trace {
     /// Bytes of a trace of block `layer` over `rows` rows, and of the gradients that exist beside it.
     pub fn bytes(spec: &Spec, layer: usize, rows: usize) -> usize {
         let Spec { hidden, attention, .. } = spec;
-        let kept = if spec.residual.parallel { 3 * hidden } else { *hidden };
-        let inputs = |stage: &StageSpec| stage.linears.first().map_or(0, |l| l.in_features);
-        let stages = spec.stages(layer);
-        let trace: usize = stages.iter().map(|stage| kept + inputs(stage)).sum();
+        // Columns that all rows have, of the inputs of the attention's stages and of all parts of the MLP.
+        let part = |mlp: &Mlp| hidden + mlp.width();
+        let (parts, width) = match spec.moe(layer) {
+            Some(moe) => {
+                let shared = moe.shared.map(|shared| shared.mlp);
+                let experts = moe.top_k * part(&moe.expert) + shared.as_ref().map_or(0, part);
+                // Input and sum of all experts, their gradients, and those of the scores.
+                let all = 4 * hidden + 2 * moe.count;
+                (experts + all, moe.expert.width().max(shared.map_or(0, |mlp| mlp.width())))
+            }
+            None => (part(&spec.mlp), spec.mlp.width()),
+        };
+        let streams = if spec.residual.parallel { 4 * hidden } else { 3 * hidden };
+        let trace = streams + hidden + attention.q_width() + parts;
         // Of gate and up and their product; of queries, keys and values, as they are and for each query head.
         let attended = attention.q_width() + 2 * attention.kv_width();
-        let gradients = (5 * spec.mlp.width()).max(3 * attended + 3 * attention.q_width());
+        let gradients = (5 * width).max(3 * attended + 3 * attention.q_width());
         rows * (trace + gradients + 4 * hidden) * size_of::<f32>()
     }
 }
@@ -94,13 +112,14 @@ impl Spec {
         let names: Vec<String> =
             NormPlace::ALL.into_iter().flat_map(|place| self.norm_names(layer, place)).collect();
         let shared = (1..names.len()).any(|i| names[..i].contains(&names[i]));
+        let experts = self.moe(layer).is_some() && (mlp.after.is_some() || mlp.stream.is_some());
         let parts = [
             (
                 replaced,
                 "a stream that a norm replaces, with norms behind sublayers or side by side",
             ),
             (shared, "a norm in two places"),
-            (self.moe(layer).is_some(), "a mixture of experts"),
+            (experts, "a norm behind a mixture of experts"),
             (self.attention.relative.is_some(), "scores of distances"),
             (self.residual.convolution.is_some() && layer == 0, "a convolution"),
         ];

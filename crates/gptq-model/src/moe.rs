@@ -12,8 +12,8 @@ use crate::state::{ActivationType, Ctx, restore_tensor, save_tensor};
 
 /// The linears that decide where a token goes. They stay floats.
 pub(crate) struct Router {
-    experts: Linear,
-    shared: Option<Linear>,
+    pub(crate) experts: Linear,
+    pub(crate) shared: Option<Linear>,
 }
 
 impl Router {
@@ -59,11 +59,7 @@ impl Router {
 
 /// Appends the `top_k` experts of one token with their weights; `scores` are overwritten.
 fn choose(scores: &mut [f32], moe: &Moe, chosen: &mut Vec<(u32, f32)>) {
-    let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    for score in scores.iter_mut() {
-        *score = libm::expf(*score - largest);
-    }
-    let total: f32 = scores.iter().sum();
+    let total = exponentials(scores);
     let first = chosen.len();
     for _ in 0..moe.top_k {
         // The first of equals, and some expert even where the scores are not numbers.
@@ -80,6 +76,15 @@ fn choose(scores: &mut [f32], moe: &Moe, chosen: &mut Vec<(u32, f32)>) {
         let kept: f32 = chosen[first..].iter().map(|(_, weight)| weight).sum();
         chosen[first..].iter_mut().for_each(|(_, weight)| *weight /= kept);
     }
+}
+
+/// Replaces scores by their exponentials, the largest of which is 1, and gives the sum of these.
+pub(crate) fn exponentials(scores: &mut [f32]) -> f32 {
+    let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    for score in scores.iter_mut() {
+        *score = libm::expf(*score - largest);
+    }
+    scores.iter().sum()
 }
 
 impl Moe {
@@ -105,10 +110,10 @@ pub(crate) struct MoeState {
     /// Expert and weight, `top_k` for each row.
     chosen: Vec<(u32, f32)>,
     /// Row and weight, by expert; those of expert `e` are `starts[e]..starts[e + 1]`.
-    routes: Vec<(u32, f32)>,
+    pub(crate) routes: Vec<(u32, f32)>,
     starts: Vec<usize>,
     /// Weight of the shared expert for each row.
-    shared: Vec<f32>,
+    pub(crate) shared: Vec<f32>,
 }
 
 impl MoeState {
@@ -237,7 +242,8 @@ impl MoeState {
         self.shared = vec![0.5, -0.5];
     }
 
-    fn starts(&self, expert: u32) -> std::ops::Range<usize> {
+    /// The routes to an expert.
+    pub(crate) fn starts(&self, expert: u32) -> std::ops::Range<usize> {
         self.starts[expert as usize]..self.starts[expert as usize + 1]
     }
 

@@ -1,18 +1,21 @@
 //! Gradients of a block: how a number that is computed from its output changes with its input, its linears and
 //! its norms.
 //!
-//! The forward pass keeps the state before every stage ([`Block::trace`]); the backward pass goes through the
+//! The forward pass keeps the input of every stage ([`Block::trace`]); the backward pass goes through the
 //! stages from the last to the first and computes what lies inside of one once more. Each stage has one function
 //! here, the mirror of the one in [`crate::block`].
+
+mod experts;
 
 use std::ops::Range;
 
 use gptq_compute::{
-    Activation, AttnTrace, LayerKv, Matrix, Pool, Tensor, activate_backward, activate_gated,
-    add_scaled, attention_backward, gather_cols, input_gradient, linear, multiply, norm,
-    norm_backward, norm_heads_backward, rope_backward, scale, scatter_cols,
+    Activation, AttnTrace, LayerKv, Linear, Matrix, Pool, Tensor, activate_backward,
+    activate_gated, add_scaled, attention_backward, gather_cols, input_gradient, linear, multiply,
+    norm, norm_backward, norm_heads_backward, rope_backward, scale, scatter_cols,
 };
 
+use crate::backward::experts::ExpertsFlow;
 use crate::block::{Block, Norms, copy};
 use crate::gradients::{Gradients, NormPlace, Trace};
 use crate::spec::{GateUp, Mlp};
@@ -27,6 +30,7 @@ struct Flow {
     input: Tensor,
     shared: Tensor,
     carry: Tensor,
+    experts: ExpertsFlow,
 }
 
 /// Sequences from their beginning: what [`SeqSpan`] needs of them.
@@ -62,16 +66,20 @@ impl Block {
     ) -> Result<Trace> {
         let mut caches = self.caches(windows.len());
         let mut seqs = from_start(windows, &mut caches);
-        let mut stages = Vec::with_capacity(self.stages().len());
-        let block_input = state.hidden.clone();
+        let input = state.hidden.clone();
         self.begin(ctx, state);
+        let mut streams = [state.hidden.clone(), Tensor::default()];
+        let mut carry = Tensor::default();
+        let mut inputs = Vec::with_capacity(self.stages().len());
         for &stage in self.stages() {
-            let BlockState { hidden, input, shared, carry, .. } = &*state;
-            let [hidden, input, shared, carry] = [hidden, input, shared, carry].map(Clone::clone);
-            stages.push(BlockState { hidden, input, shared, carry, ..BlockState::default() });
+            inputs.push(state.input.clone());
             self.run_stage(ctx, stage, state, &mut seqs)?;
+            if stage == Stage::AttnOut {
+                (streams[1], carry) = (state.hidden.clone(), state.carry.clone());
+            }
         }
-        Ok(Trace { windows: windows.to_vec(), input: block_input, stages })
+        let moe = std::mem::take(&mut state.moe);
+        Ok(Trace { windows: windows.to_vec(), input, streams, carry, inputs, moe })
     }
 
     /// From `dy`, the gradient of the block's output `[rows, hidden]` in the pass that `trace` was made in, that of its
@@ -90,22 +98,24 @@ impl Block {
         let windows = &trace.windows;
         let mut flow = Flow { hidden: dy, ..Flow::default() };
         for (index, &stage) in self.stages().iter().enumerate().rev() {
-            let before = &trace.stages[index];
+            let input = &trace.inputs[index];
             match stage {
                 Stage::Qkv => {
                     // The result of the attention is the input of the next stage.
-                    let out = &trace.stages[index + 1].input;
-                    self.attend_backward(ctx, before, out, windows, &mut flow, gradients)?;
+                    let out = &trace.inputs[index + 1];
+                    self.attend_backward(ctx, input, out, windows, &mut flow, gradients)?;
                 }
                 Stage::AttnOut => {
-                    let after = &trace.stages[index + 1].hidden;
-                    self.leave_attention_backward(ctx, before, after, &mut flow, gradients)?;
+                    self.leave_attention_backward(ctx, trace, input, &mut flow, gradients)?;
                 }
                 Stage::MlpUp(part) => {
-                    self.widen_backward(ctx, part, &before.input, &mut flow, gradients)?;
+                    if input.rows() > 0 {
+                        self.widen_backward(ctx, part, input, &mut flow, gradients)?;
+                    }
+                    self.enter_expert_backward(ctx, part, &trace.moe, &mut flow)?;
                 }
-                Stage::MlpDown(_) => {
-                    self.leave_mlp_backward(ctx, stage, before, &mut flow, gradients)?;
+                Stage::MlpDown(part) => {
+                    self.leave_mlp_backward(ctx, part, trace, input, &mut flow, gradients)?;
                 }
             }
         }
@@ -165,7 +175,19 @@ impl Block {
         add: bool,
         dx: &mut Tensor,
     ) -> Result<()> {
-        let Matrix::Dense(weight) = &self.get(stage, index)?.weight else {
+        self.input_gradient(ctx, self.get(stage, index)?, dy, add, dx)
+    }
+
+    /// dx (+)= dy W of a linear.
+    fn input_gradient(
+        &self,
+        ctx: &Ctx,
+        linear: &Linear,
+        dy: &Tensor,
+        add: bool,
+        dx: &mut Tensor,
+    ) -> Result<()> {
+        let Matrix::Dense(weight) = &linear.weight else {
             let part = "a linear of codes";
             return Err(ModelError::NoGradient { layer: self.layer(), part });
         };
@@ -173,25 +195,24 @@ impl Block {
         Ok(())
     }
 
-    /// What a sublayer does behind its projection: its output is normalised, scaled and added to the stream, and the
-    /// stream is normalised. Takes `flow.hidden` from the stream behind to the one before, and gives the gradient
-    /// of the projection's output; `others` was added to the stream as well.
+    /// What a sublayer does behind its projection `stage` of `input`: its output is normalised, scaled and added to the
+    /// stream `before`, and the stream is normalised. Takes `flow.hidden` from the stream behind to the one before, and
+    /// gives the gradient of the projection's output; `others` was added to the stream as well.
     fn leave_backward(
         &self,
         ctx: &mut Ctx,
-        stage: Stage,
-        before: &BlockState,
-        others: Option<&Tensor>,
+        (stage, input): (Stage, &Tensor),
+        (before, others): (&Tensor, Option<&Tensor>),
         flow: &mut Flow,
         gradients: &mut impl Gradients,
     ) -> Result<Tensor> {
         let (norms, after, stream) = self.sublayer(stage);
         let multiplier = self.spec.residual.multiplier;
         if norms.after.is_some() || norms.stream.is_some() {
-            self.project(ctx, &before.input, stage)?;
+            self.project(ctx, input, stage)?;
         }
         if let Some(stream_norm) = &norms.stream {
-            let mut sum = before.hidden.clone();
+            let mut sum = before.clone();
             if let Some(part) = others {
                 add_scaled(&ctx.pool, &mut sum, part, multiplier);
             }
@@ -246,14 +267,34 @@ impl Block {
     fn leave_mlp_backward(
         &self,
         ctx: &mut Ctx,
-        stage: Stage,
-        before: &BlockState,
+        part: Part,
+        trace: &Trace,
+        input: &Tensor,
         flow: &mut Flow,
         gradients: &mut impl Gradients,
     ) -> Result<()> {
-        let others = self.spec.residual.parallel.then_some(&before.carry);
-        let dy = self.leave_backward(ctx, stage, before, others, flow, gradients)?;
-        self.project_backward(ctx, stage, &before.input, &dy, flow, gradients)
+        let stage = Stage::MlpDown(part);
+        let last = self.moe().is_none_or(|moe| moe.after(part).is_none());
+        let behind = if last {
+            let others = self.spec.residual.parallel.then_some(&trace.carry);
+            let stream = (&trace.streams[1], others);
+            self.leave_backward(ctx, (stage, input), stream, flow, gradients)?
+        } else {
+            Tensor::default()
+        };
+        let dy = match part {
+            Part::Dense => behind,
+            Part::Expert(_) | Part::Shared => {
+                if last {
+                    flow.experts = ExpertsFlow::new(behind, &trace.moe);
+                }
+                self.leave_expert_backward(ctx, part, input, &trace.moe, &mut flow.experts)?
+            }
+        };
+        if input.rows() > 0 {
+            self.project_backward(ctx, stage, input, &dy, flow, gradients)?;
+        }
+        Ok(())
     }
 
     fn widen_backward(
@@ -297,51 +338,51 @@ impl Block {
         }
     }
 
-    /// `after`: the stream behind the stage.
     fn leave_attention_backward(
         &self,
         ctx: &mut Ctx,
-        before: &BlockState,
-        after: &Tensor,
+        trace: &Trace,
+        input: &Tensor,
         flow: &mut Flow,
         gradients: &mut impl Gradients,
     ) -> Result<()> {
         let stage = Stage::AttnOut;
+        let [before, after] = &trace.streams;
         if self.spec.residual.parallel {
             // The MLP reads the stream, or what the attention read.
             if self.mlp_norms.before.is_some() {
-                self.enter_backward(ctx, NormPlace::MlpBefore, &before.hidden, flow, gradients);
+                self.enter_backward(ctx, NormPlace::MlpBefore, before, flow, gradients);
             } else {
                 flow.shared = std::mem::take(&mut flow.input);
             }
             let dy = std::mem::take(&mut flow.carry);
             if self.attention_norms.after.is_some() {
-                self.project(ctx, &before.input, stage)?;
+                self.project(ctx, input, stage)?;
             }
             let place = NormPlace::AttentionAfter;
             let dy = Self::after_backward(ctx, &self.attention_norms, place, dy, gradients);
-            return self.project_backward(ctx, stage, &before.input, &dy, flow, gradients);
+            return self.project_backward(ctx, stage, input, &dy, flow, gradients);
         }
         let mut stream = Tensor::default();
         let stream = if self.spec.residual.from_norm && self.mlp_norms.before.is_some() {
             // The stream was replaced by its norm; `check_gradients` refuses norms behind sublayers then.
-            self.project(ctx, &before.input, stage)?;
-            copy(&ctx.pool, &before.hidden, &mut stream);
+            self.project(ctx, input, stage)?;
+            copy(&ctx.pool, before, &mut stream);
             add_scaled(&ctx.pool, &mut stream, &ctx.out, self.spec.residual.multiplier);
             &stream
         } else {
             after
         };
         self.enter_backward(ctx, NormPlace::MlpBefore, stream, flow, gradients);
-        let dy = self.leave_backward(ctx, stage, before, None, flow, gradients)?;
-        self.project_backward(ctx, stage, &before.input, &dy, flow, gradients)
+        let dy = self.leave_backward(ctx, (stage, input), (before, None), flow, gradients)?;
+        self.project_backward(ctx, stage, input, &dy, flow, gradients)
     }
 
     /// `out`: the result of the attention.
     fn attend_backward(
         &self,
         ctx: &mut Ctx,
-        before: &BlockState,
+        input: &Tensor,
         out: &Tensor,
         windows: &[Range<usize>],
         flow: &mut Flow,
@@ -349,7 +390,7 @@ impl Block {
     ) -> Result<()> {
         let mut caches = self.caches(windows.len());
         let seqs = from_start(windows, &mut caches);
-        self.project_heads(ctx, &before.input)?;
+        self.project_heads(ctx, input)?;
         let plain = [ctx.q.clone(), ctx.k.clone(), ctx.v.clone()];
         self.normalize_heads(ctx);
         self.rotate(ctx, gptq_compute::rope, &seqs);
@@ -380,14 +421,14 @@ impl Block {
         let stage = Stage::Qkv;
         if let Some(columns) = &self.fused {
             let width = heads.iter().map(Tensor::cols).sum();
-            let mut fused = Tensor::zeros(before.input.rows(), width);
+            let mut fused = Tensor::zeros(input.rows(), width);
             for (part, columns) in heads.iter().zip([&columns.q, &columns.k, &columns.v]) {
                 scatter_cols(part, columns, &mut fused);
             }
-            self.project_backward(ctx, stage, &before.input, &fused, flow, gradients)?;
+            self.project_backward(ctx, stage, input, &fused, flow, gradients)?;
         } else {
             for (index, part) in heads.iter().enumerate() {
-                gradients.linear(ctx, stage, index, &before.input, part);
+                gradients.linear(ctx, stage, index, input, part);
                 self.linear_backward(ctx, (stage, index), part, index > 0, &mut flow.input)?;
             }
         }
