@@ -124,6 +124,7 @@ fn experts_and_parallel_blocks_come_back_from_disk() {
     for world in ["mixtral", "gptj"].into_iter().filter_map(with_fixture) {
         check(&world, "--nsamples 600 --seqlen 64 --moe-fallback all-tokens");
         check(&world, "--nsamples 600 --seqlen 64 --correction qronos --damp-percent auto");
+        check(&world, "--nsamples 600 --seqlen 64 --tune-blocks 1");
     }
 }
 

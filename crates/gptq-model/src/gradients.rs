@@ -6,7 +6,7 @@ use gptq_compute::{Norm, NormGradient, Tensor};
 
 use crate::block::Block;
 use crate::moe::MoeState;
-use crate::spec::{Mlp, QkNorm, Spec};
+use crate::spec::{Attention, Mlp, Spec};
 use crate::stages::Stage;
 use crate::state::Ctx;
 use crate::{ModelError, Result};
@@ -63,8 +63,8 @@ pub struct Trace {
     pub(crate) windows: Vec<Range<usize>>,
     /// The stream that the block read.
     pub(crate) input: Tensor,
-    /// The stream while the attention runs and while the MLP does.
-    pub(crate) streams: [Tensor; 2],
+    /// The stream while the MLP runs.
+    pub(crate) stream: Tensor,
     /// The attention's output in a block whose sublayers lie side by side.
     pub(crate) carry: Tensor,
     /// The input of each stage, in their order.
@@ -77,19 +77,19 @@ impl Trace {
     /// Bytes of a trace of block `layer` over `rows` rows, and of the gradients that exist beside it.
     pub fn bytes(spec: &Spec, layer: usize, rows: usize) -> usize {
         let Spec { hidden, attention, .. } = spec;
-        // Columns that all rows have, of the inputs of the attention's stages and of all parts of the MLP.
+        // Columns per row: of the parts of the MLP that it goes to, and of the widest of them.
         let part = |mlp: &Mlp| hidden + mlp.width();
         let (parts, width) = match spec.moe(layer) {
             Some(moe) => {
                 let shared = moe.shared.map(|shared| shared.mlp);
                 let experts = moe.top_k * part(&moe.expert) + shared.as_ref().map_or(0, part);
                 // Input and sum of all experts, their gradients, and those of the scores.
-                let all = 4 * hidden + 2 * moe.count;
+                let all = 4 * hidden + 3 * moe.count;
                 (experts + all, moe.expert.width().max(shared.map_or(0, |mlp| mlp.width())))
             }
             None => (part(&spec.mlp), spec.mlp.width()),
         };
-        let streams = if spec.residual.parallel { 4 * hidden } else { 3 * hidden };
+        let streams = if spec.residual.parallel { 3 * hidden } else { 2 * hidden };
         let trace = streams + hidden + attention.q_width() + parts;
         // Of gate and up and their product; of queries, keys and values, as they are and for each query head.
         let attended = attention.q_width() + 2 * attention.kv_width();
@@ -109,8 +109,8 @@ impl Spec {
         let behind = [attention.after, attention.stream, mlp.after, mlp.stream];
         let replaced =
             residual.from_norm && (residual.parallel || behind.iter().any(Option::is_some));
-        let names: Vec<String> =
-            NormPlace::ALL.into_iter().flat_map(|place| self.norm_names(layer, place)).collect();
+        let names: Vec<&str> =
+            NormPlace::ALL.into_iter().filter_map(|place| self.norm_name(layer, place)).collect();
         let shared = (1..names.len()).any(|i| names[..i].contains(&names[i]));
         let experts = self.moe(layer).is_some() && (mlp.after.is_some() || mlp.stream.is_some());
         let parts = [
@@ -129,27 +129,33 @@ impl Spec {
         }
     }
 
+    /// Name within the block of the norms at `place` of block `layer`, if its family has any there.
+    fn norm_name(&self, layer: usize, place: NormPlace) -> Option<&'static str> {
+        let Self { residual, attention, .. } = self;
+        match place {
+            NormPlace::AttentionBefore if self.layers[layer].bare => None,
+            NormPlace::AttentionBefore => residual.attention.before,
+            NormPlace::Query => attention.qk_norm.map(|qk| qk.q),
+            NormPlace::Key => attention.qk_norm.map(|qk| qk.k),
+            NormPlace::AttentionAfter => residual.attention.after,
+            NormPlace::AttentionStream => residual.attention.stream,
+            NormPlace::MlpBefore => residual.mlp.before,
+            NormPlace::MlpAfter => residual.mlp.after,
+            NormPlace::MlpStream => residual.mlp.stream,
+        }
+    }
+
     /// Full names of the norms at `place` of block `layer`, none if its family has none there. Tensors are named after
     /// them, and together hold the parameters of [`Block::norms`] in their order.
     pub fn norm_names(&self, layer: usize, place: NormPlace) -> Vec<String> {
-        let Self { residual, attention, .. } = self;
-        let of_heads = |name: fn(&QkNorm) -> &'static str, heads: usize| {
-            attention.qk_norm.iter().flat_map(|qk| qk.names(name(qk), heads)).collect()
-        };
-        let one = |name: Option<&str>| name.map(str::to_owned).into_iter().collect();
-        let bare = self.layers[layer].bare;
-        let names: Vec<String> = match place {
-            NormPlace::AttentionBefore => one(residual.attention.before.filter(|_| !bare)),
-            NormPlace::Query => of_heads(|qk| qk.q, attention.heads),
-            NormPlace::Key => of_heads(|qk| qk.k, attention.kv_heads),
-            NormPlace::AttentionAfter => one(residual.attention.after),
-            NormPlace::AttentionStream => one(residual.attention.stream),
-            NormPlace::MlpBefore => one(residual.mlp.before),
-            NormPlace::MlpAfter => one(residual.mlp.after),
-            NormPlace::MlpStream => one(residual.mlp.stream),
-        };
-        let block = self.block_name(layer);
-        names.into_iter().map(|name| format!("{block}.{name}")).collect()
+        let Some(name) = self.norm_name(layer, place) else { return Vec::new() };
+        let name = format!("{}.{name}", self.block_name(layer));
+        let Attention { heads, kv_heads, qk_norm, .. } = self.attention;
+        match (place, qk_norm) {
+            (NormPlace::Query, Some(qk)) => qk.names(&name, heads),
+            (NormPlace::Key, Some(qk)) => qk.names(&name, kv_heads),
+            _ => vec![name],
+        }
     }
 }
 

@@ -158,19 +158,22 @@ impl MoeState {
 
     /// Adds what `part` made of its rows.
     pub(crate) fn leave(&mut self, part: Part, out: &Tensor) {
-        let add = |sum: &mut [f32], out: &[f32], weight: f32| {
-            sum.iter_mut().zip(out).for_each(|(sum, out)| *sum += weight * out);
-        };
-        let Part::Expert(expert) = part else {
-            for (row, &weight) in self.shared.iter().enumerate() {
-                add(self.sum.row_mut(row), out.row(row), weight);
-            }
-            return;
-        };
-        for (index, route) in self.starts(expert).enumerate() {
-            let (row, weight) = self.routes[route];
-            add(self.sum.row_mut(row as usize), out.row(index), weight);
+        let mut sum = std::mem::take(&mut self.sum);
+        for (index, (row, weight)) in self.parts(part).enumerate() {
+            let pairs = sum.row_mut(row).iter_mut().zip(out.row(index));
+            pairs.for_each(|(sum, out)| *sum += weight * out);
         }
+        self.sum = sum;
+    }
+
+    /// The rows of `part` in their order, and the weights of what it makes of them.
+    pub(crate) fn parts(&self, part: Part) -> impl Iterator<Item = (usize, f32)> {
+        let (routes, shared) = match part {
+            Part::Expert(expert) => (self.routes(expert), &[][..]),
+            Part::Dense | Part::Shared => (&[][..], self.shared.as_slice()),
+        };
+        let routes = routes.iter().map(|&(row, weight)| (row as usize, weight));
+        routes.chain(shared.iter().copied().enumerate())
     }
 
     /// The MLP's output, in exchange for a buffer.

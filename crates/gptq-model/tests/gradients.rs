@@ -23,7 +23,6 @@ use gptq_testkit::{Rng, fixtures, models_with_head_norms};
 
 /// Two sequences, one longer than the fixtures' sliding windows (8) and the lengths at which their frequencies change (16).
 const WINDOWS: [Range<usize>; 2] = [0..19, 19..24];
-const ROWS: usize = 24;
 /// How far the slope along a direction may be from the gradient's, relative to the product of their lengths. Differences of
 /// f32 passes have an error of up to 5e-3 of that; a factor of 1.02 too much in one term is seen.
 const TOLERANCE: f64 = 6e-3;
@@ -57,26 +56,70 @@ impl Gradients for Kept {
     }
 }
 
-/// The block's output, and which rows went to which expert.
-fn output(
-    ctx: &mut Ctx,
-    spec: &Spec,
-    block: &Block,
-    input: &[f32],
-) -> (Vec<f32>, Vec<Option<Vec<u32>>>) {
-    let mut state = BlockState::new(Tensor::from_vec(ROWS, input.len() / ROWS, input.to_vec()));
-    let Attention { kv_heads, head_dim, .. } = spec.attention;
-    let mut caches = WINDOWS.map(|_| LayerKv::new(kv_heads, head_dim));
-    let spans = WINDOWS.into_iter().zip(&mut caches);
-    let mut seqs: Vec<SeqSpan<'_>> = spans.map(|(rows, kv)| SeqSpan { rows, kv }).collect();
-    block.begin(ctx, &mut state);
-    let run = |&stage: &Stage| {
-        let rows = state.routed_rows(stage);
-        block.run_stage(ctx, stage, &mut state, &mut seqs).unwrap();
-        rows
-    };
-    let routes = block.stages().iter().map(run).collect();
-    (state.hidden.as_slice().to_vec(), routes)
+/// Which rows each stage had, where not all.
+type Routes = Vec<Option<Vec<u32>>>;
+
+/// A block's output is multiplied with `dy`, and that is what gradients are of.
+struct Probe<'a> {
+    ctx: Ctx,
+    spec: &'a Spec,
+    windows: &'a [Range<usize>],
+    input: Vec<f32>,
+    dy: Vec<f32>,
+    routes: Routes,
+}
+
+impl<'a> Probe<'a> {
+    fn new(rng: &mut Rng, spec: &'a Spec, block: &Block, windows: &'a [Range<usize>]) -> Self {
+        let ctx = Ctx::new(Arc::new(Pool::new(2)));
+        let count = windows.last().unwrap().end * spec.hidden;
+        let (input, dy) = (rng.normals(count, 1.0), rng.normals(count, 1.0));
+        let mut probe = Self { ctx, spec, windows, input, dy, routes: Vec::new() };
+        probe.routes = probe.output(block, &probe.input.clone()).1;
+        probe
+    }
+
+    fn tensor(&self, x: &[f32]) -> Tensor {
+        Tensor::from_vec(x.len() / self.spec.hidden, self.spec.hidden, x.to_vec())
+    }
+
+    fn output(&mut self, block: &Block, input: &[f32]) -> (Vec<f32>, Routes) {
+        let mut state = BlockState::new(self.tensor(input));
+        let Attention { kv_heads, head_dim, .. } = self.spec.attention;
+        let mut caches: Vec<LayerKv> =
+            self.windows.iter().map(|_| LayerKv::new(kv_heads, head_dim)).collect();
+        let spans = self.windows.iter().cloned().zip(&mut caches);
+        let mut seqs: Vec<SeqSpan<'_>> = spans.map(|(rows, kv)| SeqSpan { rows, kv }).collect();
+        block.begin(&mut self.ctx, &mut state);
+        let run = |&stage: &Stage| {
+            let rows = state.routed_rows(stage);
+            block.run_stage(&mut self.ctx, stage, &mut state, &mut seqs).unwrap();
+            rows
+        };
+        let routes = block.stages().iter().map(run).collect();
+        (state.hidden.as_slice().to_vec(), routes)
+    }
+
+    fn gradients(&mut self, block: &Block) -> (Tensor, Kept) {
+        let mut state = BlockState::new(self.tensor(&self.input));
+        let trace = block.trace(&mut self.ctx, &mut state, self.windows).unwrap();
+        let mut kept = Kept::default();
+        let dy = self.tensor(&self.dy);
+        (block.backward(&mut self.ctx, &trace, dy, &mut kept).unwrap(), kept)
+    }
+
+    /// `None` if a token goes to other experts than before.
+    fn loss_of(&mut self, block: &Block, input: &[f32]) -> Option<f64> {
+        let (out, routes) = self.output(block, input);
+        (routes == self.routes).then(|| dot(&out, &self.dy))
+    }
+
+    fn loss(&mut self, block: &Block) -> Option<f64> {
+        let input = std::mem::take(&mut self.input);
+        let loss = self.loss_of(block, &input);
+        self.input = input;
+        loss
+    }
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f64 {
@@ -122,24 +165,11 @@ fn check(
 
 /// Compares all gradients; `None` if a token changed its experts on the way, where there is no slope.
 fn check_block(name: &str, seed: u64, spec: &Spec, block: &mut Block) -> Option<()> {
-    let mut ctx = Ctx::new(Arc::new(Pool::new(2)));
-    let mut rng = Rng::new(seed);
-    let hidden = spec.hidden;
-    let input = rng.normals(ROWS * hidden, 1.0);
-    let dy = rng.normals(ROWS * hidden, 1.0);
-    let (_, routes) = output(&mut ctx, spec, block, &input);
-    let mut state = BlockState::new(Tensor::from_vec(ROWS, hidden, input.clone()));
-    let trace = block.trace(&mut ctx, &mut state, &WINDOWS).unwrap();
-    let mut kept = Kept::default();
-    let gradient = Tensor::from_vec(ROWS, hidden, dy.clone());
-    let dx = block.backward(&mut ctx, &trace, gradient, &mut kept).unwrap();
-    let mut loss = |block: &Block, input: &[f32]| {
-        let (out, moved) = output(&mut ctx, spec, block, input);
-        (moved == routes).then(|| dot(&out, &dy))
-    };
-    let title = format!("{name}: input");
-    check(&title, &mut rng, &input, dx.as_slice(), |input| loss(block, input))?;
-    for stage in block.stages().to_vec() {
+    let rng = &mut Rng::new(seed);
+    let mut probe = Probe::new(rng, spec, block, &WINDOWS);
+    let (dx, kept) = probe.gradients(block);
+    check_input(name, rng, &mut probe, block, &dx)?;
+    for (at, stage) in block.stages().to_vec().into_iter().enumerate() {
         let count = block.linear_specs(stage).len();
         for index in 0..count {
             let what = block.linear_specs(stage).nth(index).unwrap().name.clone();
@@ -147,54 +177,102 @@ fn check_block(name: &str, seed: u64, spec: &Spec, block: &mut Block) -> Option<
             let Matrix::Dense(weight) = &linear.weight else { panic!("{name}: codes") };
             let (out, inputs) = (weight.out_features(), weight.in_features());
             let Some(gradient) = kept.weights.get(&(stage, index)) else {
-                // An expert that no token goes to.
-                assert!(stage.expert().is_some(), "{name}: {what}");
+                assert_eq!(probe.routes[at], Some(Vec::new()), "{name}: {what}");
                 continue;
             };
             let mut set = |weight: &[f32], bias: Option<&[f32]>| {
                 let weight = Matrix::Dense(DenseMatrix::from_f32(out, inputs, weight.to_vec()));
                 let changed = Linear { weight, bias: bias.map(<[f32]>::to_vec) };
                 block.set_linear(stage, index, changed).unwrap();
-                loss(block, &input)
+                probe.loss(block)
             };
             let floats = weight.to_f32();
             let bias = linear.bias.as_deref();
             let title = format!("{name}: {what}.weight");
-            check(&title, &mut rng, &floats, gradient, |weight| set(weight, bias))?;
+            check(&title, rng, &floats, gradient, |weight| set(weight, bias))?;
             if let Some(bias) = bias {
                 let gradient = &kept.biases[&(stage, index)];
                 let title = format!("{name}: {what}.bias");
-                check(&title, &mut rng, bias, gradient, |bias| set(&floats, Some(bias)))?;
+                check(&title, rng, bias, gradient, |bias| set(&floats, Some(bias)))?;
             }
             block.set_linear(stage, index, linear.clone()).unwrap();
         }
     }
     for place in NormPlace::ALL {
-        let count = block.norms(place).len();
-        assert_eq!(count, kept.norms.get(&place).map_or(0, Vec::len), "{name}: {place:?}");
         let names = spec.norm_names(block.layer(), place);
-        assert_eq!(names.is_empty(), count == 0, "{name}: {place:?}");
-        for index in 0..count {
-            let title = |part| format!("{name}: {place:?} {index} {part}");
-            let norm = block.norms(place)[index].clone();
-            let NormGradient { weight: of_weight, bias: of_bias } = &kept.norms[&place][index];
-            if let Some(weight) = &norm.weight {
-                check(&title("weight"), &mut rng, weight, of_weight, |weight| {
-                    block.norms_mut(place)[index].weight = Some(weight.to_vec());
-                    loss(block, &input)
-                })?;
-            }
-            block.norms_mut(place)[index] = norm.clone();
-            if let Some(bias) = &norm.bias {
-                check(&title("bias"), &mut rng, bias, of_bias, |bias| {
-                    block.norms_mut(place)[index].bias = Some(bias.to_vec());
-                    loss(block, &input)
-                })?;
-            }
-            block.norms_mut(place)[index] = norm;
-        }
+        assert_eq!(names.is_empty(), block.norms(place).is_empty(), "{name}: {place:?}");
+        check_norms(name, rng, &mut probe, block, place, &kept)?;
     }
     Some(())
+}
+
+fn check_input(
+    name: &str,
+    rng: &mut Rng,
+    probe: &mut Probe<'_>,
+    block: &Block,
+    dx: &Tensor,
+) -> Option<()> {
+    let input = probe.input.clone();
+    let title = format!("{name}: input");
+    check(&title, rng, &input, dx.as_slice(), |input| probe.loss_of(block, input))
+}
+
+fn check_norms(
+    name: &str,
+    rng: &mut Rng,
+    probe: &mut Probe<'_>,
+    block: &mut Block,
+    place: NormPlace,
+    kept: &Kept,
+) -> Option<()> {
+    let count = block.norms(place).len();
+    assert_eq!(count, kept.norms.get(&place).map_or(0, Vec::len), "{name}: {place:?}");
+    for index in 0..count {
+        let title = |part| format!("{name}: {place:?} {index} {part}");
+        let norm = block.norms(place)[index].clone();
+        let NormGradient { weight: of_weight, bias: of_bias } = &kept.norms[&place][index];
+        if let Some(weight) = &norm.weight {
+            check(&title("weight"), rng, weight, of_weight, |weight| {
+                block.norms_mut(place)[index].weight = Some(weight.to_vec());
+                probe.loss(block)
+            })?;
+        }
+        block.norms_mut(place)[index] = norm.clone();
+        if let Some(bias) = &norm.bias {
+            check(&title("bias"), rng, bias, of_bias, |bias| {
+                block.norms_mut(place)[index].bias = Some(bias.to_vec());
+                probe.loss(block)
+            })?;
+        }
+        block.norms_mut(place)[index] = norm;
+    }
+    Some(())
+}
+
+/// Two tokens leave experts without any: the first of them, and the last.
+fn check_idle_experts(name: &str, spec: &Spec, block: &mut Block) {
+    let windows = [Range { start: 0, end: 2 }];
+    let stages = block.stages();
+    let experts = stages.iter().filter(|stage| stage.expert().is_some()).count();
+    for idle in [2, 2 + experts - 2] {
+        let checked = (0..INPUTS).any(|seed| {
+            let rng = &mut Rng::new(seed);
+            let mut probe = Probe::new(rng, spec, block, &windows);
+            if probe.routes[idle] != Some(Vec::new()) {
+                return false;
+            }
+            let (dx, kept) = probe.gradients(block);
+            let name = format!("{name}, expert of stage {idle} idle");
+            check_input(&name, rng, &mut probe, block, &dx)
+                .and_then(|()| {
+                    let place = NormPlace::MlpBefore;
+                    check_norms(&name, rng, &mut probe, block, place, &kept)
+                })
+                .is_some()
+        });
+        assert!(checked, "{name}: stage {idle}");
+    }
 }
 
 /// Whether blocks of this fixture have gradients.
@@ -216,6 +294,10 @@ fn check_fixture(name: &str, dir: &Path) -> bool {
             check_block(&format!("{name} block {layer}"), seed, &spec, &mut block).is_some()
         });
         assert!(checked, "{name} block {layer}: tokens change their experts");
+        if spec.moe(layer).is_some() {
+            let mut block = Block::load(&checkpoint, &spec, layer, LinearSource::Copied).unwrap();
+            check_idle_experts(&format!("{name} block {layer}"), &spec, &mut block);
+        }
     }
     true
 }

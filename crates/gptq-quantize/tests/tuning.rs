@@ -204,48 +204,72 @@ fn other_orders_formats_and_blocks_that_stay_floats() {
 #[test]
 fn bytes_depend_on_nothing_but_the_settings() {
     let folder = tempfile::tempdir().unwrap();
-    let (source, output) = (folder.path().join("model"), folder.path().join("out"));
-    TinyLlama::default().write(&source, 3);
+    let llama = folder.path().join("llama");
+    TinyLlama::default().write(&llama, 3);
+    let base = QuantizeOptions { tune_blocks: 2, ..options(Bits::B3) };
+    let changed =
+        ["model.layers.1.post_attention_layernorm.weight", "model.layers.1.mlp.up_proj.scales"];
     for (awq_scales, correction) in
         [(false, Correction::None), (true, Correction::None), (false, Correction::Qronos)]
     {
-        let base = QuantizeOptions { awq_scales, correction, tune_blocks: 2, ..options(Bits::B3) };
-        let all = || std::fs::read(output.join("model.safetensors")).unwrap();
-        let once = |options: &QuantizeOptions, threads, progress: &dyn Progress| {
-            with_job(&source, &output, options, (MANY, threads), |job| quantize(job, progress))
-        };
-        let report = once(&base, 1, &()).unwrap();
-        let want = all();
-        once(&base, 3, &()).unwrap();
-        assert!(all() == want, "threads");
-        // Stopped behind the first block, with scales and a norm of the second already changed.
-        std::fs::remove_dir_all(&output).unwrap();
-        let resume = QuantizeOptions { resume: true, overwrite: false, ..base };
-        let stop = Stop(AtomicBool::new(true));
-        let error = once(&resume, 2, &stop).unwrap_err().to_string();
-        assert!(error.contains("stopped after 1 of 2"), "{error}");
-        let unfinished: Vec<_> = std::fs::read_dir(folder.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().path().join("model.safetensors"))
-            .filter(|path| path.is_file() && !path.starts_with(&source))
-            .collect();
-        let [unfinished] = unfinished.as_slice() else { panic!("{unfinished:?}") };
-        let mut half = std::fs::read(unfinished).unwrap();
-        for name in
-            ["model.layers.1.post_attention_layernorm.weight", "model.layers.1.mlp.up_proj.scales"]
-        {
-            let range = safetensors_file::range(&half, name);
-            half[range].fill(0x11);
-        }
-        std::fs::write(unfinished, half).unwrap();
-        let resumed = once(&resume, 1, &()).unwrap();
-        assert!(all() == want, "resumed");
-        assert_eq!(resumed.tuning.len(), report.tuning.len());
-        for (resumed, once) in resumed.tuning.iter().zip(&report.tuning) {
-            // The journal's decimals may be a last place off.
-            assert!((resumed.error_before / once.error_before - 1.0).abs() < 1e-12);
-            assert_eq!(resumed.kept, once.kept);
-        }
+        let options = QuantizeOptions { awq_scales, correction, ..base.clone() };
+        check_bytes(&llama, &options, &changed);
+    }
+    let changed = [
+        "model.layers.1.post_attention_layernorm.weight",
+        "model.layers.1.mlp.experts.3.down_proj.scales",
+        "model.layers.1.mlp.shared_expert.up_proj.scales",
+    ];
+    if let Some(experts) = fixtures::dir("qwen2_moe") {
+        check_bytes(&experts, &base, &changed);
+    }
+    let changed = [
+        "model.layers.1.self_attn.q_norm.weight",
+        "model.layers.1.self_attn.q_layernorm.norms.1.weight",
+    ];
+    let models = models_with_head_norms(folder.path());
+    for ((_, model), changed) in models.iter().zip(changed) {
+        check_bytes(model, &base, &[changed]);
+    }
+}
+
+/// The same bytes for any number of threads, and after a run that was stopped when it had `changed` these tensors of the
+/// second block.
+fn check_bytes(source: &Path, options: &QuantizeOptions, changed: &[&str]) {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let all = || std::fs::read(output.join("model.safetensors")).unwrap();
+    let once = |options: &QuantizeOptions, threads, progress: &dyn Progress| {
+        with_job(source, &output, options, (MANY, threads), |job| quantize(job, progress))
+    };
+    let report = once(options, 1, &()).unwrap();
+    let want = all();
+    once(options, 3, &()).unwrap();
+    assert!(all() == want, "threads");
+    std::fs::remove_dir_all(&output).unwrap();
+    let resume = QuantizeOptions { resume: true, overwrite: false, ..options.clone() };
+    let stop = Stop(AtomicBool::new(true));
+    let error = once(&resume, 2, &stop).unwrap_err().to_string();
+    assert!(error.contains("stopped after 1 of 2"), "{error}");
+    let unfinished: Vec<_> = std::fs::read_dir(folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().path().join("model.safetensors"))
+        .filter(|path| path.is_file())
+        .collect();
+    let [unfinished] = unfinished.as_slice() else { panic!("{unfinished:?}") };
+    let mut half = std::fs::read(unfinished).unwrap();
+    for name in changed {
+        let range = safetensors_file::range(&half, name);
+        half[range].fill(0x11);
+    }
+    std::fs::write(unfinished, half).unwrap();
+    let resumed = once(&resume, 1, &()).unwrap();
+    assert!(all() == want, "resumed");
+    assert_eq!(resumed.tuning.len(), report.tuning.len());
+    for (resumed, once) in resumed.tuning.iter().zip(&report.tuning) {
+        // The journal's decimals may be a last place off.
+        assert!((resumed.error_before / once.error_before - 1.0).abs() < 1e-12);
+        assert_eq!(resumed.kept, once.kept);
     }
 }
 

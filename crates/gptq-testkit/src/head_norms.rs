@@ -6,40 +6,47 @@ use serde_json::{Value, json};
 
 use crate::{Rng, fixtures, safetensors_file};
 
-const HEAD_DIM: usize = 16;
-
-/// Writes Cohere with a norm `[heads, 16]` and StableLM with a tensor `[16]` for each head into folders of `directory`;
-/// without what is not there. Gives their names and folders.
+/// Writes Cohere with a norm `[heads, head_dim]` and StableLM with a tensor `[head_dim]` for each head into folders of
+/// `directory`; without those whose fixture is not there. Gives their names and folders.
 pub fn models_with_head_norms(directory: &Path) -> Vec<(String, PathBuf)> {
     let models = [("cohere", "use_qk_norm"), ("stablelm", "qk_layernorm")];
     let write = |(family, flag): (&str, &str)| {
         let source = fixtures::dir(family)?;
         let name = format!("{family}_{flag}");
         let target = directory.join(&name);
-        let config = std::fs::read(source.join("config.json")).ok()?;
-        let mut config: Value = serde_json::from_slice(&config).ok()?;
+        let read = |file: &str| {
+            std::fs::read(source.join(file))
+                .unwrap_or_else(|error| panic!("{name}, {file}: {error}"))
+        };
+        let mut config: Value = serde_json::from_slice(&read("config.json"))
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
         config[flag] = true.into();
-        let file = std::fs::read(source.join("model.safetensors")).ok()?;
-        std::fs::create_dir_all(&target).ok()?;
-        std::fs::write(target.join("config.json"), config.to_string()).ok()?;
-        std::fs::write(target.join("model.safetensors"), with_norms(&file, &config)).ok()?;
+        let file = with_norms(&read("model.safetensors"), &config);
+        let write = std::fs::create_dir_all(&target)
+            .and_then(|()| std::fs::write(target.join("config.json"), config.to_string()))
+            .and_then(|()| std::fs::write(target.join("model.safetensors"), file));
+        write.unwrap_or_else(|error| panic!("{}: {error}", target.display()));
         Some((name, target))
     };
     models.into_iter().filter_map(write).collect()
 }
 
 fn with_norms(file: &[u8], config: &Value) -> Vec<u8> {
-    let count = |key: &str| config[key].as_u64().map_or(0, |count| count as usize);
+    let count = |key: &str| match config[key].as_u64() {
+        Some(count) => count as usize,
+        None => panic!("no {key}"),
+    };
+    let head_dim = count("hidden_size") / count("num_attention_heads");
     let mut rng = Rng::new(5);
     let mut tensors = Vec::new();
     for layer in 0..count("num_hidden_layers") {
         for (which, heads) in [("q", "num_attention_heads"), ("k", "num_key_value_heads")] {
             let (prefix, heads) = (format!("model.layers.{layer}.self_attn.{which}"), count(heads));
             if config["model_type"] == "cohere" {
-                tensors.push((format!("{prefix}_norm.weight"), vec![heads, HEAD_DIM]));
+                tensors.push((format!("{prefix}_norm.weight"), vec![heads, head_dim]));
             } else {
                 let name = |head| format!("{prefix}_layernorm.norms.{head}.weight");
-                tensors.extend((0..heads).map(|head| (name(head), vec![HEAD_DIM])));
+                tensors.extend((0..heads).map(|head| (name(head), vec![head_dim])));
             }
         }
     }

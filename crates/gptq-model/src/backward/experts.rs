@@ -1,5 +1,5 @@
 //! Gradients of a mixture of experts: of what each expert makes of its rows, and of the weights that the router gives
-//! them. Which experts a token goes to does not change.
+//! them. Which experts a token goes to is taken as given.
 
 use gptq_compute::{Tensor, linear};
 
@@ -27,7 +27,8 @@ impl ExpertsFlow {
     /// From the gradient of the sum of the experts' outputs.
     pub(super) fn new(sum: Tensor, state: &MoeState) -> Self {
         let input = Tensor::zeros(sum.rows(), sum.cols());
-        Self { sum, input, routes: vec![0.0; state.routes.len()], shared: Vec::new() }
+        let [routes, shared] = [state.routes.len(), state.shared.len()].map(|len| vec![0.0; len]);
+        Self { sum, input, routes, shared }
     }
 }
 
@@ -51,24 +52,15 @@ impl Block {
     ) -> Result<Tensor> {
         self.project(ctx, input, Stage::MlpDown(part))?;
         let ExpertsFlow { sum, routes, shared, .. } = experts;
+        let of_weights = match part {
+            Part::Expert(expert) => &mut routes[state.starts(expert)],
+            Part::Dense | Part::Shared => shared.as_mut_slice(),
+        };
         let mut dy = Tensor::zeros(input.rows(), sum.cols());
-        // Of the weight, too.
-        let mut leave = |index: usize, row: usize, weight: f32| {
+        for (index, (row, weight)) in state.parts(part).enumerate() {
             let of_sum = sum.row(row);
             dy.row_mut(index).iter_mut().zip(of_sum).for_each(|(dy, of_sum)| *dy = weight * of_sum);
-            dot(of_sum, ctx.out.row(index))
-        };
-        match part {
-            Part::Expert(expert) => {
-                for (index, route) in state.starts(expert).enumerate() {
-                    let (row, weight) = state.routes[route];
-                    routes[route] = leave(index, row as usize, weight);
-                }
-            }
-            Part::Dense | Part::Shared => {
-                let weights = state.shared.iter().enumerate();
-                shared.extend(weights.map(|(row, &weight)| leave(row, row, weight)));
-            }
+            of_weights[index] = dot(of_sum, ctx.out.row(index));
         }
         Ok(dy)
     }
@@ -125,11 +117,11 @@ impl Block {
         let mut scores = Tensor::zeros(rows, moe.count);
         let mut means = vec![0.0; rows];
         for expert in 0..moe.count {
-            for route in state.starts(expert as u32) {
-                let (row, weight) = state.routes[route];
-                let (row, of_weight) = (row as usize, experts.routes[route]);
+            let part = Part::Expert(expert as u32);
+            let of_weights = &experts.routes[state.starts(expert as u32)];
+            for ((row, weight), of_weight) in state.parts(part).zip(of_weights) {
                 shares.row_mut(row)[expert] = weight;
-                scores.row_mut(row)[expert] = of_weight;
+                scores.row_mut(row)[expert] = *of_weight;
                 means[row] += weight * of_weight;
             }
         }

@@ -68,18 +68,17 @@ impl Block {
         let mut seqs = from_start(windows, &mut caches);
         let input = state.hidden.clone();
         self.begin(ctx, state);
-        let mut streams = [state.hidden.clone(), Tensor::default()];
-        let mut carry = Tensor::default();
+        let [mut stream, mut carry] = [(); 2].map(|()| Tensor::default());
         let mut inputs = Vec::with_capacity(self.stages().len());
         for &stage in self.stages() {
             inputs.push(state.input.clone());
             self.run_stage(ctx, stage, state, &mut seqs)?;
             if stage == Stage::AttnOut {
-                (streams[1], carry) = (state.hidden.clone(), state.carry.clone());
+                (stream, carry) = (state.hidden.clone(), state.carry.clone());
             }
         }
         let moe = std::mem::take(&mut state.moe);
-        Ok(Trace { windows: windows.to_vec(), input, streams, carry, inputs, moe })
+        Ok(Trace { windows: windows.to_vec(), input, stream, carry, inputs, moe })
     }
 
     /// From `dy`, the gradient of the block's output `[rows, hidden]` in the pass that `trace` was made in, that of its
@@ -277,8 +276,7 @@ impl Block {
         let last = self.moe().is_none_or(|moe| moe.after(part).is_none());
         let behind = if last {
             let others = self.spec.residual.parallel.then_some(&trace.carry);
-            let stream = (&trace.streams[1], others);
-            self.leave_backward(ctx, (stage, input), stream, flow, gradients)?
+            self.leave_backward(ctx, (stage, input), (&trace.stream, others), flow, gradients)?
         } else {
             Tensor::default()
         };
@@ -347,7 +345,9 @@ impl Block {
         gradients: &mut impl Gradients,
     ) -> Result<()> {
         let stage = Stage::AttnOut;
-        let [before, after] = &trace.streams;
+        // The norm before the attention may have become the stream.
+        let from_norm = self.spec.residual.from_norm;
+        let before = if from_norm { &trace.inputs[0] } else { &trace.input };
         if self.spec.residual.parallel {
             // The MLP reads the stream, or what the attention read.
             if self.mlp_norms.before.is_some() {
@@ -364,14 +364,14 @@ impl Block {
             return self.project_backward(ctx, stage, input, &dy, flow, gradients);
         }
         let mut stream = Tensor::default();
-        let stream = if self.spec.residual.from_norm && self.mlp_norms.before.is_some() {
+        let stream = if from_norm && self.mlp_norms.before.is_some() {
             // The stream was replaced by its norm; `check_gradients` refuses norms behind sublayers then.
             self.project(ctx, input, stage)?;
             copy(&ctx.pool, before, &mut stream);
             add_scaled(&ctx.pool, &mut stream, &ctx.out, self.spec.residual.multiplier);
             &stream
         } else {
-            after
+            &trace.stream
         };
         self.enter_backward(ctx, NormPlace::MlpBefore, stream, flow, gradients);
         let dy = self.leave_backward(ctx, (stage, input), (before, None), flow, gradients)?;

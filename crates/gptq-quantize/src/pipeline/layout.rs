@@ -33,12 +33,6 @@ pub(crate) struct Copied {
     pub(crate) dtype: DType,
 }
 
-impl Copied {
-    pub(crate) fn elements(&self) -> usize {
-        self.shape.iter().product()
-    }
-}
-
 /// The contents of the output.
 #[derive(Debug, Clone)]
 pub(crate) struct Layout {

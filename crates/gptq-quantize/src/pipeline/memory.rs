@@ -405,7 +405,8 @@ fn temporaries(spec: &Spec, chunk_tokens: usize, seqlen: usize) -> u64 {
         wide = wide.max(attended);
     }
     let widest = (*hidden).max(gate).max(attention.q_width());
-    let columns = attended + wide.max(*hidden) + gate + out.max(*hidden) + widest + hidden;
+    let scores = moe.as_ref().map_or(0, |moe| moe.count);
+    let columns = attended + wide.max(*hidden) + gate + out.max(*hidden) + widest + hidden + scores;
     let kv = 2 * attention.kv_width().next_multiple_of(16);
     // A window's cache grows by whole blocks of positions.
     let positions = windows_per_chunk(seqlen) * seqlen.next_multiple_of(64);

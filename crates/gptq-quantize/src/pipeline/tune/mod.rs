@@ -101,10 +101,10 @@ impl Run<'_> {
         for norms in tuned.norms {
             if kept {
                 let bytes = norms.stored().1;
-                // Two for each weight.
                 let mut rest = bytes.as_slice();
                 for tensor in &norms.tensors {
-                    let (own, others) = rest.split_at(2 * tensor.elements());
+                    let own = tensor.dtype.byte_len(&tensor.shape).unwrap_or_default();
+                    let (own, others) = rest.split_at(own);
                     self.output.replace(&tensor.name, own)?;
                     rest = others;
                 }
@@ -151,8 +151,9 @@ impl Run<'_> {
     fn stored_norms(&self, layer: usize, place: NormPlace) -> Vec<Copied> {
         let stored = |name: String| {
             // Checkpoints converted from TensorFlow have the names of its layer norm.
+            let copied = |name: &String| self.layout.copied.iter().find(|it| it.name == *name);
             let names = [format!("{name}.weight"), format!("{name}.gamma")];
-            self.layout.copied.iter().find(|copied| names.contains(&copied.name)).cloned()
+            names.iter().find_map(copied).cloned()
         };
         self.spec.norm_names(layer, place).into_iter().filter_map(stored).collect()
     }
@@ -179,15 +180,7 @@ impl Run<'_> {
         let plus = if norms.first()?.kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 };
         let factors = Factors::new(weight.len());
         let narrow = matches!(dtype, DType::F16 | DType::BF16);
-        let all = tensors.iter().map(Copied::elements).sum::<usize>() == weight.len();
         let same = tensors.iter().all(|tensor| tensor.dtype == dtype);
-        (narrow && all && same).then_some(TunedNorms {
-            place,
-            tensors,
-            dtype,
-            weight,
-            plus,
-            factors,
-        })
+        (narrow && same).then_some(TunedNorms { place, tensors, dtype, weight, plus, factors })
     }
 }
