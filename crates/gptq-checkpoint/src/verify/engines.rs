@@ -138,6 +138,10 @@ const RULES: &[Rule] = &[
     // these types, ExLlama, for positive group sizes and float16.
     Rule(&[Vllm], Whole(no_kernel)),
     Rule(&[Vllm], Condition(needs_float16)),
+    // All kernels multiply by the scale, whatever its sign: vLLM's and GPTQModel's Marlin (`scale`), ExLlama's
+    // (`dequant_4bit_8_prep_zero_scale`), Triton's; AutoRound's checkpoints have negative ones, too. But Marlin with
+    // int8 activations, which is off unless asked for, stores scales as int16 and reads them as uint16 (issue 48905).
+    Rule(&[Vllm], Condition(needs_float_activations)),
     // GPTQModel `pack_block` works on 32 inputs at a time; outputs only have to fill their words.
     Rule(&[Tgi, Transformers, Exllama, Gptqmodel], Each(|_, m| multiple(m.inputs, 32, "inputs"))),
     // ExLlama's kernels, which TGI uses for 4 bits: output size % 32.
@@ -299,6 +303,12 @@ fn no_kernel(facts: &Facts<'_>) -> Option<String> {
 fn needs_float16(facts: &Facts<'_>) -> Option<String> {
     let (_, refused) = beyond_marlin(facts)?;
     facts.bf16.then(|| format!("--dtype float16, since {refused}"))
+}
+
+fn needs_float_activations(facts: &Facts<'_>) -> Option<String> {
+    let negative = facts.modules.iter().any(|module| module.negative_scales);
+    negative
+        .then(|| "VLLM_MARLIN_INPUT_DTYPE unset or fp8, since int8 misreads negative scales".into())
 }
 
 fn fused(facts: &Facts<'_>) -> Option<String> {

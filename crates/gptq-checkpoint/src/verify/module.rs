@@ -24,6 +24,8 @@ pub(super) struct Module {
     /// Group of each input as stored; `None` where there is no `g_idx`.
     pub(super) g_idx: Option<GroupIndex>,
     pub(super) zeros: Zeros,
+    /// A scale is below zero.
+    pub(super) negative_scales: bool,
 }
 
 /// What is to know of a `g_idx`.
@@ -118,7 +120,7 @@ fn read(
         return None;
     }
     let signed = config.meta.get("signed_scales").is_some_and(|signed| *signed == true);
-    check_scales(store, name, [groups, outputs], signed, findings);
+    let negative_scales = check_scales(store, name, [groups, outputs], signed, findings);
     let words = [groups, settings.bits.words(outputs)?];
     let stored: Vec<u32> = store
         .read_i32(&format!("{module}qzeros"), &words)
@@ -132,7 +134,8 @@ fn read(
         decode_zeros(settings.bits, config.format, &stored, groups, outputs).ok()?
     };
     let zeros = Zeros::of(settings.bits, &stored, &decoded, outputs);
-    Some(Module { name: name.to_owned(), settings, inputs, outputs, groups, g_idx, zeros })
+    let name = name.to_owned();
+    Some(Module { name, settings, inputs, outputs, groups, g_idx, zeros, negative_scales })
 }
 
 /// `(in, out)` of a module in AutoAWQ's layout, `qweight: [in, out / 8]`.
@@ -412,14 +415,14 @@ fn check_codes(store: &TensorStore, name: &str, findings: &mut Findings) {
     );
 }
 
-/// `signed`: the checkpoint says that its scales may be negative.
+/// Whether a scale is below zero. `signed`: the checkpoint says that they may be.
 fn check_scales(
     store: &TensorStore,
     name: &str,
     [groups, outputs]: [usize; 2],
     signed: bool,
     findings: &mut Findings,
-) {
+) -> bool {
     // The smallest normal f16.
     const NORMAL: f64 = 6.103515625e-5;
     let tensor_name = format!("{name}.scales");
@@ -442,7 +445,7 @@ fn check_scales(
     });
     if let Err(error) = read {
         findings.error("model-tensor", Some(&tensor_name), error.to_string(), None);
-        return;
+        return false;
     }
     let total = groups * outputs;
     if let Some((index, value)) = first {
@@ -484,4 +487,5 @@ fn check_scales(
             None,
         );
     }
+    negative > 0
 }

@@ -56,6 +56,10 @@ fn fixtures_of_another_tool_are_sound() {
             reason(&report, Engine::Gptqmodel)
         );
         assert!(opens(&report, Engine::Transformers), "{name}");
+        if name.ends_with(".gemm") {
+            assert!(opens(&report, Engine::Vllm) && !opens(&report, Engine::Exllama), "{name}");
+            continue;
+        }
         let codes: Vec<&str> = report.findings.iter().map(|f| f.code).collect();
         // The asymmetric ones without activation order were made to have zero points of 0.
         let zero = name.contains("_asym.gptq") && !name.ends_with("v2");
@@ -529,6 +533,13 @@ fn vllm_falls_back_to_a_kernel_with_conditions() {
     assert_eq!(conditions(&edit), "");
     edit.config["dtype"] = json!("bfloat16");
     assert!(conditions(&edit).contains("--dtype float16, since 96 inputs"));
+    edit.config["dtype"] = json!("float16");
+    // The sign of the first scale.
+    edit.bytes(&format!("{Q}.scales"))[1] |= 0x80;
+    assert_eq!(
+        conditions(&edit),
+        "VLLM_MARLIN_INPUT_DTYPE unset or fp8, since int8 misreads negative scales"
+    );
 }
 
 #[test]
