@@ -29,8 +29,10 @@ use texts::EvalSettings;
 /// --reference` says of it. What rows share is done once: the calibration windows, the original's run
 /// over the evaluation texts and, for rows that follow each other and differ in their size alone, the
 /// sensitivities that --target-bpw chooses from. Hessians are not: each stage sees what the row's own
-/// quantized stages before it compute, so that two rows have in common those of the first alone. A row
-/// that is finished is not run again. Options that do not matter to --method rtn make no rows of it.
+/// quantized stages before it compute, so that two rows have in common those of the first alone; nor is
+/// the original's run over the calibration windows, which --correction follows: the inputs of all its
+/// stages would fill a disk. A row that is finished is not run again. Options that do not matter to a
+/// method make no rows of it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Float model: directory, .gguf file or hub id.

@@ -207,16 +207,19 @@ fn role(option: &str) -> &str {
     if option.replace('_', "-") == "target-bpw" { "bits" } else { option }
 }
 
-/// Rounding to nearest reads no data: rows that differ in what only data decide would be the same.
+/// Leaves out what the method of a row has no use for: rows that differ in nothing else would be the same.
 fn drop_unused(settings: &mut Settings) {
     let all = settings.clone();
     settings.retain(|(option, _)| !is_unused(&all, option));
 }
 
-/// Whether the method of a row has no use for an option.
+/// Whether a row has no use for an option: its method, or asymmetric grids for the sign of scales.
 fn is_unused(settings: &[(String, String)], option: &str) -> bool {
-    OF_DATA.contains(&option)
-        && settings.iter().any(|(option, value)| option == "method" && value == "rtn")
+    let is = |option: &str, value: &str| settings.iter().any(|(o, v)| o == option && v == value);
+    let of_sweep = OF_COLUMNS.contains(&option);
+    is("method", "rtn") && (of_sweep || OF_DATA.contains(&option))
+        || is("method", "awq") && (of_sweep || OF_SCALES.contains(&option))
+        || is("sym", "false") && option == "signed-scales"
 }
 
 /// The options that are not the same in all rows.
@@ -304,13 +307,23 @@ fn line(command: &clap::Command, settings: &[(String, String)]) -> anyhow::Resul
 /// Between calibration sources that are mixed.
 pub(super) const MIX: &str = "+";
 
-/// Options without a meaning for `--method rtn`.
-const OF_DATA: [&str; 16] = [
+/// Options of the sweep over columns, which the methods `rtn` and `awq` do not make.
+const OF_COLUMNS: [&str; 8] = [
     "order",
     "desc-act",
     "act-group-aware",
     "damp-percent",
     "damp-auto-increment",
+    "correction",
+    "correction-strength",
+    "awq-scales",
+];
+
+/// Options of the search for scales; that of the method `awq` is its own.
+const OF_SCALES: [&str; 2] = ["scale-search", "mse"];
+
+/// Options of calibration data, which the method `rtn` does not read.
+const OF_DATA: [&str; 11] = [
     "token-weights",
     "no-true-sequential",
     "moe-fallback",
@@ -371,6 +384,35 @@ mod tests {
         let rows = rows("model", &[Matrix { name: None, axes: axes() }]).unwrap();
         assert_eq!(rows[0].series, "gptq natural");
         assert_eq!(rows[0].line, ["--bits=4", "--method=gptq", "--order=natural", "--sym"]);
+    }
+
+    #[test]
+    fn options_that_a_method_has_no_use_for_make_no_rows() {
+        let axes = vec![
+            axis("method", &["gptq", "awq", "rtn"]),
+            axis("correction", &["none", "qep"]),
+            axis("damp-percent", &["0.01", "auto"]),
+        ];
+        assert_eq!(
+            names(axes),
+            [
+                "gptq-correction=none-damp0.01",
+                "gptq-correction=none-dampauto",
+                "gptq-correction=qep-damp0.01",
+                "gptq-correction=qep-dampauto",
+                "awq",
+                "rtn"
+            ]
+        );
+        let searches = vec![
+            axis("method", &["rtn", "awq"]),
+            axis("scale-search", &["minmax", "mse"]),
+            axis("token-weights", &["balanced", "uniform"]),
+        ];
+        assert_eq!(names(searches), ["rtn-minmax", "rtn-mse", "awq-balanced", "awq-uniform"]);
+        let signs =
+            vec![axis("sym", &["true", "false"]), axis("signed-scales", &["true", "false"])];
+        assert_eq!(names(signs), ["signed-scales-sym", "no-signed-scales-sym", "asym"]);
     }
 
     #[test]
