@@ -604,6 +604,10 @@ fn eprint_summary(report: &gptq_quantize::QuantReport, output: &Path) {
     );
 }
 
+/// Plots of a run's losses and errors by file name; none of one that measured none, as rounding does.
 pub(super) fn plots(modules: &[gptq_quantize::ModuleRecord]) -> Vec<(&'static str, String)> {
+    if modules.iter().all(|module| module.relative_output_error.is_none()) {
+        return Vec::new();
+    }
     vec![("loss.svg", plot::loss_by_layer(modules)), ("error.svg", plot::error_map(modules))]
 }

@@ -8,9 +8,10 @@ use anyhow::Context;
 use gptq_format::fs::write_atomic;
 use serde_json::json;
 
+use super::super::quantize;
 use super::runner::{Planned, Results, RowResult};
 use super::texts::{TextResult, name};
-use crate::output::plot::{Curves, Point, curves, error_map, loss_by_layer, loss_by_run, text_map};
+use crate::output::plot::{Curves, Point, curves, loss_by_run, text_map};
 use crate::output::size;
 use crate::output::table::{Align, Table, colour_allowed};
 
@@ -59,8 +60,10 @@ fn plots(results: &Results) -> Vec<(String, String)> {
         results.rows.iter().map(|row| (row.name.as_str(), row.modules.as_slice())).collect();
     plots.push(("loss.svg".to_owned(), loss_by_run(&runs)));
     for row in &results.rows {
-        plots.push((format!("loss-{}.svg", row.name), loss_by_layer(&row.modules)));
-        plots.push((format!("error-{}.svg", row.name), error_map(&row.modules)));
+        for (file, svg) in quantize::plots(&row.modules) {
+            let kind = file.trim_end_matches(".svg");
+            plots.push((format!("{kind}-{}.svg", row.name), svg));
+        }
     }
     plots
 }
