@@ -36,10 +36,6 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn add(sum: &mut [f32], part: &[f32]) {
-    sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-}
-
 impl Block {
     /// The gradient of the output of `part`, whose projection read `input`.
     pub(super) fn leave_expert_backward(
@@ -75,14 +71,12 @@ impl Block {
         flow: &mut Flow,
     ) -> Result<()> {
         let Flow { experts, input, .. } = flow;
-        match part {
-            Part::Dense => return Ok(()),
-            Part::Shared => add(experts.input.as_mut_slice(), input.as_slice()),
-            Part::Expert(expert) => {
-                for (index, row) in state.rows(expert).into_iter().enumerate() {
-                    add(experts.input.row_mut(row as usize), input.row(index));
-                }
-            }
+        if part == Part::Dense {
+            return Ok(());
+        }
+        for (index, (row, _)) in state.parts(part).enumerate() {
+            let pairs = experts.input.row_mut(row).iter_mut().zip(input.row(index));
+            pairs.for_each(|(sum, part)| *sum += part);
         }
         if part == Part::Expert(0) {
             self.route_backward(ctx, state, experts)?;
