@@ -1,7 +1,9 @@
 //! Sums of products of two inputs, and their way through the factor of an inverse Hessian: what
 //! solvers need that know how far the inputs of a layer are from those of the float model.
 
+use crate::arch::{has_pairs, isa};
 use crate::gemm::product;
+use crate::pairs;
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
 
@@ -16,17 +18,31 @@ pub struct Cross {
     /// `[width, width]`, row-major: rows by x, columns by y.
     sum: Vec<f32>,
     width: usize,
+    rows: usize,
+    /// Rows are rounded to bfloat16.
+    rounds: bool,
 }
 
 impl Cross {
     /// An empty sum for rows of `width`.
     pub fn new(width: usize) -> Self {
-        Self { sum: vec![0.0; width * width], width }
+        Self { sum: vec![0.0; width * width], width, rows: 0, rounds: false }
+    }
+
+    /// The same for rows that may be rounded to bfloat16, which is done where kernels for pairs of these
+    /// exist. Sums are in f32.
+    pub fn rounding(width: usize) -> Self {
+        Self { rounds: has_pairs(isa()), ..Self::new(width) }
     }
 
     /// Width of the rows.
     pub fn width(&self) -> usize {
         self.width
+    }
+
+    /// Rows accumulated so far.
+    pub fn rows(&self) -> usize {
+        self.rows
     }
 
     /// Adds xᵀy of `x` and `y`, both `[rows, width]`. About 2 · rows · width² floating point operations.
@@ -35,10 +51,23 @@ impl Cross {
     /// If the shapes differ.
     #[track_caller]
     pub fn accumulate(&mut self, pool: &Pool, x: &Tensor, y: &Tensor) {
+        self.emphasize(pool, x, y);
+        self.rows += x.rows();
+    }
+
+    /// Adds xᵀy of rows that were counted already, to give them more weight.
+    ///
+    /// # Panics
+    /// If the shapes differ.
+    #[track_caller]
+    pub fn emphasize(&mut self, pool: &Pool, x: &Tensor, y: &Tensor) {
         let (n, rows) = (self.width, x.rows());
         assert!(x.cols() == n && y.cols() == n && y.rows() == rows, "shapes of a pair");
         if rows == 0 {
             return;
+        }
+        if self.rounds {
+            return pairs::accumulate(isa(), pool, x, Some(y), &mut self.sum);
         }
         let pieces = n.div_ceil(PIECE);
         let sum = RawSlice::new(&mut self.sum);
@@ -68,6 +97,7 @@ impl Cross {
     pub fn add(&mut self, other: &Self) {
         assert_eq!(self.width, other.width, "width of the sums");
         self.sum.iter_mut().zip(&other.sum).for_each(|(a, b)| *a += b);
+        self.rows += other.rows;
     }
 
     /// The matrix `[width, width]`, every element multiplied by `factor`.

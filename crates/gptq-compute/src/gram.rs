@@ -1,9 +1,8 @@
 //! Gram matrices XᵀX: the Hessians of GPTQ.
 
-mod pairs;
-
 use crate::arch::{has_pairs, isa};
 use crate::gemm::product;
+use crate::pairs::{self, triangle, triangle_len};
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
 
@@ -66,7 +65,7 @@ impl Gram {
             return;
         }
         if self.rounds {
-            return pairs::accumulate(isa(), pool, x, &mut self.sum);
+            return pairs::accumulate(isa(), pool, x, None, &mut self.sum);
         }
         let (n, tokens) = (self.width, x.rows());
         let pieces = n.div_ceil(PIECE);
@@ -108,22 +107,6 @@ impl Gram {
         }
         self.sum
     }
-}
-
-/// Pieces of a lower triangle with `rows` rows of them.
-fn triangle_len(rows: usize) -> usize {
-    rows * (rows + 1) / 2
-}
-
-/// Row and column of piece `index` of a lower triangle, counted row by row.
-fn triangle(index: usize) -> (usize, usize) {
-    let mut row = 0;
-    let mut start = 0;
-    while start + row < index {
-        start += row + 1;
-        row += 1;
-    }
-    (row, index - start)
 }
 
 #[cfg(test)]

@@ -40,6 +40,7 @@ mod loss;
 mod math;
 mod matrix;
 mod norm;
+mod pairs;
 mod pool;
 pub mod quantized;
 mod rope;

@@ -104,7 +104,7 @@ impl RowWeights {
             Self::Uniform => cross.accumulate(pool, x, shift),
             Self::Sinks => {
                 cross.accumulate(pool, x, shift);
-                cross.accumulate(pool, &sinks(x, windows), &sinks(shift, windows));
+                cross.emphasize(pool, &sinks(x, windows), &sinks(shift, windows));
             }
             Self::Directions => {
                 for row in 0..x.rows() {

@@ -14,6 +14,7 @@ use gptq_model::{Block, BlockState, Ctx, HeadLayer, LinearSource, Stage, load_li
 
 use super::Phases;
 use super::activations::{Activations, run};
+use super::inputs::rounds;
 use crate::error::Result;
 use crate::token_weights::RowWeights;
 
@@ -180,7 +181,8 @@ impl ShiftSum {
         float: &mut Tensor,
         windows: &[std::ops::Range<usize>],
     ) {
-        let cross = self.cross.get_or_insert_with(|| Cross::new(input.cols()));
+        let new = if rounds(ctx) { Cross::rounding } else { Cross::new };
+        let cross = self.cross.get_or_insert_with(|| new(input.cols()));
         self.weights.accumulate_shift(cross, &ctx.pool, input, float, windows);
     }
 }

@@ -65,11 +65,10 @@ impl Run<'_> {
             self.phases.time("hessian", || (hessian.with(distances.gram), distances.linears))
         });
         let options = self.job.options;
-        let shift = cross.zip(hessian.as_ref()).zip(options.correction_share()).map(
-            |((cross, hessian), share)| {
-                Shift::new(cross, hessian.tokens(), options.correction, share)
-            },
-        );
+        let shift = cross
+            .filter(|_| hessian.is_some())
+            .zip(options.correction_share())
+            .map(|(cross, share)| Shift::new(cross, options.correction, share));
         self.progress.phase("solve");
         // One factor at a time is in memory; only overrides for single modules need another.
         let mut factor: Option<(FactorKey, Factor, Hessian)> = None;

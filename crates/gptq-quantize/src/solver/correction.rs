@@ -70,9 +70,10 @@ pub struct Shift {
 }
 
 impl Shift {
-    /// Takes over the sum X̂ Sᵀ over `tokens` tokens, of which the share `strength` is to be corrected.
-    pub fn new(sum: Cross, tokens: usize, correction: Correction, strength: f64) -> Self {
-        let turned = sum.into_matrix(2.0 / tokens.max(1) as f32).into();
+    /// Takes over the sum X̂ Sᵀ, of which the share `strength` is to be corrected.
+    pub fn new(sum: Cross, correction: Correction, strength: f64) -> Self {
+        let tokens = sum.rows().max(1);
+        let turned = sum.into_matrix(2.0 / tokens as f32).into();
         Self { turned, correction, strength: strength as f32 }
     }
 

@@ -70,7 +70,7 @@ impl Case {
         pairs.for_each(|(f, q)| *f -= q);
         let mut cross = Cross::new(self.n);
         cross.accumulate(&pool, &self.quantized, &shift);
-        Shift::new(cross, self.quantized.rows(), correction, strength)
+        Shift::new(cross, correction, strength)
     }
 
     fn solve(&self, correction: Correction, strength: f64, threads: usize) -> (Solution, Vec<f32>) {

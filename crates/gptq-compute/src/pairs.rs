@@ -1,8 +1,7 @@
-//! The lower triangle of XᵀX in products of bfloat16: two tokens in a lane, sums in f32.
+//! XᵀX and XᵀY in products of bfloat16: two tokens in a lane, sums in f32.
 
 use std::ops::Range;
 
-use super::{triangle, triangle_len};
 use crate::arch::{Isa, Kernel, LANES, Simd, dispatch, dispatch_pairs};
 use crate::math::to_bf16;
 use crate::pool::Pool;
@@ -11,7 +10,7 @@ use crate::tensor::{RawSlice, Tensor};
 /// Tokens that are packed at a time: few barriers, and all fit into a last level cache.
 const TOKENS: usize = 512;
 const PAIRS: usize = TOKENS / 2;
-/// Vectors and columns of a panel; a piece of the triangle is a panel of rows by one of columns.
+/// Vectors and columns of a panel; a piece of the sum is a panel of rows by one of columns.
 const VECTORS: usize = 4;
 const PANEL: usize = VECTORS * LANES;
 /// Rows whose sums are in registers together.
@@ -20,36 +19,59 @@ const ROWS: usize = 4;
 /// stay in the first level cache.
 const BLOCK: usize = 64;
 
-/// Adds the products of the rows of `x` `[rows, n]` to `sum` `[n, n]`, in the panels on and below the diagonal.
-pub(super) fn accumulate(isa: Isa, pool: &Pool, x: &Tensor, sum: &mut [f32]) {
+/// Adds xᵀy of `x` and `y`, both `[rows, n]`, to `sum` `[n, n]`; without y it is xᵀx, and only its panels on and below
+/// the diagonal.
+pub(crate) fn accumulate(isa: Isa, pool: &Pool, x: &Tensor, y: Option<&Tensor>, sum: &mut [f32]) {
     let n = x.cols();
     let panels = n.div_ceil(PANEL);
-    // `[panel][pair of tokens][PANEL]`
-    let mut packed = vec![0u32; panels * PAIRS * PANEL];
+    let sides: &[&Tensor] = &[&[x], y.as_slice()].concat();
+    // `[panel][pair of tokens][PANEL]`, of x and of y.
+    let mut packed = vec![0u32; sides.len() * panels * PAIRS * PANEL];
+    let tasks = if y.is_some() { panels * panels } else { triangle_len(panels) };
     let sum = RawSlice::new(sum);
     for first in (0..x.rows()).step_by(TOKENS) {
         let tokens = first..(first + TOKENS).min(x.rows());
         let pairs = tokens.len().div_ceil(2);
         let target = RawSlice::new(&mut packed);
-        pool.run(panels, &|panel| {
+        pool.run(sides.len() * panels, &|task| {
+            let (x, panel) = (sides[task / panels], task % panels);
             // SAFETY: panels are disjoint.
-            let to = unsafe { target.range(panel * PAIRS * PANEL, pairs * PANEL) };
+            let to = unsafe { target.range(task * PAIRS * PANEL, pairs * PANEL) };
             let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
             dispatch(Pack { x, tokens: tokens.clone(), columns, to });
         });
-        pool.run(triangle_len(panels), &|task| {
-            let (row, column) = triangle(task);
+        pool.run(tasks, &|task| {
+            let (row, column) =
+                if y.is_some() { (task / panels, task % panels) } else { triangle(task) };
             let panel = |index: usize| &packed[index * PAIRS * PANEL..][..pairs * PANEL];
+            // Those of y lie behind those of x.
+            let of_columns = (sides.len() - 1) * panels + column;
             let size = |index: usize| PANEL.min(n - index * PANEL);
             let (rows, columns) = (size(row), size(column));
             let at = row * PANEL * n + column * PANEL;
-            // Each piece of the triangle belongs to one task and lies inside the matrix.
+            // Each piece of the sum belongs to one task and lies inside the matrix.
             let out = sum.at(at, (rows - 1) * n + columns);
-            let piece =
-                Piece { rows: panel(row), columns: panel(column), out, n, size: (rows, columns) };
-            dispatch_pairs(isa, piece);
+            let (rows_of_x, columns_of_y) = (panel(row), panel(of_columns));
+            let size = (rows, columns);
+            dispatch_pairs(isa, Piece { rows: rows_of_x, columns: columns_of_y, out, n, size });
         });
     }
+}
+
+/// Pieces of a lower triangle with `rows` rows of them.
+pub(crate) fn triangle_len(rows: usize) -> usize {
+    rows * (rows + 1) / 2
+}
+
+/// Row and column of piece `index` of a lower triangle, counted row by row.
+pub(crate) fn triangle(index: usize) -> (usize, usize) {
+    let mut row = 0;
+    let mut start = 0;
+    while start + row < index {
+        start += row + 1;
+        row += 1;
+    }
+    (row, index - start)
 }
 
 /// Columns of some tokens, as pairs of bfloat16.
@@ -80,7 +102,7 @@ impl Kernel for Pack<'_> {
     }
 }
 
-/// One piece of the triangle.
+/// One piece of the sum.
 struct Piece<'a> {
     /// `[pairs][PANEL]`
     rows: &'a [u32],
@@ -148,23 +170,29 @@ mod tests {
             for (rows, n) in [(1, 1), (3, 5), (TOKENS, PANEL), (2 * TOKENS + 7, 3 * PANEL + 9)] {
                 let value = |i: usize| ((i * 7919 % 1009) as f32 - 500.0) / 500.0;
                 let x = Tensor::from_vec(rows, n, (0..rows * n).map(value).collect());
-                let sums = [1, 2, 3].map(|threads| {
-                    let mut sum = vec![0.5; n * n];
-                    accumulate(isa, &Pool::new(threads), &x, &mut sum);
-                    sum
-                });
-                assert!(sums[0] == sums[1] && sums[1] == sums[2]);
-                for i in 0..n {
-                    for j in 0..=i {
-                        let at = |r: usize, c: usize| bf16::from_f32(x.row(r)[c]).to_f64();
-                        let want: f64 = (0..rows).map(|r| at(r, i) * at(r, j)).sum::<f64>() + 0.5;
-                        // Each of `PAIRS` additions rounds by 2⁻²⁴ of a sum that `rows` bounds, a tenth of
-                        // them the same way.
-                        let limit = 0.1 * PAIRS as f64 * 2f64.powi(-24) * (rows as f64 + 1.0);
-                        assert!(
-                            (f64::from(sums[0][i * n + j]) - want).abs() < limit,
-                            "{isa:?} {i} {j}"
-                        );
+                let y = Tensor::from_vec(rows, n, (7..rows * n + 7).map(value).collect());
+                for y in [None, Some(&y)] {
+                    let sums = [1, 2, 3].map(|threads| {
+                        let mut sum = vec![0.5; n * n];
+                        accumulate(isa, &Pool::new(threads), &x, y, &mut sum);
+                        sum
+                    });
+                    assert!(sums[0] == sums[1] && sums[1] == sums[2]);
+                    for i in 0..n {
+                        for j in 0..if y.is_some() { n } else { i + 1 } {
+                            let at = |t: &Tensor, r: usize, c: usize| {
+                                bf16::from_f32(t.row(r)[c]).to_f64()
+                            };
+                            let product = |r| at(&x, r, i) * at(y.unwrap_or(&x), r, j);
+                            let want: f64 = (0..rows).map(product).sum::<f64>() + 0.5;
+                            // Each of `PAIRS` additions rounds by 2⁻²⁴ of a sum that `rows` bounds, a tenth of
+                            // them the same way.
+                            let limit = 0.1 * PAIRS as f64 * 2f64.powi(-24) * (rows as f64 + 1.0);
+                            assert!(
+                                (f64::from(sums[0][i * n + j]) - want).abs() < limit,
+                                "{isa:?} {i} {j}"
+                            );
+                        }
                     }
                 }
             }
