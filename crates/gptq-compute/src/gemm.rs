@@ -5,8 +5,9 @@ use std::time::Instant;
 
 use gemm::Parallelism;
 
-use crate::arch::{Kernel, LANES, Simd, dispatch};
+use crate::arch::{Kernel, LANES, Simd, dispatch, isa};
 use crate::matrix::{DenseMatrix, DenseType, widen};
+use crate::pairs;
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
 
@@ -47,6 +48,14 @@ pub fn gemm_nt(pool: &Pool, x: &Tensor, w: &DenseMatrix, bias: Option<&[f32]>, y
                 }
             }
         });
+        return;
+    }
+    if let Some(packed) = w.pairs() {
+        pairs::product(isa(), pool, x, packed, n, y.as_mut_slice());
+        if let Some(bias) = bias {
+            let rows = y.as_mut_slice().chunks_exact_mut(n.max(1));
+            rows.for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+        }
         return;
     }
     // Enough tasks for many threads; the cut depends on the shape alone.
@@ -300,6 +309,26 @@ mod tests {
                         assert!((f64::from(y.row(i)[j]) - t).abs() < tolerance, "{m} {n} {k}");
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_rounding_weights_are_as_close_as_bfloat16_is() {
+        let (n, k) = (70, 45);
+        let value = |i: usize| ((i * 7919 % 1009) as f32 - 500.0) / 500.0;
+        let w = DenseMatrix::from_f32(n, k, (0..n * k).map(value).collect::<Vec<_>>());
+        let bias: Vec<f32> = (0..n).map(value).collect();
+        let pool = Pool::new(2);
+        let rounding = w.clone().rounding(&pool);
+        for tokens in [1, GEMV_TOKENS + 1, 300] {
+            let x = Tensor::from_vec(tokens, k, (9..tokens * k + 9).map(value).collect());
+            let [mut exact, mut got] = [Tensor::default(), Tensor::default()];
+            gemm_nt(&pool, &x, &w, Some(&bias), &mut exact);
+            gemm_nt(&pool, &x, &rounding, Some(&bias), &mut got);
+            for (got, exact) in got.as_slice().iter().zip(exact.as_slice()) {
+                // Both factors of k products, each below 1, are 2⁻⁹ of themselves away at most.
+                assert!((got - exact).abs() < 2.0 * k as f32 / 512.0, "{got} {exact}");
             }
         }
     }

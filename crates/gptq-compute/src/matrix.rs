@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use crate::arch::{has_pairs, isa};
 use crate::error::{ComputeError, Result};
+use crate::pairs;
+use crate::pool::Pool;
 use crate::quantized::QuantizedMatrix;
 
 /// Bytes that somebody else owns, such as a range of a memory map.
@@ -44,6 +47,8 @@ pub struct DenseMatrix {
     dtype: DenseType,
     out_features: usize,
     in_features: usize,
+    /// The weights once more, for products in bfloat16.
+    pairs: Option<Arc<[u32]>>,
 }
 
 impl std::fmt::Debug for DenseMatrix {
@@ -65,7 +70,8 @@ impl DenseMatrix {
     ) -> Self {
         let weights = weights.into();
         assert_eq!(weights.len(), out_features * in_features, "dense matrix");
-        Self { storage: Storage::Owned(weights), dtype: DenseType::F32, out_features, in_features }
+        let (storage, dtype) = (Storage::Owned(weights), DenseType::F32);
+        Self { storage, dtype, out_features, in_features, pairs: None }
     }
 
     /// Weights that stay where they are, `[out, in]` row-major little-endian; no alignment needed.
@@ -82,7 +88,22 @@ impl DenseMatrix {
         if expected != got {
             return Err(ComputeError::Length { what: "dense matrix bytes", expected, got });
         }
-        Ok(Self { storage: Storage::Shared(bytes), dtype, out_features, in_features })
+        let storage = Storage::Shared(bytes);
+        Ok(Self { storage, dtype, out_features, in_features, pairs: None })
+    }
+
+    /// The same for products of many tokens in which both sides may be rounded to bfloat16, which is done where kernels
+    /// for pairs of these exist. Sums are in f32. Takes two bytes more for each weight.
+    pub fn rounding(mut self, pool: &Pool) -> Self {
+        if has_pairs(isa()) {
+            self.pairs = Some(pairs::pack_weights(pool, &self).into());
+        }
+        self
+    }
+
+    /// The weights as [`pairs::pack_weights`] packs them, if products may be rounded.
+    pub(crate) fn pairs(&self) -> Option<&[u32]> {
+        self.pairs.as_deref()
     }
 
     /// Output width (rows).

@@ -1,9 +1,10 @@
-//! XᵀX and XᵀY in products of bfloat16: two tokens in a lane, sums in f32.
+//! XᵀX, XᵀY and XWᵀ in products of bfloat16: two in a lane that are added, sums in f32.
 
 use std::ops::Range;
 
 use crate::arch::{Isa, Kernel, LANES, Simd, dispatch, dispatch_pairs};
 use crate::math::to_bf16;
+use crate::matrix::DenseMatrix;
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
 
@@ -18,6 +19,8 @@ const ROWS: usize = 4;
 /// Pairs that are summed before they are added to the result: a panel of columns, and the lines that hold the rows,
 /// stay in the first level cache.
 const BLOCK: usize = 64;
+/// Tokens of one task of [`product`].
+const PRODUCT_TOKENS: usize = 256;
 
 /// Adds xᵀy of `x` and `y`, both `[rows, n]`, to `sum` `[n, n]`; without y it is xᵀx, and only its panels on and below
 /// the diagonal.
@@ -55,6 +58,133 @@ pub(crate) fn accumulate(isa: Isa, pool: &Pool, x: &Tensor, y: Option<&Tensor>, 
             let size = (rows, columns);
             dispatch_pairs(isa, Piece { rows: rows_of_x, columns: columns_of_y, out, n, size });
         });
+    }
+}
+
+/// Weights as [`product`] reads them: `[panel of outputs][pair of inputs][PANEL]`.
+pub(crate) fn pack_weights(pool: &Pool, w: &DenseMatrix) -> Vec<u32> {
+    let (n, k) = (w.out_features(), w.in_features());
+    let pairs = k.div_ceil(2);
+    let mut packed = vec![0u32; n.div_ceil(PANEL) * pairs * PANEL];
+    let target = RawSlice::new(&mut packed);
+    pool.run(n.div_ceil(PANEL), &|panel| {
+        // SAFETY: panels are disjoint.
+        let to = unsafe { target.range(panel * pairs * PANEL, pairs * PANEL) };
+        let mut row = vec![0.0; k];
+        for output in panel * PANEL..((panel + 1) * PANEL).min(n) {
+            w.row_to_f32(output, &mut row);
+            for (to, of_row) in to[output % PANEL..].iter_mut().step_by(PANEL).zip(row.chunks(2)) {
+                *to = pair(of_row);
+            }
+        }
+    });
+    packed
+}
+
+fn pair(values: &[f32]) -> u32 {
+    to_bf16(values[0]).to_bits() >> 16 | values.get(1).map_or(0, |x| to_bf16(*x).to_bits())
+}
+
+/// y = x Wᵀ: `x` `[tokens, in]`, W packed by [`pack_weights`], `y` `[tokens, n]`.
+pub(crate) fn product(isa: Isa, pool: &Pool, x: &Tensor, packed: &[u32], n: usize, y: &mut [f32]) {
+    let (tokens, pairs) = (x.rows(), x.cols().div_ceil(2));
+    let mut rows = vec![0u32; tokens * pairs];
+    let (target, out) = (RawSlice::new(&mut rows), RawSlice::new(y));
+    let blocks = tokens.div_ceil(PRODUCT_TOKENS);
+    let block = |index: usize| {
+        let first = index * PRODUCT_TOKENS;
+        first..(first + PRODUCT_TOKENS).min(tokens)
+    };
+    pool.run(blocks, &|index| {
+        for token in block(index) {
+            // SAFETY: blocks of rows are disjoint.
+            let to = unsafe { target.range(token * pairs, pairs) };
+            dispatch(PackRow { x: x.row(token), to });
+        }
+    });
+    pool.run(n.div_ceil(PANEL) * blocks, &|task| {
+        let (panel, block) = (task / blocks, block(task % blocks));
+        let columns = PANEL.min(n - panel * PANEL);
+        // Each piece of y belongs to one task and lies inside of it.
+        let out = out.at(block.start * n + panel * PANEL, (block.len() - 1) * n + columns);
+        let rows = &rows[block.start * pairs..block.end * pairs];
+        let weights = &packed[panel * pairs * PANEL..][..pairs * PANEL];
+        dispatch_pairs(isa, ByPanel { rows, weights, out, n, columns });
+    });
+}
+
+/// Neighbours of a row, as pairs of bfloat16.
+struct PackRow<'a> {
+    x: &'a [f32],
+    to: &'a mut [u32],
+}
+
+impl Kernel for PackRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (whole, rest) = self.x.as_chunks::<2>();
+        for (to, of_row) in self.to.iter_mut().zip(whole) {
+            *to = to_bf16(of_row[0]).to_bits() >> 16 | to_bf16(of_row[1]).to_bits();
+        }
+        if let (Some(to), false) = (self.to.last_mut(), rest.is_empty()) {
+            *to = pair(rest);
+        }
+    }
+}
+
+/// Some tokens by one panel of outputs.
+struct ByPanel<'a> {
+    /// `[token][pair]`
+    rows: &'a [u32],
+    /// `[pair][PANEL]`
+    weights: &'a [u32],
+    /// The rows of the piece, `n` apart; nobody else may touch their elements.
+    out: *mut f32,
+    n: usize,
+    columns: usize,
+}
+
+impl Kernel for ByPanel<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let pairs = self.weights.len() / PANEL;
+        let tokens = self.rows.len() / pairs.max(1);
+        for start in (0..pairs).step_by(BLOCK) {
+            let weights = &self.weights[start * PANEL..(start + BLOCK).min(pairs) * PANEL];
+            for first in (0..tokens).step_by(ROWS) {
+                // Behind the last token it is computed once more, and dropped.
+                let row = |i: usize| (first + i).min(tokens - 1) * pairs + start;
+                let rows: [usize; ROWS] = std::array::from_fn(row);
+                let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
+                for (p, weights) in weights.chunks_exact(PANEL).enumerate() {
+                    let mut b = [S::splat_i32(0); VECTORS];
+                    for v in 0..VECTORS {
+                        b[v] = S::load_i32(weights.as_ptr().add(v * LANES));
+                    }
+                    for i in 0..ROWS {
+                        let a = S::splat_i32(*self.rows.get_unchecked(rows[i] + p) as i32);
+                        for v in 0..VECTORS {
+                            acc[i][v] = S::dot_pairs(acc[i][v], b[v], a);
+                        }
+                    }
+                }
+                for (i, acc) in acc.into_iter().enumerate().take(tokens - first) {
+                    let out = self.out.add((first + i) * self.n);
+                    let mut sums = [0.0f32; PANEL];
+                    for (v, acc) in acc.into_iter().enumerate() {
+                        S::store(sums.as_mut_ptr().add(v * LANES), acc);
+                    }
+                    for (j, sum) in sums.into_iter().enumerate().take(self.columns) {
+                        let before = if start == 0 { 0.0 } else { *out.add(j) };
+                        *out.add(j) = before + sum;
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -193,6 +323,41 @@ mod tests {
                                 "{isa:?} {i} {j}"
                             );
                         }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_match_f64_on_every_instruction_set_and_thread_count() {
+        let isas = Isa::available().into_iter().filter(|&isa| crate::arch::has_pairs(isa));
+        for isa in isas {
+            for (tokens, n, k) in
+                [(1, 1, 1), (5, 70, 3), (PRODUCT_TOKENS + 3, PANEL, 2 * BLOCK), (7, 9, 301)]
+            {
+                let value = |i: usize| ((i * 7919 % 1009) as f32 - 500.0) / 500.0;
+                let x = Tensor::from_vec(tokens, k, (0..tokens * k).map(value).collect());
+                let w: Vec<f32> = (3..n * k + 3).map(value).collect();
+                let dense = DenseMatrix::from_f32(n, k, w.clone());
+                let results = [1, 2, 3].map(|threads| {
+                    let pool = Pool::new(threads);
+                    let mut y = vec![0.5; tokens * n];
+                    product(isa, &pool, &x, &pack_weights(&pool, &dense), n, &mut y);
+                    y
+                });
+                assert!(results[0] == results[1] && results[1] == results[2]);
+                for t in 0..tokens {
+                    for j in 0..n {
+                        let product = |i: usize| {
+                            bf16::from_f32(x.row(t)[i]).to_f64()
+                                * bf16::from_f32(w[j * k + i]).to_f64()
+                        };
+                        let want: f64 = (0..k).map(product).sum();
+                        let got = f64::from(results[0][t * n + j]);
+                        // Each of k additions rounds by 2⁻²⁴ of a sum that k bounds.
+                        let limit = (k * k) as f64 * 2f64.powi(-24);
+                        assert!((got - want).abs() <= limit, "{isa:?} {t} {j}: {got} {want}");
                     }
                 }
             }

@@ -356,8 +356,9 @@ impl<'a> Memory<'a> {
     /// Most floats of a block that the stream of the float model needs at once, in bytes.
     fn native_floats(&self, layer: usize) -> u64 {
         let of = |linear: &LinearSpec| {
+            // And in bfloat16.
             (linear.in_features * linear.out_features) as u64
-                * float_bytes(self.job.checkpoint, linear)
+                * (float_bytes(self.job.checkpoint, linear) + 2)
         };
         let stages = self.spec.stages(layer);
         let bytes: Vec<u64> =

@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use gptq_compute::{Cross, Tensor};
+use gptq_compute::{Cross, Matrix, Tensor};
 use gptq_format::Checkpoint;
 use gptq_model::{Block, BlockState, Ctx, HeadLayer, LinearSource, Stage, load_linear};
 
@@ -53,8 +53,13 @@ impl<'a> Native<'a> {
         let linears = self.stream.spec.stage_linears(block.layer(), stage);
         for (index, linear) in linears.iter().enumerate() {
             let (source, spec) = (self.source, &self.stream.spec);
-            let linear = phases
+            let mut linear = phases
                 .time("inputs", || load_linear(source, spec, linear, LinearSource::Copied))?;
+            if rounds(ctx)
+                && let Matrix::Dense(weight) = linear.weight
+            {
+                linear.weight = Matrix::Dense(phases.time("inputs", || weight.rounding(&ctx.pool)));
+            }
             block.set_linear(stage, index, linear)?;
         }
         self.stream.advance(ctx, &block, stage, phases)?;
