@@ -77,7 +77,7 @@ def main():
     with torch.no_grad():
         expected = {"input_ids": ids, "logits": model(input_ids=ids).logits}
 
-    directory = ROOT / "testdata" / "fixtures" / "quant" / "awq_b4_g32.gemm"
+    directory = ROOT / "testdata" / "fixtures" / "awq" / "b4_g32.gemm"
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     save_file(expected, directory / "expected.safetensors")

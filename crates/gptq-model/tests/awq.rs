@@ -1,4 +1,7 @@
-//! A model in AutoAWQ's packing computes what the same codes in GPTQ's packing compute, to the bit.
+//! A model in AutoAWQ's packing computes what AutoAWQ unpacks, and what the same codes in GPTQ's packing compute, to
+//! the bit.
+
+mod common;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -6,7 +9,7 @@ use std::sync::Arc;
 use gptq_compute::Pool;
 use gptq_format::{Checkpoint, CheckpointFormat, GptqLinear};
 use gptq_model::{EncodeInput, Model, Session};
-use gptq_testkit::{awq, fixtures};
+use gptq_testkit::{Expected, assert_relative, awq, fixtures};
 
 fn hidden(directory: &Path) -> Vec<f32> {
     let model = Model::load(&Checkpoint::open(directory).unwrap()).unwrap();
@@ -37,4 +40,15 @@ fn awq_and_gptq_of_the_same_codes_are_the_same() {
         assert_eq!(modules, 14);
         assert_eq!(hidden(folder.path()), hidden(&gptq), "{name}");
     }
+}
+
+#[test]
+fn logits_of_a_checkpoint_that_autoawq_packed() {
+    let Some(dir) = fixtures::dir("awq/b4_g32.gemm") else { return };
+    let expected = Expected::open(dir.join("expected.safetensors"));
+    let (shape, ids) = expected.tokens("input_ids");
+    let model = common::load(&common::open(&dir));
+    let got = common::logits(&model, &mut common::session(), &ids, shape[0]);
+    // Only the order of summation differs.
+    assert_relative("awq", got.as_slice(), &expected.f32("logits").1, 2e-5);
 }
