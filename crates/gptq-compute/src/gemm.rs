@@ -51,12 +51,7 @@ pub fn gemm_nt(pool: &Pool, x: &Tensor, w: &DenseMatrix, bias: Option<&[f32]>, y
         return;
     }
     if let Some(packed) = w.pairs() {
-        pairs::product(isa(), pool, x, packed, n, y.as_mut_slice());
-        if let Some(bias) = bias {
-            let rows = y.as_mut_slice().chunks_exact_mut(n.max(1));
-            rows.for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
-        }
-        return;
+        return pairs::product(isa(), pool, x, packed, bias, y);
     }
     // Enough tasks for many threads; the cut depends on the shape alone.
     let columns =

@@ -56,7 +56,9 @@ pub(crate) fn accumulate(isa: Isa, pool: &Pool, x: &Tensor, y: Option<&Tensor>, 
             let out = sum.at(at, (rows - 1) * n + columns);
             let (rows_of_x, columns_of_y) = (panel(row), panel(of_columns));
             let size = (rows, columns);
-            dispatch_pairs(isa, Piece { rows: rows_of_x, columns: columns_of_y, out, n, size });
+            let strides = (1, PANEL);
+            let (rows, columns) = (rows_of_x, columns_of_y);
+            dispatch_pairs(isa, Piece { rows, strides, columns, out, n, size });
         });
     }
 }
@@ -85,11 +87,19 @@ fn pair(values: &[f32]) -> u32 {
     to_bf16(values[0]).to_bits() >> 16 | values.get(1).map_or(0, |x| to_bf16(*x).to_bits())
 }
 
-/// y = x Wᵀ: `x` `[tokens, in]`, W packed by [`pack_weights`], `y` `[tokens, n]`.
-pub(crate) fn product(isa: Isa, pool: &Pool, x: &Tensor, packed: &[u32], n: usize, y: &mut [f32]) {
+/// y = x Wᵀ + b: `x` `[tokens, in]`, W packed by [`pack_weights`], `bias` `[out]`, `y` `[tokens, out]`.
+pub(crate) fn product(
+    isa: Isa,
+    pool: &Pool,
+    x: &Tensor,
+    packed: &[u32],
+    bias: Option<&[f32]>,
+    y: &mut Tensor,
+) {
+    let n = y.cols();
     let (tokens, pairs) = (x.rows(), x.cols().div_ceil(2));
     let mut rows = vec![0u32; tokens * pairs];
-    let (target, out) = (RawSlice::new(&mut rows), RawSlice::new(y));
+    let (target, out) = (RawSlice::new(&mut rows), RawSlice::new(y.as_mut_slice()));
     let blocks = tokens.div_ceil(PRODUCT_TOKENS);
     let block = |index: usize| {
         let first = index * PRODUCT_TOKENS;
@@ -98,8 +108,12 @@ pub(crate) fn product(isa: Isa, pool: &Pool, x: &Tensor, packed: &[u32], n: usiz
     pool.run(blocks, &|index| {
         for token in block(index) {
             // SAFETY: blocks of rows are disjoint.
-            let to = unsafe { target.range(token * pairs, pairs) };
+            let (to, y) = unsafe { (target.range(token * pairs, pairs), out.range(token * n, n)) };
             dispatch(PackRow { x: x.row(token), to });
+            match bias {
+                Some(bias) => y.copy_from_slice(bias),
+                None => y.fill(0.0),
+            }
         }
     });
     pool.run(n.div_ceil(PANEL) * blocks, &|task| {
@@ -109,7 +123,8 @@ pub(crate) fn product(isa: Isa, pool: &Pool, x: &Tensor, packed: &[u32], n: usiz
         let out = out.at(block.start * n + panel * PANEL, (block.len() - 1) * n + columns);
         let rows = &rows[block.start * pairs..block.end * pairs];
         let weights = &packed[panel * pairs * PANEL..][..pairs * PANEL];
-        dispatch_pairs(isa, ByPanel { rows, weights, out, n, columns });
+        let (strides, size) = ((pairs, 1), (block.len(), columns));
+        dispatch_pairs(isa, Piece { rows, strides, columns: weights, out, n, size });
     });
 }
 
@@ -130,60 +145,6 @@ impl Kernel for PackRow<'_> {
         }
         if let (Some(to), false) = (self.to.last_mut(), rest.is_empty()) {
             *to = pair(rest);
-        }
-    }
-}
-
-/// Some tokens by one panel of outputs.
-struct ByPanel<'a> {
-    /// `[token][pair]`
-    rows: &'a [u32],
-    /// `[pair][PANEL]`
-    weights: &'a [u32],
-    /// The rows of the piece, `n` apart; nobody else may touch their elements.
-    out: *mut f32,
-    n: usize,
-    columns: usize,
-}
-
-impl Kernel for ByPanel<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let pairs = self.weights.len() / PANEL;
-        let tokens = self.rows.len() / pairs.max(1);
-        for start in (0..pairs).step_by(BLOCK) {
-            let weights = &self.weights[start * PANEL..(start + BLOCK).min(pairs) * PANEL];
-            for first in (0..tokens).step_by(ROWS) {
-                // Behind the last token it is computed once more, and dropped.
-                let row = |i: usize| (first + i).min(tokens - 1) * pairs + start;
-                let rows: [usize; ROWS] = std::array::from_fn(row);
-                let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
-                for (p, weights) in weights.chunks_exact(PANEL).enumerate() {
-                    let mut b = [S::splat_i32(0); VECTORS];
-                    for v in 0..VECTORS {
-                        b[v] = S::load_i32(weights.as_ptr().add(v * LANES));
-                    }
-                    for i in 0..ROWS {
-                        let a = S::splat_i32(*self.rows.get_unchecked(rows[i] + p) as i32);
-                        for v in 0..VECTORS {
-                            acc[i][v] = S::dot_pairs(acc[i][v], b[v], a);
-                        }
-                    }
-                }
-                for (i, acc) in acc.into_iter().enumerate().take(tokens - first) {
-                    let out = self.out.add((first + i) * self.n);
-                    let mut sums = [0.0f32; PANEL];
-                    for (v, acc) in acc.into_iter().enumerate() {
-                        S::store(sums.as_mut_ptr().add(v * LANES), acc);
-                    }
-                    for (j, sum) in sums.into_iter().enumerate().take(self.columns) {
-                        let before = if start == 0 { 0.0 } else { *out.add(j) };
-                        *out.add(j) = before + sum;
-                    }
-                }
-            }
         }
     }
 }
@@ -232,13 +193,14 @@ impl Kernel for Pack<'_> {
     }
 }
 
-/// One piece of the sum.
+/// One piece of a sum: rows by a panel of columns.
 struct Piece<'a> {
-    /// `[pairs][PANEL]`
+    /// Row i has pair p at i and p times these strides.
     rows: &'a [u32],
+    strides: (usize, usize),
     /// `[pairs][PANEL]`
     columns: &'a [u32],
-    /// The rows of the piece, `n` apart; nobody else may touch their elements.
+    /// The rows of the piece, `n` apart, which it is added to; nobody else may touch their elements.
     out: *mut f32,
     n: usize,
     size: (usize, usize),
@@ -249,17 +211,21 @@ impl Kernel for Piece<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let blocks = self.rows.chunks(BLOCK * PANEL).zip(self.columns.chunks(BLOCK * PANEL));
-        for (rows, columns) in blocks {
+        let (row_stride, pair_stride) = self.strides;
+        for (block, columns) in self.columns.chunks(BLOCK * PANEL).enumerate() {
             for first in (0..self.size.0).step_by(ROWS) {
+                // Behind the last row it is computed once more, and dropped.
+                let row = |i: usize| (first + i).min(self.size.0 - 1) * row_stride;
+                let rows: [usize; ROWS] = std::array::from_fn(row);
                 let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
-                for (rows, columns) in rows.chunks_exact(PANEL).zip(columns.chunks_exact(PANEL)) {
+                for (p, columns) in columns.chunks_exact(PANEL).enumerate() {
+                    let at = (block * BLOCK + p) * pair_stride;
                     let mut b = [S::splat_i32(0); VECTORS];
                     for v in 0..VECTORS {
                         b[v] = S::load_i32(columns.as_ptr().add(v * LANES));
                     }
                     for i in 0..ROWS {
-                        let a = S::splat_i32(*rows.as_ptr().add(first + i) as i32);
+                        let a = S::splat_i32(*self.rows.as_ptr().add(rows[i] + at) as i32);
                         for v in 0..VECTORS {
                             acc[i][v] = S::dot_pairs(acc[i][v], b[v], a);
                         }
@@ -342,9 +308,9 @@ mod tests {
                 let dense = DenseMatrix::from_f32(n, k, w.clone());
                 let results = [1, 2, 3].map(|threads| {
                     let pool = Pool::new(threads);
-                    let mut y = vec![0.5; tokens * n];
-                    product(isa, &pool, &x, &pack_weights(&pool, &dense), n, &mut y);
-                    y
+                    let mut y = Tensor::from_vec(tokens, n, vec![0.5; tokens * n]);
+                    product(isa, &pool, &x, &pack_weights(&pool, &dense), None, &mut y);
+                    y.as_slice().to_vec()
                 });
                 assert!(results[0] == results[1] && results[1] == results[2]);
                 for t in 0..tokens {
