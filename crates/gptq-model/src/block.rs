@@ -285,27 +285,21 @@ impl Block {
     /// The input of `stage`, which comes next for both states; of an expert for the tokens that `router` sends to it, in
     /// their order there, wherever `state` sends them.
     ///
-    /// # Errors
-    /// If a linear of the expert's first stage is not loaded.
+    /// # Panics
+    /// If it is the second stage of an expert, whose input depends on the linears of the first.
     pub fn input_as_routed(
         &self,
-        ctx: &mut Ctx,
+        ctx: &Ctx,
         stage: Stage,
         state: &BlockState,
         router: &BlockState,
         out: &mut Tensor,
-    ) -> Result<()> {
+    ) {
         match stage {
             Stage::MlpUp(Part::Expert(expert)) => state.moe.enter_as(&router.moe, expert, out),
-            Stage::MlpDown(part @ Part::Expert(expert)) => {
-                let mut routed = Tensor::default();
-                state.moe.enter_as(&router.moe, expert, &mut routed);
-                self.widen(ctx, part, &routed)?;
-                copy(&ctx.pool, &ctx.gate, out);
-            }
+            Stage::MlpDown(Part::Expert(_)) => panic!("an input that depends on linears"),
             _ => copy(&ctx.pool, &state.input, out),
         }
-        Ok(())
     }
 
     /// The whole block: [`Block::begin`] and all stages.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use gptq_compute::Pool;
-use gptq_format::{Bits, Checkpoint};
+use gptq_format::{Bits, Checkpoint, Dynamic};
 use gptq_model::Spec;
 use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
@@ -73,6 +73,32 @@ fn corrections_change_what_has_quantized_inputs() {
                     assert!(!first || same, "{name} {correction:?}: {got:?} {want:?}");
                 }
             }
+        }
+    }
+}
+
+/// Where nothing but down projections is quantized, there is nothing to correct, whatever comes in.
+#[test]
+fn inputs_of_down_projections_are_not_corrected() {
+    for name in ["llama", "mixtral", "gptj"] {
+        let Some(source) = fixtures::dir(name) else { continue };
+        let folder = tempfile::tempdir().unwrap();
+        let output = |name: &str| folder.path().join(name);
+        let others = "[qkvo]_proj|out_proj|gate_proj|up_proj|w1|w3|fc_in";
+        let rules = format!(r#"{{"-:.*\\.({others})$": {{}}}}"#);
+        let dynamic = Dynamic::from_map(&serde_json::from_str(&rules).unwrap()).unwrap();
+        for true_sequential in [true, false] {
+            let options = QuantizeOptions {
+                bits: Bits::B3,
+                true_sequential,
+                dynamic: dynamic.clone(),
+                ..Default::default()
+            };
+            let report = run(&source, &output("plain"), 2, options.clone());
+            assert!(report.modules.iter().any(|module| module.layer > 0));
+            let options = QuantizeOptions { correction: Correction::Qep, ..options };
+            run(&source, &output("qep"), 2, options);
+            assert!(bytes(&output("plain")) == bytes(&output("qep")), "{name} {true_sequential}");
         }
     }
 }

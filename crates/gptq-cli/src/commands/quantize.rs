@@ -140,7 +140,8 @@ pub(crate) struct Args {
     activation_dtype: ActivationTypeArg,
     /// How linears make up for inputs that are not those of the float model any more: not at all, by
     /// weights that are moved before they are solved (qep), column by column in the sweep (gptaq), or by
-    /// a best first column and a fresh start behind it (qronos). The model is run twice, as floats too.
+    /// a best first column and a fresh start behind it (qronos). Down projections are left out. The model is run
+    /// twice, as floats too.
     #[arg(long, value_enum, default_value_t = CorrectionArg::None)]
     correction: CorrectionArg,
     /// Share of the input error that is corrected, above 0 and at most 1. [default: qep 0.5, gptaq

@@ -9,6 +9,7 @@ use super::activations::{chunks_of, windows_per_chunk};
 use super::fold::SEARCH_ROWS;
 use super::layout::{Layout, linear_shape};
 use super::linear::{ERROR_WEIGHTS, slab_rows};
+use super::native::is_corrected;
 use super::tune::TOKENS;
 use super::{Job, Method};
 use crate::solver::Correction;
@@ -55,6 +56,8 @@ pub(crate) struct Memory<'a> {
 #[derive(Clone, Copy)]
 struct Shared {
     inputs: u64,
+    /// How their inputs are corrected.
+    correction: Correction,
     /// The most that solving one of them takes beside Hessian and factor.
     solving: u64,
 }
@@ -120,14 +123,18 @@ impl<'a> Memory<'a> {
         for layer in 0..self.spec.layer_count() {
             let (packed, floats) = self.block(layer);
             let stages = self.spec.stages(layer);
-            let stages: Vec<Shared> =
-                stages.iter().filter_map(|s| self.shared(&s.linears)).collect();
+            let correction =
+                |stage| if is_corrected(stage) { self.correction } else { Correction::None };
+            let shared = stages.iter().map(|s| self.shared(&s.linears, correction(s.stage)));
+            let stages: Vec<Shared> = shared.flatten().collect();
             // Without true-sequential order the Hessians of a block exist together, and its floats
             // beside its codes.
             let (block, others) = if self.job.options.true_sequential || self.tokens == 0 {
                 (packed, 0)
             } else {
-                let hessians = stages.iter().map(|s| s.inputs * s.inputs * F32);
+                // And what their inputs are corrected by.
+                let sums = |s: &Shared| 1 + u64::from(s.correction != Correction::None);
+                let hessians = stages.iter().map(|s| sums(s) * s.inputs * s.inputs * F32);
                 (packed + floats, hessians.sum())
             };
             let kept = vec![("block", block), ("Hessians of a block", others)];
@@ -153,7 +160,7 @@ impl<'a> Memory<'a> {
             }
         }
         if let Some(head) = self.spec.head_linear().filter(|_| self.layout.config.lm_head)
-            && let Some(shared) = self.shared(&[head])
+            && let Some(shared) = self.shared(&[head], self.correction)
         {
             moments.extend(self.solving(spill, shared, 0, 0));
         }
@@ -264,7 +271,7 @@ impl<'a> Memory<'a> {
             let split = chunk * stage.inputs * F32;
             sum.push(("held-out windows", held + split));
         }
-        let (corrects, shift) = match self.correction {
+        let (corrects, shift) = match stage.correction {
             Correction::None => (0, 0),
             _ => (1, matrix),
         };
@@ -286,7 +293,7 @@ impl<'a> Memory<'a> {
         }
         // H, H in the order of the sweep, and its inverse.
         factor.push(("Hessian and factor", 3 * matrix));
-        if self.correction == Correction::Gptaq {
+        if stage.correction == Correction::Gptaq {
             between.push(("what columns pass on", matrix));
         }
         let mut solved = between;
@@ -316,14 +323,20 @@ impl<'a> Memory<'a> {
     }
 
     /// Needs of the quantized ones among linears with one input; `None` if there are none.
-    fn shared(&self, linears: &[LinearSpec]) -> Option<Shared> {
-        let solving = |l: &LinearSpec| Some(self.linear(l, self.layout.settings(&l.module)?));
+    fn shared(&self, linears: &[LinearSpec], correction: Correction) -> Option<Shared> {
+        let settings = |l: &LinearSpec| self.layout.settings(&l.module);
+        let solving = |l: &LinearSpec| Some(self.linear(l, settings(l)?, correction));
         let solving = linears.iter().filter_map(solving).max()?;
-        Some(Shared { inputs: linears.first()?.in_features as u64, solving })
+        Some(Shared { inputs: linears.first()?.in_features as u64, correction, solving })
     }
 
     /// The most that solving one linear takes.
-    fn linear(&self, linear: &LinearSpec, settings: &ModuleSettings) -> u64 {
+    fn linear(
+        &self,
+        linear: &LinearSpec,
+        settings: &ModuleSettings,
+        correction: Correction,
+    ) -> u64 {
         let (inputs, outputs) = (linear.in_features as u64, linear.out_features as u64);
         let all = inputs * outputs;
         // Turned weights are read as a whole.
@@ -341,7 +354,7 @@ impl<'a> Memory<'a> {
         };
         let rows_of_tasks = self.job.pool.threads() as u64 * 64 * inputs * of_weight;
         // Moved weights, their move and what it was computed from.
-        let moves = matches!(self.correction, Correction::Qep | Correction::Qronos);
+        let moves = matches!(correction, Correction::Qep | Correction::Qronos);
         let moved = if moves { 3 * F32 * slab } else { 0 };
         let slabs = turned
             + joined
@@ -353,19 +366,15 @@ impl<'a> Memory<'a> {
         turning.max(slabs).max(all + packed).max(3 * packed)
     }
 
-    /// Most floats of a block that the stream of the float model needs at once, in bytes.
+    /// Most floats of a stage that the stream of the float model needs, in bytes.
     fn native_floats(&self, layer: usize) -> u64 {
         let of = |linear: &LinearSpec| {
             // And in bfloat16.
             (linear.in_features * linear.out_features) as u64
                 * (float_bytes(self.job.checkpoint, linear) + 2)
         };
-        let stages = self.spec.stages(layer);
-        let bytes: Vec<u64> =
-            stages.iter().map(|stage| stage.linears.iter().map(of).sum()).collect();
-        // Those of an MLP's two stages are there together.
-        let pairs = bytes.windows(2).map(|pair| pair[0] + pair[1]);
-        pairs.max().or(bytes.first().copied()).unwrap_or(0)
+        let stages = self.spec.stages(layer).into_iter();
+        stages.map(|stage| stage.linears.iter().map(of).sum()).max().unwrap_or(0)
     }
 
     /// Bytes of a finished block, and of its quantized linears as floats.

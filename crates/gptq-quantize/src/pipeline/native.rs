@@ -1,10 +1,9 @@
 //! The second stream: the calibration tokens in the float model, stage by stage beside the quantized
 //! one, and how far apart their inputs are.
 //!
-//! It needs the floats of a stage while it passes it, and of an expert's two stages together; they are
-//! read from the model for each block and dropped behind. A mixture routes each stream by itself, but
-//! an expert is compared on the tokens that the quantized stream sends to it: what counts is what it
-//! should have computed for the tokens that it gets.
+//! It needs the floats of a stage while it passes it; they are read from the model for each block and dropped behind. A
+//! mixture routes each stream by itself, but an expert is compared on the tokens that the quantized stream sends to it:
+//! what counts is what it should have computed for the tokens that it gets.
 
 use std::sync::Arc;
 
@@ -63,24 +62,15 @@ impl<'a> Native<'a> {
             block.set_linear(stage, index, linear)?;
         }
         self.stream.advance(ctx, &block, stage, phases)?;
-        // The inputs of an expert's second stage are computed once more, for other tokens.
-        let done = match stage {
-            Stage::MlpUp(_) => vec![],
-            Stage::MlpDown(part) => vec![Stage::MlpUp(part), stage],
-            _ => vec![stage],
-        };
-        for stage in done {
-            let count = block.linear_specs(stage).len();
-            for index in 0..count {
-                block.take_linear(stage, index);
-            }
+        for index in 0..linears.len() {
+            block.take_linear(stage, index);
         }
         self.block = Some(block);
         Ok(())
     }
 
     /// X̂ᵀ(X - X̂) of `stage`, which comes next in both streams, with the weights of the tokens of
-    /// `quantized`.
+    /// `quantized`; `None` where it is not corrected.
     pub(super) fn cross(
         &mut self,
         ctx: &mut Ctx,
@@ -88,7 +78,9 @@ impl<'a> Native<'a> {
         stage: Stage,
         phases: &mut Phases,
     ) -> Result<Option<Cross>> {
-        let Some(block) = self.block.take() else { return Ok(None) };
+        let Some(block) = self.block.as_ref().filter(|_| is_corrected(stage)) else {
+            return Ok(None);
+        };
         let mut sum = ShiftSum::new(quantized.row_weights(stage));
         let mut float = Tensor::default();
         let buffers = &mut [BlockState::default(), BlockState::default()];
@@ -96,12 +88,12 @@ impl<'a> Native<'a> {
             let [ours, theirs] = &mut *buffers;
             let ours = quantized.states.get(index, ours, phases)?;
             let theirs = self.stream.states.get(index, theirs, phases)?;
-            phases
-                .time("inputs", || block.input_as_routed(ctx, stage, theirs, ours, &mut float))?;
+            phases.time("inputs", || {
+                block.input_as_routed(ctx, stage, theirs, ours, &mut float);
+            });
             let windows = &quantized.chunks[index];
             phases.time("hessian", || sum.add(ctx, &ours.input, &mut float, windows));
         }
-        self.block = Some(block);
         quantized.make_room(ctx);
         Ok(sum.cross)
     }
@@ -115,8 +107,10 @@ impl<'a> Native<'a> {
         phases: &mut Phases,
     ) -> Result<Vec<Option<Cross>>> {
         let stages = block.stages();
-        let sum = |&stage: &Stage| ShiftSum::new(quantized.row_weights(stage));
-        let mut sums: Vec<ShiftSum> = stages.iter().map(sum).collect();
+        let sum = |&stage: &Stage| {
+            is_corrected(stage).then(|| ShiftSum::new(quantized.row_weights(stage)))
+        };
+        let mut sums: Vec<Option<ShiftSum>> = stages.iter().map(sum).collect();
         let mut caches = [quantized.caches(ctx), quantized.caches(ctx)];
         let mut float = Tensor::default();
         let mut buffer = BlockState::default();
@@ -131,17 +125,19 @@ impl<'a> Native<'a> {
             }
             for (&stage, sum) in stages.iter().zip(&mut sums) {
                 let [ours, theirs] = &states;
-                phases.time("inputs", || {
-                    block.input_as_routed(ctx, stage, theirs, ours, &mut float)
-                })?;
-                phases.time("hessian", || sum.add(ctx, &ours.input, &mut float, windows));
+                if let Some(sum) = sum {
+                    phases.time("inputs", || {
+                        block.input_as_routed(ctx, stage, theirs, ours, &mut float);
+                    });
+                    phases.time("hessian", || sum.add(ctx, &ours.input, &mut float, windows));
+                }
                 for (state, caches) in states.iter_mut().zip(&mut caches) {
                     phases.time("inputs", || run(ctx, block, stage, state, windows, caches))?;
                 }
             }
         }
         quantized.make_room(ctx);
-        Ok(sums.into_iter().map(|sum| sum.cross).collect())
+        Ok(sums.into_iter().map(|sum| sum?.cross).collect())
     }
 
     /// The same of the projection to logits, behind the last block.
@@ -165,6 +161,13 @@ impl<'a> Native<'a> {
         quantized.make_room(ctx);
         Ok(sum.cross)
     }
+}
+
+/// Whether the inputs of `stage` are corrected: all but those of a down projection. They are the widest, so that their
+/// D takes longer than all others together, and on text of another kind than the calibration's it does harm
+/// (docs/concepts/corrections.md).
+pub(super) fn is_corrected(stage: Stage) -> bool {
+    !matches!(stage, Stage::MlpDown(_))
 }
 
 /// X̂ᵀ(X - X̂) as it grows.

@@ -10,6 +10,7 @@ use gptq_model::{LinearSpec, LoadedBytes, Spec, block_parts, loaded_bytes};
 use super::activations::{chunks_of, windows_per_chunk};
 use super::layout::Layout;
 use super::memory::{Memory, total};
+use super::native::is_corrected;
 use super::{Job, check_tuning, tune};
 use crate::calibration::{CalibrationOptions, CalibrationReport, SELF};
 use crate::error::{QuantizeError, Result};
@@ -198,8 +199,11 @@ impl Time {
                 forward += share * inputs * 2.0 * outputs;
                 sums += share * inputs * inputs;
                 if job.options.correction != Correction::None {
-                    // The second stream, and the sum of both; the latter has no symmetry.
-                    sums += share * inputs * (2.0 * inputs + 2.0 * outputs);
+                    // The second stream, and the sum of both, which has no symmetry.
+                    sums += share * inputs * 2.0 * outputs;
+                    if is_corrected(stage.stage) {
+                        sums += share * inputs * 2.0 * inputs;
+                    }
                 }
             }
             let attention = spec.attention.heads * spec.attention.head_dim;
