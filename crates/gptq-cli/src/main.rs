@@ -66,7 +66,7 @@ fn main() -> ExitCode {
         Err(error) => {
             tracing::debug!("{error:?}");
             output::error(&error);
-            ExitCode::FAILURE
+            output::progress::failure()
         }
     }
 }

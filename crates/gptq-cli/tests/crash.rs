@@ -277,7 +277,7 @@ fn a_first_interrupt_finishes_the_block_and_tells_how_to_go_on() {
             std::fs::remove_dir_all(world.path("out")).unwrap();
             continue;
         }
-        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert_eq!(output.status.code(), Some(130), "{stderr}");
         assert!(stderr.contains("finishing this block; Ctrl-C again stops now"), "{stderr}");
         assert!(stderr.contains("of 7 blocks") && stderr.contains("--resume"), "{stderr}");
         assert!(blocks_done(&world) > Some(0));
@@ -305,11 +305,12 @@ fn a_second_interrupt_stops_at_once() {
         interrupt(&child);
         let done = blocks_done(&world);
         let output = child.wait_with_output().unwrap();
-        if output.status.code() != Some(130) {
+        if output.status.success() || world.text(&output.stderr).contains("stopped after") {
             // The block ended between the signals, or it was the last.
             let _ = std::fs::remove_dir_all(world.path("out"));
             continue;
         }
+        assert_eq!(output.status.code(), Some(130));
         assert!(!world.path("out").exists() && done > Some(0));
         world.ok(&format!("{LINE} out --resume"));
         assert!(world.read("out/model.safetensors") == expected);

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -93,14 +94,22 @@ static IN_BLOCKS: AtomicBool = AtomicBool::new(false);
 static INTERRUPTS: AtomicUsize = AtomicUsize::new(0);
 
 /// Exit code of a command that was stopped by Ctrl-C, as shells have it.
-const INTERRUPTED: i32 = 130;
+const INTERRUPTED: u8 = 130;
+
+/// What a command ends with that failed, or was stopped.
+pub(crate) fn failure() -> ExitCode {
+    if INTERRUPTS.load(Ordering::SeqCst) > 0 {
+        return ExitCode::from(INTERRUPTED);
+    }
+    ExitCode::FAILURE
+}
 
 /// The first Ctrl-C while blocks are quantized lets the block finish; the second, or one at any
 /// other time, stops at once.
 pub(crate) fn catch_interrupts() {
     let caught = ctrlc::set_handler(|| {
         if !IN_BLOCKS.load(Ordering::SeqCst) || INTERRUPTS.fetch_add(1, Ordering::SeqCst) > 0 {
-            std::process::exit(INTERRUPTED);
+            std::process::exit(INTERRUPTED.into());
         }
         // Nothing can be done about an stderr that cannot be written.
         let _ = writeln!(LogWriter, "finishing this block; Ctrl-C again stops now");
