@@ -188,6 +188,7 @@ impl Time {
             return Self { seconds: solving, ..Self::default() };
         }
         let rate = gptq_compute::gemm_peak_rate(job.pool, 512);
+        let corrects = job.options.correction != Correction::None;
         let (mut forward, mut sums) = (0.0, 0.0);
         for layer in 0..spec.layer_count() {
             // The share of the tokens that one expert sees.
@@ -198,12 +199,9 @@ impl Time {
                 let share = if stage.stage.expert().is_some() { share } else { 1.0 };
                 forward += share * inputs * 2.0 * outputs;
                 sums += share * inputs * inputs;
-                if job.options.correction != Correction::None {
-                    // The second stream, and the sum of both, which has no symmetry.
-                    sums += share * inputs * 2.0 * outputs;
-                    if is_corrected(stage.stage) {
-                        sums += share * inputs * 2.0 * inputs;
-                    }
+                if corrects && is_corrected(stage.stage) {
+                    // The sum of both streams has no symmetry.
+                    sums += share * inputs * 2.0 * inputs;
                 }
             }
             let attention = spec.attention.heads * spec.attention.head_dim;
@@ -221,10 +219,14 @@ impl Time {
         let weight = first.map(|linear| format!("{}.weight", linear.module));
         let codes = weight.and_then(|weight| block_parts(job.checkpoint, &weight)).is_some();
         let writing = if codes { WRITING_FROM_CODES } else { WRITING };
-        let mut operations = (forward + sums) * tokens as f64;
-        if job.options.runs_blocks_again() {
-            operations += forward * tokens as f64;
-        }
+        // How often the tokens of a stream pass through a block.
+        let walks = match (job.options.true_sequential, corrects) {
+            (true, _) => 1 + usize::from(job.options.runs_blocks_again()) + usize::from(corrects),
+            // For the inputs and for the outputs; of both streams side by side, and the float one once more.
+            (false, false) => 2,
+            (false, true) => 5,
+        };
+        let operations = (walks as f64 * forward + sums) * tokens as f64;
         // A step is a pass, most of it once more, and the gradients of inputs and of weights, in f32; before and behind
         // the steps are three passes.
         let passes = match job.options.tune_blocks {
