@@ -27,7 +27,8 @@ pub struct ModuleRecord {
     /// Half the Hessian-weighted squared error of the weights, ½·tr(ΔW·H·ΔWᵀ): GPTQ's own loss, as
     /// IST's gptq.py sums it.
     pub loss: f64,
-    /// ‖ΔW·X‖² / ‖W·X‖² over the calibration inputs X; `null` for methods without calibration.
+    /// ‖ΔW·X‖² / ‖W·X‖² over the calibration inputs X; `null` for methods without calibration. Here and in the loss W are
+    /// the weights that the codes are meant to come near to: the model's, or as `correction` moved them.
     pub relative_output_error: Option<f64>,
     /// The share of the Hessian's mean diagonal that was finally added to its diagonal.
     pub damp_percent: f64,

@@ -113,7 +113,7 @@ impl Run<'_> {
             let range = first..(first + slab).min(outputs);
             let mut weights = self.phases.time("read", || rows.read(range.clone()))?;
             self.folded.scale(&linear.module, range, &mut weights);
-            // What the solution is refined towards.
+            // What the codes are meant to come near to.
             let mut targets = Cow::from(&weights);
             let mut part = self.phases.time("solve", || match (fitted, options.method) {
                 (Some(Fitted { factor, .. }), Method::Gptq) => match corrected {
@@ -140,7 +140,6 @@ impl Run<'_> {
                     solver::refine(pool, &targets, solved, factor, grid, options.refine, part)
                 });
             }
-            drop(targets);
             // The grid stops at the largest scale that can be stored; weights beyond it would be cut.
             if part.scales.iter().any(|scale| scale.abs() >= f16::MAX.to_f32()) {
                 return Err(QuantizeError::ScaleTooLarge {
@@ -152,13 +151,14 @@ impl Run<'_> {
             if let Some(Fitted { inputs: hessian, .. }) = fitted {
                 self.phases.time("error", || {
                     let piece = (ERROR_WEIGHTS / inputs.max(1)).max(1);
-                    for (index, weights) in weights.chunks(piece * inputs).enumerate() {
+                    for (index, targets) in targets.chunks(piece * inputs).enumerate() {
                         let first = index * piece;
-                        let rows = first..first + weights.len() / inputs;
-                        hessian.add_error(pool, weights, part.dequantize_rows(rows), &mut error);
+                        let rows = first..first + targets.len() / inputs;
+                        hessian.add_error(pool, targets, part.dequantize_rows(rows), &mut error);
                     }
                 });
             }
+            drop(targets);
             drop(weights);
             joined.push(part);
         }
