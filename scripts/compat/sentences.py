@@ -29,8 +29,8 @@ SAME, KEPT = 0.99999, {"8": 0.999, "4": 0.98}
 SETTINGS = {
     "8 bits, group 32": ("8", ["--bits", 8, "--group-size", 32]),
     "8 bits, group 128": ("8", ["--bits", 8]),
-    "4 bits, group 32, asym, qep": ("4", ["--bits", 4, "--group-size", 32, "--no-sym", "--correction", "qep"]),
     "4 bits, group 32, asym": ("4", ["--bits", 4, "--group-size", 32, "--no-sym"]),
+    "the same, no correction": ("4", ["--bits", 4, "--group-size", 32, "--no-sym", "--correction", "none"]),
     "4 bits, group 32": ("4", ["--bits", 4, "--group-size", 32]),
     "4 bits, group 64": ("4", ["--bits", 4, "--group-size", 64]),
     "4 bits, group 128, asym": ("4", ["--bits", 4, "--no-sym"]),

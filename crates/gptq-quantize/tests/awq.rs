@@ -12,7 +12,7 @@ use gptq_compute::{Pool, Tensor};
 use gptq_format::{Bits, Checkpoint};
 use gptq_model::{EncodeInput, Model, Session, Spec};
 use gptq_quantize::pipeline::Job;
-use gptq_quantize::{Method, Progress, QuantReport, QuantizeOptions, quantize};
+use gptq_quantize::{Correction, Method, Progress, QuantReport, QuantizeOptions, quantize};
 use gptq_testkit::{TinyLlama, difference, fixtures, safetensors_file};
 
 const WINDOWS: usize = 8;
@@ -67,15 +67,13 @@ fn outliers(dir: &Path) {
 }
 
 fn options(method: Method, bits: Bits) -> QuantizeOptions {
-    let awq = method == Method::Awq;
     QuantizeOptions {
-        method,
         bits,
         group_size: 32,
         overwrite: true,
-        awq_scales: !awq,
-        signed_scales: !awq,
-        ..QuantizeOptions::default()
+        awq_scales: method != Method::Awq,
+        correction: Correction::None,
+        ..QuantizeOptions::for_method(method)
     }
 }
 

@@ -51,7 +51,8 @@ fn corrections_change_what_has_quantized_inputs() {
         let Some(source) = fixtures::dir(name) else { continue };
         let folder = tempfile::tempdir().unwrap();
         let output = |name: &str| folder.path().join(name);
-        let options = QuantizeOptions { bits: Bits::B3, ..Default::default() };
+        let options =
+            QuantizeOptions { bits: Bits::B3, correction: Correction::None, ..Default::default() };
         let plain = run(&source, &output("plain"), 2, options.clone());
         for correction in [Correction::Qep, Correction::Gptaq, Correction::Qronos] {
             for true_sequential in [true, false] {
@@ -90,6 +91,7 @@ fn inputs_of_down_projections_are_not_corrected() {
         for true_sequential in [true, false] {
             let options = QuantizeOptions {
                 bits: Bits::B3,
+                correction: Correction::None,
                 true_sequential,
                 dynamic: dynamic.clone(),
                 ..Default::default()

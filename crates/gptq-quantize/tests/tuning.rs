@@ -210,7 +210,7 @@ fn bytes_depend_on_nothing_but_the_settings() {
     let changed =
         ["model.layers.1.post_attention_layernorm.weight", "model.layers.1.mlp.up_proj.scales"];
     for (awq_scales, correction) in
-        [(false, Correction::None), (true, Correction::None), (false, Correction::Qronos)]
+        [(false, Correction::None), (true, Correction::None), (false, Correction::Qep)]
     {
         let options = QuantizeOptions { awq_scales, correction, ..base.clone() };
         check_bytes(&llama, &options, &changed);
@@ -322,7 +322,7 @@ fn rounding_without_data_cannot_be_tuned() {
     let folder = tempfile::tempdir().unwrap();
     let (source, output) = (folder.path().join("model"), folder.path().join("out"));
     TinyLlama::default().write(&source, 3);
-    let rtn = QuantizeOptions { method: Method::Rtn, ..options(Bits::B4) };
+    let rtn = QuantizeOptions { tune_blocks: 4, ..QuantizeOptions::for_method(Method::Rtn) };
     let error = with_job(&source, &output, &rtn, (FEW, 2), |job| quantize(job, &())).unwrap_err();
     assert!(error.to_string().starts_with("tune_blocks: needs calibration data"), "{error}");
     let many = QuantizeOptions { tune_blocks: 101, ..options(Bits::B4) };

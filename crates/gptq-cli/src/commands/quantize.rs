@@ -91,7 +91,7 @@ pub(crate) struct Args {
     damp_auto_increment: f64,
     /// What scales are chosen for: minmax (the range of the group), mse (the least rounding error to
     /// the power of --mse) or hessian (the least squared error as the solver weighs columns).
-    /// [default: hessian; minmax for --method rtn and obq]
+    /// [default: hessian; minmax for the methods rtn, obq and awq]
     #[arg(long, value_enum, hide_possible_values = true)]
     scale_search: Option<ScaleSearchArg>,
     /// Exponent of --scale-search mse, which it implies (2.4 is usual).
@@ -140,10 +140,11 @@ pub(crate) struct Args {
     activation_dtype: ActivationTypeArg,
     /// How linears make up for inputs that are not those of the float model any more: not at all, by
     /// weights that are moved before they are solved (qep), column by column in the sweep (gptaq), or by
-    /// a best first column and a fresh start behind it (qronos). Down projections are left out. The model is run
-    /// twice, as floats too.
-    #[arg(long, value_enum, default_value_t = CorrectionArg::None)]
-    correction: CorrectionArg,
+    /// a best first column and a fresh start behind it (qronos). Down projections are left out. Unless none, the
+    /// model is run as floats, too, which takes half the time again and twice the memory for activations.
+    /// [default: qep; none for the methods rtn, obq and awq and with --awq-scales]
+    #[arg(long, value_enum)]
+    correction: Option<CorrectionArg>,
     /// Share of the input error that is corrected, above 0 and at most 1. [default: qep 0.5, gptaq
     /// 0.25, qronos 1]
     #[arg(long, value_name = "A")]
@@ -286,15 +287,17 @@ impl Args {
                 Dynamic::from_map(&rules).with_context(|| path.display().to_string())?
             }
         };
-        let defaults = QuantizeOptions::default();
+        let method = match self.method {
+            MethodArg::Gptq => Method::Gptq,
+            MethodArg::Rtn => Method::Rtn,
+            MethodArg::Obq => Method::Obq,
+            MethodArg::Awq => Method::Awq,
+        };
+        let defaults = QuantizeOptions::for_method(method);
         let order = self.order();
+        let correction = self.correction(&defaults);
         Ok(QuantizeOptions {
-            method: match self.method {
-                MethodArg::Gptq => Method::Gptq,
-                MethodArg::Rtn => Method::Rtn,
-                MethodArg::Obq => Method::Obq,
-                MethodArg::Awq => Method::Awq,
-            },
+            method,
             bits: self.bits,
             group_size: self.group_size,
             sym: !self.no_sym,
@@ -308,9 +311,8 @@ impl Args {
             },
             damp_auto: matches!(self.damp_percent, Damping::Auto),
             damp_auto_increment: self.damp_auto_increment,
-            scale_search: self.scale_search()?,
-            signed_scales: self.signed_scales
-                || (defaults.signed_scales && self.is_gptq() && !self.no_signed_scales),
+            scale_search: self.scale_search(&defaults)?,
+            signed_scales: self.signed_scales || (defaults.signed_scales && !self.no_signed_scales),
             refine: self.refine,
             tune_blocks: self.tune_blocks,
             true_sequential: !self.no_true_sequential,
@@ -327,13 +329,11 @@ impl Args {
                 ActivationTypeArg::F32 => ActivationType::F32,
                 ActivationTypeArg::F16 => ActivationType::F16,
             },
-            correction: match self.correction {
-                CorrectionArg::None => Correction::None,
-                CorrectionArg::Qep => Correction::Qep,
-                CorrectionArg::Gptaq => Correction::Gptaq,
-                CorrectionArg::Qronos => Correction::Qronos,
-            },
-            correction_strength: self.correction_strength(),
+            correction,
+            // Only a correction has one.
+            correction_strength: self
+                .correction_strength
+                .filter(|_| correction != Correction::None),
             awq_scales: self.awq_scales,
             format: match self.format {
                 FormatArg::Gptq => CheckpointFormat::Gptq,
@@ -360,20 +360,21 @@ impl Args {
         }
     }
 
-    /// Only a correction has one.
-    fn correction_strength(&self) -> Option<f64> {
-        self.correction_strength.filter(|_| self.correction != CorrectionArg::None)
+    fn correction(&self, defaults: &QuantizeOptions) -> Correction {
+        match self.correction {
+            // The float model is not folded.
+            None if self.awq_scales => Correction::None,
+            None => defaults.correction,
+            Some(CorrectionArg::None) => Correction::None,
+            Some(CorrectionArg::Qep) => Correction::Qep,
+            Some(CorrectionArg::Gptaq) => Correction::Gptaq,
+            Some(CorrectionArg::Qronos) => Correction::Qronos,
+        }
     }
 
-    fn is_gptq(&self) -> bool {
-        matches!(self.method, MethodArg::Gptq)
-    }
-
-    fn scale_search(&self) -> anyhow::Result<ScaleSearch> {
+    fn scale_search(&self, defaults: &QuantizeOptions) -> anyhow::Result<ScaleSearch> {
         Ok(match (self.scale_search, self.mse) {
-            // Rounding to nearest and OBQ are baselines, by the range as everywhere.
-            (None, None) if !self.is_gptq() => ScaleSearch::MinMax,
-            (None, None) => QuantizeOptions::default().scale_search,
+            (None, None) => defaults.scale_search,
             (None | Some(ScaleSearchArg::Mse), norm) => ScaleSearch::Power(norm.unwrap_or(2.4)),
             (Some(_), Some(_)) => bail!("--mse goes with --scale-search mse only"),
             (Some(ScaleSearchArg::Minmax), None) => ScaleSearch::MinMax,
