@@ -1,4 +1,4 @@
-//! Resident memory of this process, as the kernel counts it.
+//! Resident memory of this process, as the kernel counts it, and what is left.
 
 /// Bytes resident now, or `None` where the platform has no `/proc/self/status`.
 pub fn current_bytes() -> Option<u64> {
@@ -8,6 +8,17 @@ pub fn current_bytes() -> Option<u64> {
 /// The most bytes that were ever resident, or `None` where the platform has no `/proc/self/status`.
 pub fn peak_bytes() -> Option<u64> {
     field(&status()?, "VmHWM:")
+}
+
+/// Bytes that this process may take beside what is resident: what the kernel calls available, or less where a container
+/// (cgroup v2) has a limit. `None` where the platform does not tell.
+pub fn available_bytes() -> Option<u64> {
+    let of_machine = field(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")?;
+    let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max");
+    // "max" where there is none.
+    let limit: Option<u64> = limit.ok().and_then(|text| text.trim().parse().ok());
+    let of_container = limit.map(|limit| limit.saturating_sub(current_bytes().unwrap_or(0)));
+    Some(of_container.map_or(of_machine, |bytes| bytes.min(of_machine)))
 }
 
 fn status() -> Option<String> {
@@ -32,6 +43,13 @@ mod tests {
         assert_eq!(field(text, "VmRSS:"), Some(100 * 1024));
         assert_eq!(field(text, "VmSwap:"), None);
         assert_eq!(field("VmRSS: x kB", "VmRSS:"), None);
+    }
+
+    #[test]
+    fn what_is_available_is_part_of_the_machines_memory() {
+        let Some(available) = available_bytes() else { return };
+        let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap();
+        assert!(available > 0 && available < field(&meminfo, "MemTotal:").unwrap());
     }
 
     #[test]

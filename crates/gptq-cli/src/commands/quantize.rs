@@ -184,7 +184,7 @@ pub(crate) struct Args {
     #[arg(long)]
     lm_head: bool,
     /// Most memory to use, such as 4GiB: activations that do not fit go to a scratch file beside the
-    /// output. Changes nothing in the result.
+    /// output. Changes nothing in the result. [default: what is available, for activations]
     #[arg(long, value_parser = size::parse_bytes, value_name = "SIZE")]
     max_memory: Option<u64>,
     /// Replace the output directory if it exists.

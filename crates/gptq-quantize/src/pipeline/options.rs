@@ -131,7 +131,8 @@ pub struct QuantizeOptions {
     pub max_shard_bytes: u64,
     /// Quantize the head too, which must not be tied to the embedding.
     pub lm_head: bool,
-    /// Most memory of the run, in bytes: above it the activations go to disk. The result does not
+    /// Most memory of the run, in bytes: above it the activations go to disk, and a run that needs more still is
+    /// refused. `None`: they go to disk where the machine has too little memory for them. The result does not
     /// depend on it.
     pub max_memory: Option<u64>,
     /// Replace an output directory that has content.

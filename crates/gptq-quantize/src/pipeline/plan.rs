@@ -71,8 +71,9 @@ fn summarize(job: &Job<'_>, spec: &Spec, layout: &Layout) -> Result<Plan> {
     let limit = job.options.max_memory;
     let need = |spill| resident + total(&memory.peak(spill));
     let (free, spilled) = (need(false), need(true));
-    // Few tokens gain nothing from a file.
-    let spill = limit.is_some_and(|limit| free > limit) && spilled < free;
+    // Without a limit the machine's memory is one, but the run is not refused for it. Few tokens gain nothing from a file.
+    let room = limit.or_else(|| Some(resident + rss::available_bytes()?));
+    let spill = room.is_some_and(|room| free > room) && spilled < free;
     let mut peak = if spill { spilled } else { free };
     let mut parts = vec![("program, tokenizer and tokens", resident)];
     parts.extend(memory.peak(spill).into_iter().filter(|(_, bytes)| *bytes > 0));
