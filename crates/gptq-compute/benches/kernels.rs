@@ -84,7 +84,10 @@ fn main() {
             let count = BEYOND_CACHES / (k * n * bits as usize / 8) + 1;
             let mut layers: Vec<Linear> = Vec::new();
             for m in [1, 4, 8, 16, 64, 512] {
-                for (mode, limit) in [(Activations::Int8, int8), (Activations::F32, peak)] {
+                let modes = [Activations::Int8, Activations::Bf16, Activations::F32];
+                for (mode, limit) in
+                    modes.map(|m| (m, if m == Activations::Int8 { int8 } else { peak }))
+                {
                     let name = format!("linear {bits} bit {mode:?} {m}x{k}x{n}");
                     if !name.contains(&filter) {
                         continue;
@@ -111,10 +114,14 @@ fn main() {
         report(format!("dense f32 {m}x{k}x{n}"), flops, 0.0, peak, 7, &mut || {
             gemm_nt(&pool, &x, &w, None, &mut y);
         });
+        let rounding = w.clone().rounding(&pool);
+        report(format!("dense 16 bits {m}x{k}x{n}"), flops, 0.0, peak, 7, &mut || {
+            gemm_nt(&pool, &x, &rounding, None, &mut y);
+        });
         report(format!("gram {m}x{k}"), (m * k * k) as f64, 0.0, peak, 7, &mut || {
             Gram::new(k).accumulate(&pool, &x);
         });
-        report(format!("gram bf16 {m}x{k}"), (m * k * k) as f64, 0.0, peak, 7, &mut || {
+        report(format!("gram 16 bits {m}x{k}"), (m * k * k) as f64, 0.0, peak, 7, &mut || {
             Gram::rounding(k).accumulate(&pool, &x);
         });
     }

@@ -1,7 +1,7 @@
 //! Sums of products of two inputs, and their way through the factor of an inverse Hessian: what
 //! solvers need that know how far the inputs of a layer are from those of the float model.
 
-use crate::arch::{has_pairs, isa};
+use crate::arch::isa;
 use crate::gemm::product;
 use crate::pairs;
 use crate::pool::Pool;
@@ -19,7 +19,7 @@ pub struct Cross {
     sum: Vec<f32>,
     width: usize,
     rows: usize,
-    /// Rows are rounded to bfloat16.
+    /// Rows are rounded to 16 bits.
     rounds: bool,
 }
 
@@ -29,10 +29,10 @@ impl Cross {
         Self { sum: vec![0.0; width * width], width, rows: 0, rounds: false }
     }
 
-    /// The same for rows that may be rounded to bfloat16, which is done where kernels for pairs of these
-    /// exist. Sums are in f32.
+    /// The same for rows that may be rounded to 16 bits, which is done where the processor multiplies
+    /// pairs of these.
     pub fn rounding(width: usize) -> Self {
-        Self { rounds: has_pairs(isa()), ..Self::new(width) }
+        Self { rounds: crate::arch::pairs(isa()).is_some(), ..Self::new(width) }
     }
 
     /// Width of the rows.

@@ -1,6 +1,6 @@
 //! Gram matrices XᵀX: the Hessians of GPTQ.
 
-use crate::arch::{has_pairs, isa};
+use crate::arch::isa;
 use crate::gemm::product;
 use crate::pairs::{self, triangle, triangle_len};
 use crate::pool::Pool;
@@ -18,7 +18,7 @@ pub struct Gram {
     sum: Vec<f32>,
     width: usize,
     rows: usize,
-    /// Rows are rounded to bfloat16.
+    /// Rows are rounded to 16 bits.
     rounds: bool,
 }
 
@@ -28,10 +28,10 @@ impl Gram {
         Self { sum: vec![0.0; width * width], width, rows: 0, rounds: false }
     }
 
-    /// The same for rows that may be rounded to bfloat16, which is done where kernels for pairs of these
-    /// exist. Sums are in f32.
+    /// The same for rows that may be rounded to 16 bits, which is done where the processor multiplies
+    /// pairs of these.
     pub fn rounding(width: usize) -> Self {
-        Self { rounds: has_pairs(isa()), ..Self::new(width) }
+        Self { rounds: crate::arch::pairs(isa()).is_some(), ..Self::new(width) }
     }
 
     /// Width of the rows.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::arch::{Isa, has_pairs, isa};
+use crate::arch::{Isa, Pairs, isa, pairs};
 use crate::gemm::gemm_nt;
 use crate::matrix::{Linear, Matrix};
 use crate::pool::Pool;
@@ -143,7 +143,11 @@ fn quantized(
     match scratch.activations {
         Activations::F32 => pass.float(Packing::Exact, &mut scratch.floats),
         Activations::Bf16 => {
-            let packing = if has_pairs(isa) { Packing::Pairs } else { Packing::Rounded };
+            let packing = match pairs(isa) {
+                Some(Pairs::Bf16) => Packing::Pairs,
+                Some(Pairs::Int16) => Packing::Words,
+                None => Packing::Rounded,
+            };
             pass.float(packing, &mut scratch.floats);
         }
         Activations::Int8 => pass.int8(&mut scratch.int8),
@@ -219,14 +223,15 @@ impl Pass<'_> {
             });
             buffer
         };
-        let pairs = packing == Packing::Pairs;
         self.spread(tiles.div_ceil(TILES), &|job, strip, piece| {
             for index in piece * TILES..((piece + 1) * TILES).min(tiles) {
                 let rows = tiling.tile(index);
                 let (x, height) = (&packed[rows.place * token_len..], rows.height);
                 let out = job.out(strip, rows.first, rows.tokens);
                 // SAFETY: the elements of this strip and these rows belong to this task alone.
-                unsafe { FloatTile { matrix: job.matrix, strip, x, pairs, height, out }.run(isa) };
+                unsafe {
+                    FloatTile { matrix: job.matrix, strip, x, packing, height, out }.run(isa);
+                };
             }
         });
     }

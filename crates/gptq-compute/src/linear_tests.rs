@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use crate::arch::Isa;
+use crate::arch::{Isa, Pairs, pairs};
 use crate::linear::linear_on;
 use crate::{
     Activations, BlockParts, BlockRows, GptqParts, Linear, Matrix, Pool, QuantizedMatrix, Scratch,
@@ -35,23 +35,26 @@ struct Case {
 }
 
 impl Case {
-    /// `x` as the kernels take it.
-    fn input(&self, activations: Activations, x: &[f32]) -> Vec<f64> {
-        let mut taken: Vec<f64> = x.iter().map(|&v| f64::from(v)).collect();
-        if activations == Activations::Bf16 {
-            for (taken, &x) in taken.iter_mut().zip(x) {
-                *taken = bf16::from_f32(x).to_f64();
-            }
+    /// `x` as the kernels of `isa` take it.
+    fn input(&self, isa: Isa, activations: Activations, x: &[f32]) -> Vec<f64> {
+        match (activations, pairs(isa)) {
+            (Activations::F32, _) => x.iter().map(|&v| f64::from(v)).collect(),
+            (Activations::Int8, _) => self.integers(x, 32, 127.0),
+            (Activations::Bf16, Some(Pairs::Int16)) => self.integers(x, 128, 32767.0),
+            (Activations::Bf16, _) => x.iter().map(|&v| bf16::from_f32(v).to_f64()).collect(),
         }
-        if activations == Activations::Int8 {
-            for block in self.groups.iter().flat_map(|g| g.chunks(32)) {
-                let largest = block.iter().fold(0.0f32, |m, &k| m.max(x[k].abs()));
-                let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-                for &k in block {
-                    let code = (x[k] * inverse).round_ties_even();
-                    assert!(code.abs() <= 127.0);
-                    taken[k] = f64::from(code) * f64::from(largest / 127.0);
-                }
+    }
+
+    /// `x` as integers up to `limit`, with a scale for each `block` inputs of a group.
+    fn integers(&self, x: &[f32], block: usize, limit: f32) -> Vec<f64> {
+        let mut taken = vec![0.0; x.len()];
+        for block in self.groups.iter().flat_map(|g| g.chunks(block)) {
+            let largest = block.iter().fold(0.0f32, |m, &k| m.max(x[k].abs()));
+            let inverse = if largest > 0.0 { limit / largest } else { 0.0 };
+            for &k in block {
+                let code = (x[k] * inverse).round_ties_even();
+                assert!(code.abs() <= limit);
+                taken[k] = f64::from(code) * f64::from(largest / limit);
             }
         }
         taken
@@ -240,7 +243,7 @@ fn all_instruction_sets_agree_with_f64() {
                 let mut y = Tensor::default();
                 linear_on(isa, &pool, &x, &mut [(&c.linear, &mut y)], &mut scratch);
                 for i in [0, m / 2, m - 1] {
-                    let taken = c.input(activations, x.row(i));
+                    let taken = c.input(isa, activations, x.row(i));
                     for j in 0..y.cols() {
                         let (want, size) = c.expected(&taken, j);
                         let got = f64::from(y.row(i)[j]);
@@ -250,8 +253,8 @@ fn all_instruction_sets_agree_with_f64() {
                         assert!(error < 4e-6 * (size + 1.0), "{isa:?} {name}: {got} {want}");
                     }
                 }
-                let oracle = oracle.get_or_insert_with(|| y.clone());
                 if activations == Activations::Int8 {
+                    let oracle = oracle.get_or_insert_with(|| y.clone());
                     assert_eq!(oracle.as_slice(), y.as_slice(), "{isa:?} {name}");
                 }
             }
@@ -333,13 +336,15 @@ fn many_tokens_are_cut_into_pieces() {
 }
 
 #[test]
-fn extreme_inputs_in_int8() {
+fn extreme_inputs_as_integers() {
     let mut r = Random(0xE17);
     let (k, n) = (128, 64);
     let c = case(&mut r, 4, k, n, 64, false, true);
     let mut scratch = Scratch::default();
-    scratch.set_activations(Activations::Int8);
-    for isa in Isa::available() {
+    let int8 = Isa::available().into_iter().map(|isa| (isa, Activations::Int8));
+    let int16 = Isa::available().into_iter().filter(|&isa| pairs(isa) == Some(Pairs::Int16));
+    for (isa, activations) in int8.chain(int16.map(|isa| (isa, Activations::Bf16))) {
+        scratch.set_activations(activations);
         let mut run = |x: Vec<f32>| {
             let mut y = Tensor::default();
             let x = Tensor::from_vec(1, k, x);
@@ -354,6 +359,36 @@ fn extreme_inputs_in_int8() {
             let mut x = vec![0.5; k];
             x[70] = bad;
             assert!(run(x).iter().all(|y| !y.is_finite()), "{isa:?} {bad}");
+        }
+    }
+}
+
+/// The largest sums that integers can have are still exact.
+#[test]
+fn sums_of_large_integers_do_not_overflow() {
+    let (k, n) = (256, 64);
+    for (code, zero) in [(255u8, 0u8), (0, 255), (255, 128), (0, 128)] {
+        let parts = GptqParts {
+            bits: 8,
+            in_features: k,
+            out_features: n,
+            qweight: &vec![u32::from_le_bytes([code; 4]); k / 4 * n],
+            scales: &vec![f16::ONE; n],
+            zeros: &vec![zero; n],
+            g_idx: &vec![0; k],
+        };
+        let weight = Matrix::Quantized(QuantizedMatrix::from_gptq(parts).unwrap());
+        let linear = Linear { weight, bias: None };
+        let mut scratch = Scratch::default();
+        scratch.set_activations(Activations::Bf16);
+        for x in [1.0f32, -1.0] {
+            let want = x * k as f32 * (f32::from(code) - f32::from(zero));
+            for isa in Isa::available() {
+                let (x, mut y) = (Tensor::from_vec(1, k, vec![x; k]), Tensor::default());
+                linear_on(isa, &Pool::new(1), &x, &mut [(&linear, &mut y)], &mut scratch);
+                let near = |y: &f32| (y - want).abs() <= 1e-5 * (k as f32 * 255.0);
+                assert!(y.as_slice().iter().all(near), "{isa:?} {code} {zero} {:?}", y.row(0)[0]);
+            }
         }
     }
 }

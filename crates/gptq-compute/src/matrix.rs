@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
-use crate::arch::{has_pairs, isa};
+use crate::arch::isa;
 use crate::error::{ComputeError, Result};
 use crate::pairs;
 use crate::pool::Pool;
@@ -47,8 +47,8 @@ pub struct DenseMatrix {
     dtype: DenseType,
     out_features: usize,
     in_features: usize,
-    /// The weights once more, for products in bfloat16.
-    pairs: Option<Arc<[u32]>>,
+    /// The weights once more, for products of pairs.
+    pairs: Option<Arc<pairs::Weights>>,
 }
 
 impl std::fmt::Debug for DenseMatrix {
@@ -92,17 +92,17 @@ impl DenseMatrix {
         Ok(Self { storage, dtype, out_features, in_features, pairs: None })
     }
 
-    /// The same for products of many tokens in which both sides may be rounded to bfloat16, which is done where kernels
-    /// for pairs of these exist. Sums are in f32. Takes two bytes more for each weight.
+    /// The same for products of many tokens in which both sides may be rounded to 16 bits, which is done where the
+    /// processor multiplies pairs of these. Takes two bytes more for each weight.
     pub fn rounding(mut self, pool: &Pool) -> Self {
-        if has_pairs(isa()) {
-            self.pairs = Some(pairs::pack_weights(pool, &self).into());
+        if crate::arch::pairs(isa()).is_some() {
+            self.pairs = Some(pairs::Weights::pack(isa(), pool, &self).into());
         }
         self
     }
 
-    /// The weights as [`pairs::pack_weights`] packs them, if products may be rounded.
-    pub(crate) fn pairs(&self) -> Option<&[u32]> {
+    /// The weights in pairs, if products may be rounded.
+    pub(crate) fn pairs(&self) -> Option<&pairs::Weights> {
         self.pairs.as_deref()
     }
 

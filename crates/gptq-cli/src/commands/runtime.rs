@@ -65,7 +65,7 @@ impl From<HeadBitsArg> for HeadBits {
 pub(crate) enum ActivationsArg {
     /// 32-bit floats
     F32,
-    /// Rounded to bfloat16: faster where the processor multiplies bfloat16
+    /// Rounded to 16 bits: faster where the processor multiplies pairs of bfloat16 or of integers
     Bf16,
     /// 8-bit integers with a scale per token and group
     Int8,

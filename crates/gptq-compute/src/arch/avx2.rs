@@ -1,7 +1,7 @@
 //! AVX2 with FMA and F16C: a vector of 16 lanes is a pair of registers.
 
 #[allow(clippy::wildcard_imports)] // Half of the module would be a list of intrinsics.
-use std::arch::x86_64::*;
+use std::arch::{asm, x86_64::*};
 
 use super::{Kernel, Simd};
 
@@ -210,6 +210,16 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         [dot::<VNNI>(bits, acc[0], w[0], x[0]), dot::<VNNI>(bits, acc[1], w[1], x[1])]
     }
     #[inline(always)]
+    unsafe fn dot_words(acc: I, w: I, x: I) -> I {
+        let dot = |acc, w, x| {
+            if VNNI {
+                return dot_words(acc, w, x);
+            }
+            _mm256_add_epi32(acc, _mm256_madd_epi16(w, x))
+        };
+        [dot(acc[0], w[0], x[0]), dot(acc[1], w[1], x[1])]
+    }
+    #[inline(always)]
     unsafe fn store_low_bytes(p: *mut i8, v: I) {
         // Saturation does nothing: callers store values of one signed byte.
         let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(v[0], v[1]));
@@ -226,6 +236,21 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     unsafe fn prefetch(p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
+}
+
+/// `_mm256_dpwssd_avx_epi32`, which LLVM takes apart into two instructions unless it compiles for a certain processor.
+#[inline]
+#[target_feature(enable = "avx2,avxvnni")]
+unsafe fn dot_words(mut acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    // SAFETY: the processor has the instruction, which reads and writes these registers alone.
+    unsafe {
+        asm!(
+            "{{vex}} vpdpwssd {acc}, {w}, {x}",
+            acc = inout(ymm_reg) acc, w = in(ymm_reg) w, x = in(ymm_reg) x,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    acc
 }
 
 #[inline(always)]

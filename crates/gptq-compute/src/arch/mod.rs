@@ -202,8 +202,8 @@ pub fn dispatch_on<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     }
 }
 
-/// Runs a kernel that multiplies bytes ([`Simd::dot`]), with the extension for that where `isa`
-/// has it. AVX-512 without its extension runs the kernels of AVX2: such processors are not
+/// Runs a kernel that multiplies bytes or pairs of integers ([`Simd::dot`], [`Simd::dot_words`]), with
+/// the extension for that where `isa` has it. AVX-512 without its extension runs the kernels of AVX2: such processors are not
 /// worth a third set of kernels.
 #[inline]
 pub(crate) fn dispatch_dot<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
@@ -228,16 +228,29 @@ pub(crate) fn dispatch_dot<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     }
 }
 
-/// Whether kernels may use [`Simd::dot_pairs`], and [`dispatch_pairs`] run them: where it is one
-/// instruction, and in scalar code, to be compared with.
-pub(crate) fn has_pairs(isa: Isa) -> bool {
-    matches!(isa, Isa::Scalar | Isa::Avx512Bf16)
+/// Numbers of 16 bits, of which one instruction multiplies two in each lane and adds the products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pairs {
+    /// [`Simd::dot_pairs`]
+    Bf16,
+    /// [`Simd::dot_words`]
+    Int16,
 }
 
-/// Runs a kernel that multiplies pairs of bfloat16 ([`has_pairs`]).
+/// What products of numbers that may be rounded are computed in: the pairs that are twice as fast as
+/// f32, if there are some. In scalar code they are there to be compared with.
+pub(crate) fn pairs(isa: Isa) -> Option<Pairs> {
+    match isa {
+        Isa::Scalar | Isa::Avx512Bf16 => Some(Pairs::Bf16),
+        Isa::Avx512Vnni | Isa::AvxVnni => Some(Pairs::Int16),
+        _ => None,
+    }
+}
+
+/// Runs a kernel that multiplies pairs of bfloat16.
 #[inline]
 pub(crate) fn dispatch_pairs<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
-    assert!(has_pairs(isa));
+    assert!(pairs(isa) == Some(Pairs::Bf16));
     match isa {
         // SAFETY: `isa()` and the tests hand out available instruction sets only.
         #[cfg(target_arch = "x86_64")]
@@ -347,6 +360,21 @@ pub trait Simd: Copy {
         let low = |v| Self::from_bits(Self::shl(v, 16));
         let high = |v| Self::from_bits(Self::and(v, top));
         Self::fma(high(w), high(x), Self::fma(low(w), low(x), acc))
+    }
+    /// acc + the products of both pairs of signed 16-bit integers in each lane. Kernels that use it are
+    /// run by `dispatch_dot` only.
+    #[inline(always)]
+    unsafe fn dot_words(acc: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        let [mut acc, w, x] = [acc, w, x].map(|v| {
+            let mut lanes = [0u32; LANES];
+            Self::store_i32(lanes.as_mut_ptr(), v);
+            lanes
+        });
+        for ((acc, w), x) in acc.iter_mut().zip(w).zip(x) {
+            let product = |shift| i32::from((w >> shift) as i16) * i32::from((x >> shift) as i16);
+            *acc = acc.wrapping_add_signed(product(0)).wrapping_add_signed(product(16));
+        }
+        Self::load_i32(acc.as_ptr())
     }
     /// Stores the low byte of each lane.
     unsafe fn store_low_bytes(p: *mut i8, v: Self::I);

@@ -7,7 +7,7 @@ use half::slice::HalfFloatSliceExt;
 
 use super::memory::{KvMemory, Words};
 use super::storage::{Bf16, Element, F16, F32, Int8};
-use crate::arch::{LANES, has_pairs, isa};
+use crate::arch::{LANES, Pairs, isa, pairs};
 use crate::math;
 use crate::tensor::Tensor;
 
@@ -32,7 +32,7 @@ pub enum KvType {
 impl KvType {
     /// [`KvType::Bf16`] where kernels for pairs of these exist, else [`KvType::F32`].
     pub fn rounding() -> Self {
-        if has_pairs(isa()) { Self::Bf16 } else { Self::F32 }
+        if pairs(isa()) == Some(Pairs::Bf16) { Self::Bf16 } else { Self::F32 }
     }
 
     /// Bytes of one stored element, scales left out.
@@ -107,7 +107,7 @@ impl LayerKv {
     /// If this processor has no kernels for [`KvType::Bf16`] ([`KvType::rounding`]).
     #[track_caller]
     pub fn sharing(memory: &KvMemory, kv_heads: usize, head_dim: usize, kind: KvType) -> Self {
-        assert!(kind != KvType::Bf16 || has_pairs(isa()), "products of bfloat16");
+        assert!(kind != KvType::Bf16 || pairs(isa()) == Some(Pairs::Bf16), "products of bfloat16");
         Self { blocks: Vec::new(), memory: memory.clone(), kind, kv_heads, head_dim, len: 0 }
     }
 

@@ -1,15 +1,17 @@
-//! y = x Wᵀ with activations in f32: codes become floats in registers. With activations in
-//! bfloat16, they become pairs of these where the processor multiplies pairs; elsewhere the rounded
-//! activations are taken as f32.
+//! y = x Wᵀ with activations in f32: codes become floats in registers. With activations in 16 bits,
+//! they become pairs of bfloat16 or of integers, what the processor multiplies; elsewhere activations
+//! rounded to bfloat16 are taken as f32.
 //!
 //! Within a group, codes less their centre times activations accumulate in f32; at its end the scale
 //! and the zero point or minimum are applied once:  y += s · (Σ x q - z Σ x), or
-//! y += s · Σ x q + (s c + m) Σ x.  The order of all additions is the same for every tile height, so
-//! a token's result does not depend on what it is batched with.
+//! y += s · Σ x q + (s c + m) Σ x.  Integers are summed exactly, and the sum of a group, or of each
+//! [`BLOCK`] inputs of a longer one, is multiplied with their scale. The order of all additions is the
+//! same for every tile height, so a token's result does not depend on what it is batched with.
 
+use super::input::{Packing, WORD_BLOCK as BLOCK, token_floats};
 use super::tile::{Out, Sums};
 use super::{Offsets, QuantizedMatrix, STRIP, VECTORS, WORD_BYTES, unit_columns, unit_words};
-use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_on, dispatch_pairs};
+use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_dot, dispatch_on, dispatch_pairs};
 
 /// How far ahead of the codes to prefetch, in bytes: covers the latency of memory at the bandwidth
 /// of one core.
@@ -22,14 +24,11 @@ const VECTOR_BYTES: usize = LANES * 4;
 pub(crate) struct FloatTile<'a> {
     pub(crate) matrix: &'a QuantizedMatrix,
     pub(crate) strip: usize,
-    /// `[padded inputs][height]`, then sums `[groups][height]` as [`pack_floats`] makes them.
+    /// As [`pack_floats`] makes it.
     ///
     /// [`pack_floats`]: super::pack_floats
     pub(crate) x: &'a [f32],
-    /// `x` is packed as [`Packing::Pairs`].
-    ///
-    /// [`Packing::Pairs`]: super::Packing::Pairs
-    pub(crate) pairs: bool,
+    pub(crate) packing: Packing,
     pub(crate) height: usize,
     pub(crate) out: Out<'a>,
 }
@@ -42,14 +41,24 @@ impl FloatTile<'_> {
     pub(crate) unsafe fn run(self, isa: Isa) {
         let m = self.matrix;
         assert!(self.strip < m.strips() && self.out.rows <= self.height);
-        let sums = if m.needs_sums() { m.groups.len() } else { 0 };
-        let inputs = if self.pairs { m.padded_in / 2 } else { m.padded_in };
-        assert!(self.x.len() >= (inputs + sums) * self.height);
+        // A single token's floats may be the input itself, if nothing behind them is read.
+        let plain = self.packing == Packing::Exact && !m.needs_sums();
+        let words = if plain { m.padded_in } else { token_floats(m.layout(), self.packing) };
+        assert!(self.x.len() >= words * self.height);
         macro_rules! heights {
             ($bits:literal: $($mt:literal)*) => {
-                match self.height {
-                    $($mt if self.pairs => dispatch_pairs(isa, Strip::<$bits, $mt, true>(self)),)*
-                    $($mt => dispatch_on(isa, Strip::<$bits, $mt, false>(self)),)*
+                match (self.height, self.packing) {
+                    $(
+                        ($mt, Packing::Exact | Packing::Rounded) => {
+                            dispatch_on(isa, Strip::<$bits, $mt, FLOATS>(self));
+                        }
+                        ($mt, Packing::Pairs) => {
+                            dispatch_pairs(isa, Strip::<$bits, $mt, PAIRS>(self));
+                        }
+                        ($mt, Packing::Words) => {
+                            dispatch_dot(isa, Strip::<$bits, $mt, WORDS>(self));
+                        }
+                    )*
                     _ => unreachable!("heights() lists every tile"),
                 }
             };
@@ -72,9 +81,14 @@ pub(super) unsafe fn prefetch_header<S: Simd>(header: *const u8, bytes: usize) {
     }
 }
 
-struct Strip<'a, const BITS: u32, const MT: usize, const PAIRS: bool>(FloatTile<'a>);
+/// What a kernel multiplies: f32, pairs of bfloat16 or pairs of integers.
+const FLOATS: u8 = 0;
+const PAIRS: u8 = 1;
+const WORDS: u8 = 2;
 
-impl<const BITS: u32, const MT: usize, const PAIRS: bool> Kernel for Strip<'_, BITS, MT, PAIRS> {
+struct Strip<'a, const BITS: u32, const MT: usize, const KIND: u8>(FloatTile<'a>);
+
+impl<const BITS: u32, const MT: usize, const KIND: u8> Kernel for Strip<'_, BITS, MT, KIND> {
     type Output = ();
 
     #[inline(always)]
@@ -84,24 +98,27 @@ impl<const BITS: u32, const MT: usize, const PAIRS: bool> Kernel for Strip<'_, B
         if const { MT > S::TALLEST } {
             unreachable!("heights() offers no taller ones");
         } else if const { MT == 1 || S::WIDE && MT <= 4 } {
-            strip::<S, BITS, MT, 4, PAIRS>(self.0);
+            strip::<S, BITS, MT, 4, KIND>(self.0);
         } else if const { S::WIDE || MT == 2 } {
-            strip::<S, BITS, MT, 2, PAIRS>(self.0);
+            strip::<S, BITS, MT, 2, KIND>(self.0);
         } else {
-            strip::<S, BITS, MT, 1, PAIRS>(self.0);
+            strip::<S, BITS, MT, 1, KIND>(self.0);
         }
     }
 }
 
 #[inline(always)]
-unsafe fn strip<S: Simd, const BITS: u32, const MT: usize, const P: usize, const PAIRS: bool>(
+unsafe fn strip<S: Simd, const BITS: u32, const MT: usize, const P: usize, const KIND: u8>(
     tile: FloatTile<'_>,
 ) {
     let m = tile.matrix;
     let base = m.strip(tile.strip).as_ptr();
     // Inputs of one word of `x`.
-    let wide = if PAIRS { 2 } else { 1 };
+    let wide = if KIND == FLOATS { 1 } else { 2 };
     let sums = tile.x.as_ptr().wrapping_add(m.padded_in / wide * MT);
+    // Of integers alone.
+    let scales = sums.wrapping_add(m.word_blocks() * MT);
+    let centres = scales.wrapping_add(m.word_blocks() * MT).cast::<i32>();
     let header_bytes = m.header.bytes();
     let mut y = Sums([[0.0; STRIP]; MT]);
     for (g, group) in m.groups.iter().enumerate() {
@@ -110,39 +127,62 @@ unsafe fn strip<S: Simd, const BITS: u32, const MT: usize, const P: usize, const
         if MT <= 4 {
             prefetch_header::<S>(header, header_bytes);
         }
-        let x = tile.x.as_ptr().add(group.first / wide * MT);
-        let units = group.columns / unit_columns(BITS);
-        let mut v = 0;
-        while v < VECTORS {
-            let codes = header.add(header_bytes + v * VECTOR_BYTES);
-            let mut part = products::<S, BITS, MT, P, PAIRS>(codes, units, x);
-            for p in 0..P {
-                let lane = (v + p) * LANES;
-                let s = m.header.load::<S>(header, lane);
-                match m.header.offsets {
-                    Offsets::None => {}
-                    Offsets::Zeros => {
-                        let z = S::load_i8(offsets.cast::<i8>().add(lane));
-                        for i in 0..MT {
-                            part[p][i] = S::fnma(z, S::splat(*sums.add(g * MT + i)), part[p][i]);
-                        }
-                    }
-                    Offsets::Minima { centre } => {
-                        let minimum = m.header.load::<S>(offsets, lane);
-                        let b = S::fma(s, S::splat(centre), minimum);
-                        for i in 0..MT {
-                            let to = y.0[i].as_mut_ptr().add(lane);
-                            let sum = S::splat(*sums.add(g * MT + i));
-                            S::store(to, S::fma(b, sum, S::load(to)));
+        let step = if KIND == WORDS { BLOCK } else { group.columns };
+        for start in (0..group.columns).step_by(step) {
+            let block = if KIND == WORDS { group.word_block + start / BLOCK } else { g };
+            let x = tile.x.as_ptr().add((group.first + start) / wide * MT);
+            let units = (group.columns - start).min(step) / unit_columns(BITS);
+            let first = header_bytes + start / unit_columns(BITS) * unit_words(BITS) * WORD_BYTES;
+            let mut v = 0;
+            while v < VECTORS {
+                let codes = header.add(first + v * VECTOR_BYTES);
+                let mut part = [[S::splat(0.0); MT]; P];
+                if KIND == WORDS {
+                    for i in 0..MT {
+                        let centre = S::splat_i32(*centres.add(block * MT + i));
+                        for p in 0..P {
+                            part[p][i] = S::from_bits(centre);
                         }
                     }
                 }
-                for i in 0..MT {
-                    let to = y.0[i].as_mut_ptr().add(lane);
-                    S::store(to, S::fma(s, part[p][i], S::load(to)));
+                products::<S, BITS, MT, P, KIND>(codes, units, x, &mut part);
+                if KIND == WORDS {
+                    for i in 0..MT {
+                        let scale = S::splat(*scales.add(block * MT + i));
+                        for p in 0..P {
+                            part[p][i] = S::mul(S::to_f32(S::bits(part[p][i])), scale);
+                        }
+                    }
                 }
+                for p in 0..P {
+                    let lane = (v + p) * LANES;
+                    let s = m.header.load::<S>(header, lane);
+                    match m.header.offsets {
+                        Offsets::None => {}
+                        Offsets::Zeros => {
+                            let z = S::load_i8(offsets.cast::<i8>().add(lane));
+                            for i in 0..MT {
+                                let sum = S::splat(*sums.add(block * MT + i));
+                                part[p][i] = S::fnma(z, sum, part[p][i]);
+                            }
+                        }
+                        Offsets::Minima { centre } => {
+                            let minimum = m.header.load::<S>(offsets, lane);
+                            let b = S::fma(s, S::splat(centre), minimum);
+                            for i in 0..MT {
+                                let to = y.0[i].as_mut_ptr().add(lane);
+                                let sum = S::splat(*sums.add(block * MT + i));
+                                S::store(to, S::fma(b, sum, S::load(to)));
+                            }
+                        }
+                    }
+                    for i in 0..MT {
+                        let to = y.0[i].as_mut_ptr().add(lane);
+                        S::store(to, S::fma(s, part[p][i], S::load(to)));
+                    }
+                }
+                v += P;
             }
-            v += P;
         }
     }
     tile.out.write(&mut y.0);
@@ -163,7 +203,7 @@ unsafe fn multiply<S: Simd, const MT: usize, const P: usize>(
 }
 
 #[inline(always)]
-unsafe fn multiply_pairs<S: Simd, const MT: usize, const P: usize>(
+unsafe fn multiply_pairs<S: Simd, const MT: usize, const P: usize, const KIND: u8>(
     part: &mut [[S::F; MT]; P],
     codes: [S::I; P],
     x: *const f32,
@@ -171,7 +211,11 @@ unsafe fn multiply_pairs<S: Simd, const MT: usize, const P: usize>(
     for i in 0..MT {
         let v = S::splat_i32(*x.add(i).cast::<i32>());
         for p in 0..P {
-            part[p][i] = S::dot_pairs(part[p][i], codes[p], v);
+            part[p][i] = if KIND == WORDS {
+                S::from_bits(S::dot_words(S::bits(part[p][i]), codes[p], v))
+            } else {
+                S::dot_pairs(part[p][i], codes[p], v)
+            };
         }
     }
 }
@@ -181,14 +225,15 @@ macro_rules! unroll {
     ($j:ident in [$($n:literal)*] $body:block) => {{ $({ const $j: u32 = $n; $body })* }};
 }
 
-/// Σ x q over the units of one group, for `P` vectors of outputs.
+/// Adds Σ x q over some units of a group, for `P` vectors of outputs. Of integers, which lie where floats do, it is the
+/// sum of x times the code as it is stored.
 #[inline(always)]
-unsafe fn products<S: Simd, const BITS: u32, const MT: usize, const P: usize, const PAIRS: bool>(
+unsafe fn products<S: Simd, const BITS: u32, const MT: usize, const P: usize, const KIND: u8>(
     codes: *const u8,
     units: usize,
     x: *const f32,
-) -> [[S::F; MT]; P] {
-    let mut part = [[S::splat(0.0); MT]; P];
+    part: &mut [[S::F; MT]; P],
+) {
     let (mut w, mut x) = (codes, x);
     let top = S::splat_i32(match BITS {
         2 => 0xAAAA_AAAA_u32,
@@ -196,31 +241,40 @@ unsafe fn products<S: Simd, const BITS: u32, const MT: usize, const P: usize, co
         4 => 0x8888_8888,
         _ => 0x8080_8080,
     } as i32);
+    // Integers take codes as they are stored.
+    let centre = |w| if KIND == WORDS { w } else { S::centre(w, top) };
+    let low = S::splat_i32(0x0001_0001 * ((1 << BITS) - 1));
     for _ in 0..units {
         // Input k of a word sits in byte k mod 4 at bit k div 4 times the width of its place.
         macro_rules! step {
             ($a:expr, $place:literal, $j:expr, $at:expr) => {{
                 let shift = 8 * ($j % 4) + $place * ($j / 4);
-                if !PAIRS {
+                if KIND == FLOATS {
                     let mut code = [S::splat(0.0); P];
                     for p in 0..P {
                         code[p] = S::code(BITS, $a[p], shift);
                     }
-                    multiply::<S, MT, P>(&mut part, code, x.add(($at + $j as usize) * MT));
+                    multiply::<S, MT, P>(part, code, x.add(($at + $j as usize) * MT));
                 } else if $j % 4 < 2 {
                     // The input two places on is 16 bits further; both come with the first.
                     let mut codes = $a;
                     for p in 0..P {
-                        codes[p] = S::pair(BITS, $a[p], shift);
+                        codes[p] = if KIND == PAIRS {
+                            S::pair(BITS, $a[p], shift)
+                        } else if shift == 0 {
+                            S::and($a[p], low)
+                        } else {
+                            S::and(S::shr($a[p], shift), low)
+                        };
                     }
                     let pair = ($at + $j as usize) / 4 * 2 + $j as usize % 4;
-                    multiply_pairs::<S, MT, P>(&mut part, codes, x.add(pair * MT));
+                    multiply_pairs::<S, MT, P, KIND>(part, codes, x.add(pair * MT));
                 }
             }};
         }
         let mut a = [S::splat_i32(0); P];
         for p in 0..P {
-            a[p] = S::centre(S::load_i32(w.add(p * VECTOR_BYTES).cast()), top);
+            a[p] = centre(S::load_i32(w.add(p * VECTOR_BYTES).cast()));
             if MT <= 4 {
                 for word in 0..unit_words(BITS) {
                     let line = w.wrapping_add(word * WORD_BYTES + p * VECTOR_BYTES + PREFETCH);
@@ -239,10 +293,10 @@ unsafe fn products<S: Simd, const BITS: u32, const MT: usize, const P: usize, co
                     a[p] = S::load_i32(raw.cast());
                     b[p] = S::load_i32(raw.add(WORD_BYTES).cast());
                     c[p] = S::load_i32(raw.add(2 * WORD_BYTES).cast());
-                    d[p] = S::centre(spare_codes::<S>(a[p], b[p], c[p]), top);
-                    a[p] = S::centre(a[p], top);
-                    b[p] = S::centre(b[p], top);
-                    c[p] = S::centre(c[p], top);
+                    d[p] = centre(spare_codes::<S>(a[p], b[p], c[p]));
+                    a[p] = centre(a[p]);
+                    b[p] = centre(b[p]);
+                    c[p] = centre(c[p]);
                 }
                 unroll!(J in [0 1 2 3 4 5 6 7] { step!(a, 4, J, 0); });
                 unroll!(J in [0 1 2 3 4 5 6 7] { step!(b, 4, J, 8); });
@@ -250,10 +304,9 @@ unsafe fn products<S: Simd, const BITS: u32, const MT: usize, const P: usize, co
                 unroll!(J in [0 1 2 3 4 5 6 7] { step!(d, 4, J, 24); });
             }
         }
-        x = x.add(unit_columns(BITS) / if PAIRS { 2 } else { 1 } * MT);
+        x = x.add(unit_columns(BITS) / if KIND == FLOATS { 1 } else { 2 } * MT);
         w = w.add(unit_words(BITS) * WORD_BYTES);
     }
-    part
 }
 
 /// The last eight codes of a 3-bit unit, collected from the spare bits of its words.

@@ -7,6 +7,7 @@ use super::tile::{Rows, Tiling};
 use super::{Layout, PAD, QuantizedMatrix};
 use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_on};
 use crate::math;
+use crate::pairs::integers;
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
 
@@ -20,8 +21,8 @@ pub enum Activations {
     /// As f32: exact up to rounding.
     #[default]
     F32,
-    /// Rounded to bfloat16, products and sums in f32: twice as fast as f32 where the processor
-    /// multiplies bfloat16.
+    /// Rounded to 16 bits, twice as fast as f32 where the processor multiplies pairs of these: to
+    /// bfloat16, or to integers with one scale per token and up to 128 inputs, which are nearer.
     Bf16,
     /// Rounded to int8 with one scale per token and block of 32 inputs: faster, at the cost of some
     /// tenths of a percent in perplexity.
@@ -61,17 +62,46 @@ pub(crate) enum Packing {
     /// Rounded to bfloat16, two in the place of an f32: of each four inputs 0 and 2, then 1 and 3,
     /// the first in the low half. So codes lie that are 16 bits apart in a lane.
     Pairs,
+    /// In the same places integers, of which the tokens have scales in blocks of [`WORD_BLOCK`].
+    Words,
 }
 
-/// Words of one token of [`pack_floats`]: the padded inputs and their sum per group.
+/// Inputs of a group that share a scale as 16-bit integers, at most: their sum of products with codes of 8 bits stays
+/// below 2³¹.
+pub(super) const WORD_BLOCK: usize = PIECE;
+/// Largest magnitude of such an integer.
+const LARGEST: f32 = 32767.0;
+
+/// How many sums of inputs a token has: of groups, or of the blocks that have scales.
+pub(super) fn blocks(m: &QuantizedMatrix, packing: Packing) -> usize {
+    match packing {
+        Packing::Words => m.word_blocks(),
+        _ => m.groups.len(),
+    }
+}
+
+/// Words of one token of [`pack_floats`].
 pub(crate) fn token_floats(layout: Layout<'_>, packing: Packing) -> usize {
-    let inputs = layout.0.padded_in / if packing == Packing::Pairs { 2 } else { 1 };
-    inputs + layout.0.groups.len()
+    inputs(layout.0, packing) + behind(layout.0, packing)
+}
+
+/// Words of the inputs of a token.
+fn inputs(m: &QuantizedMatrix, packing: Packing) -> usize {
+    match packing {
+        Packing::Exact | Packing::Rounded => m.padded_in,
+        Packing::Pairs | Packing::Words => m.padded_in / 2,
+    }
+}
+
+/// Words of a token behind its inputs.
+fn behind(m: &QuantizedMatrix, packing: Packing) -> usize {
+    blocks(m, packing) * if packing == Packing::Words { 3 } else { 1 }
 }
 
 /// Packs the rows of `x` that belong to a tile: `[padded_in, height]` inputs, or half as many pairs,
-/// followed by `[groups, height]` sums, which only matrices with offsets read (`with_sums`). Missing
-/// rows are zero.
+/// followed by `[groups, height]` sums, which only matrices with offsets read (`with_sums`). Of integers
+/// these are `[blocks, height]`, followed by as many scales, and by minus the sum of the integers times
+/// the centre of the codes, as i32. Missing rows are zero.
 pub(crate) fn pack_floats(
     isa: Isa,
     layout: Layout<'_>,
@@ -82,17 +112,17 @@ pub(crate) fn pack_floats(
     out: &mut [f32],
 ) {
     let (m, height) = (layout.0, rows.height);
-    let len = token_floats(layout, packing);
-    let (inputs, sums) = out[..len * height].split_at_mut((len - m.groups.len()) * height);
+    let out = &mut out[..token_floats(layout, packing) * height];
     if rows.tokens < height {
-        inputs.fill(0.0);
-        sums.fill(0.0);
+        out.fill(0.0);
     }
-    dispatch_on(isa, Pack { matrix: m, x, rows, packing, with_sums, inputs, sums });
+    let (inputs, behind) = out.split_at_mut(inputs(m, packing) * height);
+    let (sums, scales) = behind.split_at_mut(blocks(m, packing) * height);
+    dispatch_on(isa, Pack { matrix: m, x, rows, packing, with_sums, inputs, sums, scales });
 }
 
 /// Inputs of [`Pack`] that are rounded at a time, then turned.
-const PIECE: usize = 64;
+const PIECE: usize = 128;
 /// Tokens of the tallest tile of [`Tiling::float`].
 const TALLEST: usize = 12;
 
@@ -104,6 +134,8 @@ struct Pack<'a> {
     with_sums: bool,
     inputs: &'a mut [f32],
     sums: &'a mut [f32],
+    /// Scales and centres of integers.
+    scales: &'a mut [f32],
 }
 
 impl Kernel for Pack<'_> {
@@ -112,11 +144,12 @@ impl Kernel for Pack<'_> {
     // Plain code, which the compiler turns into vectors of each instruction set.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { matrix: m, x, rows, packing, with_sums, inputs, sums } = self;
+        let Self { matrix: m, x, rows, packing, with_sums, inputs, sums, scales } = self;
         let Rows { first, tokens, height, .. } = rows;
         let mut piece = [[0.0f32; PIECE]; TALLEST];
         let piece = &mut piece[..tokens];
-        for (group, sums) in m.groups.iter().zip(sums.chunks_exact_mut(height)) {
+        let (scales, centres) = scales.split_at_mut(scales.len() / 2);
+        for (g, group) in m.groups.iter().enumerate() {
             let mut totals = [0.0f32; TALLEST];
             let end = group.first + group.columns;
             for at in (group.first..end).step_by(PIECE) {
@@ -130,11 +163,23 @@ impl Kernel for Pack<'_> {
                             piece.iter_mut().zip(from).for_each(|(to, v)| *to = v);
                         }
                     }
-                    if packing != Packing::Exact {
+                    if let Packing::Rounded | Packing::Pairs = packing {
                         for v in piece.iter_mut() {
                             *v = math::to_bf16(*v);
                         }
                     }
+                }
+                if packing == Packing::Words {
+                    let block = group.word_block + (at - group.first) / WORD_BLOCK;
+                    let cells = &mut inputs[at / 2 * height..][..n / 2 * height];
+                    for (i, piece) in piece.iter().enumerate() {
+                        let (scale, total) = words::<S>(&piece[..n], &mut cells[i..], height);
+                        let at = block * height + i;
+                        scales[at] = scale;
+                        sums[at] = scale * total as f32;
+                        centres[at] = f32::from_bits(-(total << (m.bits - 1)) as u32);
+                    }
+                    continue;
                 }
                 if with_sums {
                     // Tokens in the inner loop: each of their sums waits for its last addition.
@@ -159,11 +204,26 @@ impl Kernel for Pack<'_> {
                     }
                 }
             }
-            if with_sums {
-                sums.iter_mut().zip(totals).take(tokens).for_each(|(sum, t)| *sum = t);
+            if with_sums && packing != Packing::Words {
+                let sums = &mut sums[g * height..][..tokens];
+                sums.iter_mut().zip(totals).for_each(|(sum, t)| *sum = t);
             }
         }
     }
+}
+
+/// Inputs of one token and block as integers, in pairs as [`Packing::Pairs`] has them, a pair every `stride` cells.
+/// Returns the scale and the sum of the integers.
+#[inline(always)]
+unsafe fn words<S: Simd>(x: &[f32], to: &mut [f32], stride: usize) -> (f32, i32) {
+    let mut words = [[0; LANES]; WORD_BLOCK / LANES];
+    let (scale, total) = integers::<S>(x, LARGEST, &mut words);
+    let fours = words.as_flattened()[..x.len()].as_chunks::<4>().0;
+    for (four, to) in fours.iter().zip(to.chunks_mut(2 * stride)) {
+        to[0] = f32::from_bits(four[0] & 0xFFFF | four[2] << 16);
+        to[stride] = f32::from_bits(four[1] & 0xFFFF | four[3] << 16);
+    }
+    (scale, total)
 }
 
 /// Words of one token and block: its codes, four in a word, its scale and its centre.

@@ -182,6 +182,8 @@ pub(crate) struct Group {
     pub(crate) columns: usize,
     /// First of its blocks of int8 inputs.
     block: usize,
+    /// The same of int16.
+    word_block: usize,
     /// Byte in the strip at which its scales begin.
     offset: usize,
 }
@@ -338,6 +340,11 @@ impl QuantizedMatrix {
     /// Blocks of int8 inputs.
     fn blocks(&self) -> usize {
         self.groups.last().map_or(0, |g| g.block + g.columns.div_ceil(input::BLOCK))
+    }
+
+    /// Blocks of int16 inputs.
+    fn word_blocks(&self) -> usize {
+        self.groups.last().map_or(0, |g| g.word_block + g.columns.div_ceil(input::WORD_BLOCK))
     }
 
     /// Whether a single row can be used as it is: no permutation, and no sums for offsets.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use half::f16;
 
-use super::input::BLOCK;
+use super::input::{BLOCK, WORD_BLOCK};
 use super::{
     BlockParts, BlockRows, GptqParts, Group, Header, Offsets, PAD, QuantizedMatrix, STRIP,
     WORD_BYTES, unit_columns, unit_words,
@@ -118,13 +118,15 @@ impl Plan {
         let [out_features, in_features] = shape;
         let (columns, words) = (unit_columns(bits), unit_words(bits));
         let mut order = Vec::with_capacity(in_features);
-        let (mut block, mut strip_bytes) = (0, 0);
+        let (mut block, mut word_block, mut strip_bytes) = (0, 0, 0);
         let mut groups = Vec::with_capacity(by_group.len());
         for group in by_group {
             let units = group.len().div_ceil(columns);
             let columns = units * columns;
-            groups.push(Group { first: order.len(), columns, block, offset: strip_bytes });
+            let (first, offset) = (order.len(), strip_bytes);
+            groups.push(Group { first, columns, block, word_block, offset });
             block += columns.div_ceil(BLOCK);
+            word_block += columns.div_ceil(WORD_BLOCK);
             order.extend_from_slice(group);
             order.resize(order.len() + columns - group.len(), PAD);
             strip_bytes += header.bytes() + units * words * WORD_BYTES;

@@ -369,7 +369,7 @@ impl<'a> Memory<'a> {
     /// Most floats of a stage that the stream of the float model needs, in bytes.
     fn native_floats(&self, layer: usize) -> u64 {
         let of = |linear: &LinearSpec| {
-            // And in bfloat16.
+            // And in 16 bits.
             (linear.in_features * linear.out_features) as u64
                 * (float_bytes(self.job.checkpoint, linear) + 2)
         };

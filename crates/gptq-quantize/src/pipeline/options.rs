@@ -109,7 +109,7 @@ pub struct QuantizeOptions {
     /// How much each calibration token counts.
     pub token_weights: TokenWeights,
     /// How linears that are quantized already take their inputs in the calibration's forward pass; unless
-    /// in f32, attention and Hessians are products of bfloat16 where the processor has these.
+    /// in f32, Hessians and products of floats are of 16 bits where the processor multiplies pairs of these.
     pub activations: Activations,
     /// How activations are kept between stages.
     pub activation_dtype: ActivationType,

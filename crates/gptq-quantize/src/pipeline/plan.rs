@@ -250,10 +250,11 @@ impl Time {
 
 /// What a run reaches of the f32 rate, as measured on a processor with AVX-512.
 fn efficiency(activations: Activations) -> f64 {
-    match activations {
-        Activations::Bf16 | Activations::Int8 if isa() != Isa::Avx512Bf16 => 0.75,
-        Activations::F32 => 0.75,
-        Activations::Bf16 => 1.35,
-        Activations::Int8 => 1.5,
+    match (activations, isa()) {
+        (Activations::Bf16, Isa::Avx512Bf16) => 1.35,
+        (Activations::Int8, Isa::Avx512Bf16) => 1.5,
+        (Activations::Bf16, Isa::Avx512Vnni | Isa::AvxVnni) => 0.95,
+        (Activations::Int8, Isa::Avx512Vnni | Isa::AvxVnni) => 1.05,
+        _ => 0.75,
     }
 }
