@@ -161,7 +161,7 @@ pub struct QuantReport {
     /// Wall time by kind of work.
     pub phases: Vec<PhaseTime>,
     /// The plan's operations per second of the run, as a share of its f32 rate: over 1 is possible
-    /// with activations in bfloat16 or int8. `null` for a run that was resumed or has no calibration.
+    /// with activations in 16 or 8 bits. `null` for a run that was resumed or has no calibration.
     #[serde(default)]
     pub f32_rate_fraction: Option<f64>,
     /// Most resident memory of the process, in bytes; `null` where the platform does not tell.
