@@ -32,8 +32,8 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Chooses how quantized layers take their input from now on. Dense layers are always
-    /// computed in f32.
+    /// Chooses how quantized layers take their input from now on. Dense layers are computed in f32
+    /// unless their weights are [rounding](crate::DenseMatrix::rounding).
     pub fn set_activations(&mut self, activations: Activations) {
         self.activations = activations;
     }

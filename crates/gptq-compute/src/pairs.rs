@@ -3,8 +3,10 @@
 
 use std::ops::Range;
 
-use crate::arch::{Isa, Kernel, LANES, Pairs, Simd, dispatch, dispatch_dot, dispatch_pairs, pairs};
-use crate::math::to_bf16;
+use crate::arch::{
+    Isa, Kernel, LANES, Pairs, Simd, dispatch, dispatch_pairs, dispatch_words, pairs,
+};
+use crate::math::{nearest, to_bf16};
 use crate::matrix::DenseMatrix;
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
@@ -33,12 +35,12 @@ const TINY: f32 = 1e-30;
 
 /// What numbers up to `largest` are multiplied with to become integers up to `limit`.
 #[inline(always)]
-fn inverse(largest: f32, limit: f32) -> f32 {
+pub(crate) fn inverse(largest: f32, limit: f32) -> f32 {
     if largest > TINY { limit / largest } else { 0.0 }
 }
 
-/// The integers nearest to `x`, the largest of them `limit`, in two's complement; returns their scale, which is no number
-/// where one in `x` is none, and their sum.
+/// The integers nearest to `x` over its scale, `limit` at most, in two's complement. Returns the scale, which is no number
+/// where one in `x` is none, and the sum of the integers.
 #[inline(always)]
 pub(crate) unsafe fn integers<S: Simd>(
     x: &[f32],
@@ -244,9 +246,7 @@ impl Kernel for PackRow<'_> {
 /// The integer nearest to `x`, in the low half.
 #[inline(always)]
 fn word(x: f32) -> u32 {
-    // The last bits of a number of this size count ones; in two's complement, as it lies in the middle of them.
-    const MIDDLE: f32 = (3 << 22) as f32;
-    (x + MIDDLE).to_bits() & 0xFFFF
+    nearest(x) as u32 & 0xFFFF
 }
 
 /// Pieces of a lower triangle with `rows` rows of them.
@@ -347,7 +347,7 @@ struct Piece<'a> {
 impl Piece<'_> {
     fn run(self, isa: Isa) {
         match pairs(isa) {
-            Some(Pairs::Int16) => dispatch_dot(isa, Sums::<true>(self)),
+            Some(Pairs::Int16) => dispatch_words(isa, Sums::<true>(self)),
             _ => dispatch_pairs(isa, Sums::<false>(self)),
         }
     }
@@ -361,7 +361,22 @@ impl<const INTEGERS: bool> Kernel for Sums<'_, INTEGERS> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Piece { rows, columns, pairs, out, n, size } = self.0;
+        // As many vectors of columns at a time as there are registers for.
+        if const { S::WIDE } {
+            self.0.sums::<S, INTEGERS, VECTORS>(0);
+        } else {
+            (0..VECTORS).for_each(|vector| self.0.sums::<S, INTEGERS, 1>(vector));
+        }
+    }
+}
+
+impl Piece<'_> {
+    /// Computes `V` vectors of columns, from `vector` on.
+    #[inline(always)]
+    unsafe fn sums<S: Simd, const INTEGERS: bool, const V: usize>(&self, vector: usize) {
+        let &Self { ref rows, ref columns, pairs, out, n, size } = self;
+        let left = vector * LANES;
+        let width = size.1.saturating_sub(left).min(V * LANES);
         let [row_stride, pair_stride] = rows.strides;
         for (block, start) in (0..pairs).step_by(BLOCK).enumerate() {
             for first in (0..size.0).step_by(ROWS) {
@@ -369,17 +384,17 @@ impl<const INTEGERS: bool> Kernel for Sums<'_, INTEGERS> {
                 let row = |i: usize| (first + i).min(size.0 - 1);
                 let row_starts: [usize; ROWS] = std::array::from_fn(|i| row(i) * row_stride);
                 // Integers take the places of the floats.
-                let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
+                let mut acc = [[S::splat(0.0); V]; ROWS];
                 for p in start..(start + BLOCK).min(pairs) {
-                    let column = columns.pairs.as_ptr().add(p * PANEL);
-                    let mut b = [S::splat_i32(0); VECTORS];
-                    for v in 0..VECTORS {
+                    let column = columns.pairs.as_ptr().add(p * PANEL + left);
+                    let mut b = [S::splat_i32(0); V];
+                    for v in 0..V {
                         b[v] = S::load_i32(column.add(v * LANES));
                     }
                     for i in 0..ROWS {
                         let a = rows.pairs.as_ptr().add(row_starts[i] + p * pair_stride);
                         let a = S::splat_i32(*a as i32);
-                        for v in 0..VECTORS {
+                        for v in 0..V {
                             acc[i][v] = if INTEGERS {
                                 S::from_bits(S::dot_words(S::bits(acc[i][v]), b[v], a))
                             } else {
@@ -390,29 +405,30 @@ impl<const INTEGERS: bool> Kernel for Sums<'_, INTEGERS> {
                 }
                 if INTEGERS {
                     let [of_row, of_block] = rows.scale_strides;
-                    let scales = columns.scales.as_ptr().add(block * columns.scale_strides[1]);
+                    let scales =
+                        columns.scales.as_ptr().add(block * columns.scale_strides[1] + left);
                     for i in 0..ROWS {
                         let scale = rows.scales.as_ptr().add(row(i) * of_row + block * of_block);
-                        for v in 0..VECTORS {
+                        for v in 0..V {
                             let sum = S::mul(S::to_f32(S::bits(acc[i][v])), S::splat(*scale));
                             acc[i][v] = S::mul(sum, S::load(scales.add(v * LANES)));
                         }
                     }
                 }
                 for (i, acc) in acc.into_iter().enumerate().take(size.0 - first) {
-                    let out = out.add((first + i) * n);
-                    if size.1 == PANEL {
+                    let out = out.wrapping_add((first + i) * n + left);
+                    if width == V * LANES {
                         for (v, acc) in acc.into_iter().enumerate() {
                             let out = out.add(v * LANES);
                             S::store(out, S::add(S::load(out), acc));
                         }
                         continue;
                     }
-                    let mut sums = [0.0f32; PANEL];
-                    for (v, acc) in acc.into_iter().enumerate() {
-                        S::store(sums.as_mut_ptr().add(v * LANES), acc);
+                    let mut sums = [[0.0f32; LANES]; V];
+                    for (to, acc) in sums.iter_mut().zip(acc) {
+                        S::store(to.as_mut_ptr(), acc);
                     }
-                    for (j, sum) in sums.into_iter().enumerate().take(size.1) {
+                    for (j, sum) in sums.as_flattened().iter().enumerate().take(width) {
                         *out.add(j) += sum;
                     }
                 }

@@ -211,13 +211,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
     #[inline(always)]
     unsafe fn dot_words(acc: I, w: I, x: I) -> I {
-        let dot = |acc, w, x| {
-            if VNNI {
-                return dot_words(acc, w, x);
-            }
-            _mm256_add_epi32(acc, _mm256_madd_epi16(w, x))
-        };
-        [dot(acc[0], w[0], x[0]), dot(acc[1], w[1], x[1])]
+        [dot_words(acc[0], w[0], x[0]), dot_words(acc[1], w[1], x[1])]
     }
     #[inline(always)]
     unsafe fn store_low_bytes(p: *mut i8, v: I) {

@@ -5,7 +5,7 @@ use std::arch::{asm, x86_64::*};
 
 use super::{Kernel, Simd};
 
-/// AVX-512 F, BW, DQ, VL with FMA and F16C; VNNI in kernels that multiply bytes.
+/// AVX-512 F, BW, DQ, VL with FMA and F16C; VNNI in kernels that multiply bytes or words.
 #[derive(Debug, Clone, Copy)]
 pub struct Avx512;
 

@@ -34,11 +34,11 @@ pub enum Isa {
     Scalar,
     /// AVX2, FMA and F16C.
     Avx2,
-    /// AVX2 with the byte products of AVX-VNNI.
+    /// AVX2 with the products of bytes and of words of AVX-VNNI.
     AvxVnni,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// AVX-512 with the byte products of VNNI.
+    /// AVX-512 with those of VNNI.
     Avx512Vnni,
     /// The same, with products of bfloat16.
     Avx512Bf16,
@@ -179,8 +179,8 @@ pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
 
 /// Runs `kernel` with a given instruction set (tests compare all of them).
 ///
-/// Kernels are compiled without the extensions for byte products, which only `dispatch_dot`
-/// needs.
+/// Kernels are compiled without the extensions for products of bytes, words and bfloat16, which have
+/// functions of their own.
 ///
 /// # Panics
 /// If the processor does not have it.
@@ -202,8 +202,8 @@ pub fn dispatch_on<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     }
 }
 
-/// Runs a kernel that multiplies bytes or pairs of integers ([`Simd::dot`], [`Simd::dot_words`]), with
-/// the extension for that where `isa` has it. AVX-512 without its extension runs the kernels of AVX2: such processors are not
+/// Runs a kernel that multiplies bytes ([`Simd::dot`]), with the extension for that where `isa`
+/// has it. AVX-512 without its extension runs the kernels of AVX2: such processors are not
 /// worth a third set of kernels.
 #[inline]
 pub(crate) fn dispatch_dot<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
@@ -257,6 +257,23 @@ pub(crate) fn dispatch_pairs<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         Isa::Avx512Bf16 => unsafe { avx512::enter_bf16(kernel) },
         // SAFETY: scalar code runs everywhere.
         _ => unsafe { kernel.run::<Scalar>() },
+    }
+}
+
+/// Runs a kernel that multiplies pairs of 16-bit integers.
+#[inline]
+pub(crate) fn dispatch_words<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    debug_assert!(isa.is_available());
+    match isa {
+        // SAFETY: `isa()` and the tests hand out available instruction sets only.
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => unsafe { avx2::enter_vnni(kernel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni => unsafe { avx512::enter_vnni(kernel) },
+        // SAFETY: scalar code runs everywhere.
+        Isa::Scalar => unsafe { kernel.run::<Scalar>() },
+        _ => unreachable!("pairs() has them on no other"),
     }
 }
 
@@ -362,7 +379,7 @@ pub trait Simd: Copy {
         Self::fma(high(w), high(x), Self::fma(low(w), low(x), acc))
     }
     /// acc + the products of both pairs of signed 16-bit integers in each lane. Kernels that use it are
-    /// run by `dispatch_dot` only.
+    /// run by `dispatch_words` only.
     #[inline(always)]
     unsafe fn dot_words(acc: Self::I, w: Self::I, x: Self::I) -> Self::I {
         let [mut acc, w, x] = [acc, w, x].map(|v| {
@@ -380,4 +397,44 @@ pub trait Simd: Copy {
     unsafe fn store_low_bytes(p: *mut i8, v: Self::I);
     unsafe fn store_i32(p: *mut u32, v: Self::I);
     unsafe fn prefetch(p: *const u8);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct DotWords([[u32; LANES]; 3]);
+
+    impl Kernel for DotWords {
+        type Output = [u32; LANES];
+
+        #[inline(always)]
+        unsafe fn run<S: Simd>(self) -> [u32; LANES] {
+            let [acc, w, x] = self.0.map(|v| S::load_i32(v.as_ptr()));
+            let mut sum = [0; LANES];
+            S::store_i32(sum.as_mut_ptr(), S::dot_words(acc, w, x));
+            sum
+        }
+    }
+
+    #[test]
+    fn products_of_words_are_exact() {
+        let lanes = |f: &dyn Fn(i32) -> i32| std::array::from_fn(|i| f(i as i32) as u32);
+        let word = |x: i32| x & 0xFFFF;
+        // Of either sign in either half, and the largest there are.
+        let w = lanes(&|i| word(32767 - 4369 * i) | (255 - 17 * i) << 16);
+        let x = lanes(&|i| word(7 * i - 32767) | (32767 - i) << 16);
+        let acc = lanes(&|i| 1000 * i - 536_000_000);
+        let half = |x: u32, shift: u32| i64::from((x >> shift) as i16);
+        for isa in [Isa::Scalar, Isa::AvxVnni, Isa::Avx512Vnni] {
+            if !isa.is_available() {
+                continue;
+            }
+            let sums = dispatch_words(isa, DotWords([acc, w, x]));
+            for i in 0..LANES {
+                let products = half(w[i], 0) * half(x[i], 0) + half(w[i], 16) * half(x[i], 16);
+                assert_eq!(i64::from(sums[i] as i32), i64::from(acc[i] as i32) + products);
+            }
+        }
+    }
 }

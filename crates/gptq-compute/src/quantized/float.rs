@@ -11,7 +11,7 @@
 use super::input::{Packing, WORD_BLOCK as BLOCK, token_floats};
 use super::tile::{Out, Sums};
 use super::{Offsets, QuantizedMatrix, STRIP, VECTORS, WORD_BYTES, unit_columns, unit_words};
-use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_dot, dispatch_on, dispatch_pairs};
+use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_on, dispatch_pairs, dispatch_words};
 
 /// How far ahead of the codes to prefetch, in bytes: covers the latency of memory at the bandwidth
 /// of one core.
@@ -56,7 +56,7 @@ impl FloatTile<'_> {
                             dispatch_pairs(isa, Strip::<$bits, $mt, PAIRS>(self));
                         }
                         ($mt, Packing::Words) => {
-                            dispatch_dot(isa, Strip::<$bits, $mt, WORDS>(self));
+                            dispatch_words(isa, Strip::<$bits, $mt, WORDS>(self));
                         }
                     )*
                     _ => unreachable!("heights() lists every tile"),
@@ -127,7 +127,8 @@ unsafe fn strip<S: Simd, const BITS: u32, const MT: usize, const P: usize, const
         if MT <= 4 {
             prefetch_header::<S>(header, header_bytes);
         }
-        let step = if KIND == WORDS { BLOCK } else { group.columns };
+        // A group may have no inputs.
+        let step = if KIND == WORDS { BLOCK } else { group.columns.max(1) };
         for start in (0..group.columns).step_by(step) {
             let block = if KIND == WORDS { group.word_block + start / BLOCK } else { g };
             let x = tile.x.as_ptr().add((group.first + start) / wide * MT);

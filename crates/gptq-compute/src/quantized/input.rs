@@ -7,7 +7,7 @@ use super::tile::{Rows, Tiling};
 use super::{Layout, PAD, QuantizedMatrix};
 use crate::arch::{Isa, Kernel, LANES, Simd, dispatch_on};
 use crate::math;
-use crate::pairs::integers;
+use crate::pairs::{integers, inverse};
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
 
@@ -22,7 +22,7 @@ pub enum Activations {
     #[default]
     F32,
     /// Rounded to 16 bits, twice as fast as f32 where the processor multiplies pairs of these: to
-    /// bfloat16, or to integers with one scale per token and up to 128 inputs, which are nearer.
+    /// bfloat16, or to integers with one scale per token and up to 128 inputs.
     Bf16,
     /// Rounded to int8 with one scale per token and block of 32 inputs: faster, at the cost of some
     /// tenths of a percent in perplexity.
@@ -66,14 +66,15 @@ pub(crate) enum Packing {
     Words,
 }
 
-/// Inputs of a group that share a scale as 16-bit integers, at most: their sum of products with codes of 8 bits stays
-/// below 2³¹.
-pub(super) const WORD_BLOCK: usize = PIECE;
+/// Inputs of a group that share a scale as 16-bit integers, at most.
+pub(super) const WORD_BLOCK: usize = 128;
 /// Largest magnitude of such an integer.
 const LARGEST: f32 = 32767.0;
+/// Sums of their products with codes of 8 bits start from one with half of the largest code.
+const _: () = assert!(WORD_BLOCK as u64 * LARGEST as u64 * (255 + 128) < 1 << 31);
 
 /// How many sums of inputs a token has: of groups, or of the blocks that have scales.
-pub(super) fn blocks(m: &QuantizedMatrix, packing: Packing) -> usize {
+fn blocks(m: &QuantizedMatrix, packing: Packing) -> usize {
     match packing {
         Packing::Words => m.word_blocks(),
         _ => m.groups.len(),
@@ -122,7 +123,7 @@ pub(crate) fn pack_floats(
 }
 
 /// Inputs of [`Pack`] that are rounded at a time, then turned.
-const PIECE: usize = 128;
+const PIECE: usize = WORD_BLOCK;
 /// Tokens of the tallest tile of [`Tiling::float`].
 const TALLEST: usize = 12;
 
@@ -164,7 +165,7 @@ impl Kernel for Pack<'_> {
                         }
                     }
                     if let Packing::Rounded | Packing::Pairs = packing {
-                        for v in piece.iter_mut() {
+                        for v in &mut piece[..n] {
                             *v = math::to_bf16(*v);
                         }
                     }
@@ -362,9 +363,6 @@ impl Kernel for Quantize<'_> {
     }
 }
 
-/// Scales below this are taken for zero: their inverse would overflow.
-const TINY: f32 = 1e-30;
-
 /// Quantizes one block; returns the scale and the sum of the codes.
 #[inline(always)]
 unsafe fn quantize<S: Simd>(x: *const f32, to: *mut i8) -> (f32, f32) {
@@ -373,7 +371,7 @@ unsafe fn quantize<S: Simd>(x: *const f32, to: *mut i8) -> (f32, f32) {
         largest = S::max(largest, S::abs(S::load(x.add(i * LANES))));
     }
     let largest = S::max_lane(largest);
-    let inverse = if largest > TINY { 127.0 / largest } else { 0.0 };
+    let inverse = inverse(largest, 127.0);
     let mut sum = S::splat(0.0);
     for i in 0..BLOCK / LANES {
         let v = S::round(S::mul(S::load(x.add(i * LANES)), S::splat(inverse)));
