@@ -48,11 +48,11 @@ impl Store {
         }
         files.sort_unstable();
         for file in files {
-            write_identity(&mut model, file)?;
+            write_stamp(&mut model, file)?;
         }
         let mut evaluation = format!("{settings:?}");
         for text in texts {
-            write_identity(&mut evaluation, text)?;
+            write_content(&mut evaluation, text)?;
         }
         Ok(Self { directory: directory.to_owned(), model, evaluation })
     }
@@ -83,15 +83,15 @@ impl Store {
                 _ => continue,
             };
             for file in files.into_iter().filter(|file| *file != "self") {
-                write_identity(&mut text, Path::new(file))?;
+                write_content(&mut text, Path::new(file))?;
             }
         }
-        Ok(hash(&text))
+        Ok(hash(text.as_bytes()))
     }
 
     /// The same for what is measured on a checkpoint; of no checkpoint: on the original.
     pub(super) fn result_id(&self, checkpoint_id: &str) -> String {
-        hash(&format!("{}\n{}\n{checkpoint_id}", self.model, self.evaluation))
+        hash(format!("{}\n{}\n{checkpoint_id}", self.model, self.evaluation).as_bytes())
     }
 
     /// The checkpoint of a row while it is there.
@@ -132,8 +132,8 @@ impl Store {
     }
 }
 
-/// Name, size and time of a file.
-fn write_identity(text: &mut String, file: &Path) -> anyhow::Result<()> {
+/// Name, size and time of a file of a model, which would take long to read.
+fn write_stamp(text: &mut String, file: &Path) -> anyhow::Result<()> {
     let meta =
         std::fs::metadata(file).with_context(|| format!("cannot read {}", file.display()))?;
     let time = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
@@ -143,9 +143,18 @@ fn write_identity(text: &mut String, file: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// 64-bit FNV-1a.
-fn hash(text: &str) -> String {
-    let value = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+/// Name and content of a text or a table, which may be copied between two calls.
+fn write_content(text: &mut String, file: &Path) -> anyhow::Result<()> {
+    let content =
+        std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    // Writing to a string cannot fail.
+    let _ = write!(text, "\n{} {} {}", file.display(), content.len(), hash(&content));
+    Ok(())
+}
+
+/// 64-bit FNV-1a, in 16 hexadecimal digits.
+fn hash(bytes: &[u8]) -> String {
+    let value = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
     format!("{value:016x}")
@@ -157,7 +166,7 @@ mod tests {
 
     #[test]
     fn the_hash_is_the_published_one() {
-        assert_eq!(hash(""), "cbf29ce484222325");
-        assert_eq!(hash("a"), "af63dc4c8601ec8c");
+        assert_eq!(hash(b""), "cbf29ce484222325");
+        assert_eq!(hash(b"a"), "af63dc4c8601ec8c");
     }
 }
