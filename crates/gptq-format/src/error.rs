@@ -22,6 +22,19 @@ pub enum FormatError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A disk is too small for what is to be written.
+    #[error(
+        "`{}` needs {} MiB, but {} MiB are free on its disk; make room, or write to another disk",
+        path.display(), needed.div_ceil(1 << 20), available >> 20
+    )]
+    NoSpace {
+        /// The directory.
+        path: PathBuf,
+        /// What is still to be written, in bytes.
+        needed: u64,
+        /// What is free for this user, in bytes.
+        available: u64,
+    },
     /// A JSON file is not JSON.
     #[error("`{}` is not valid JSON: {source}", path.display())]
     Json {

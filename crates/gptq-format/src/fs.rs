@@ -78,6 +78,21 @@ pub fn sync_directory(directory: &Path) -> Result<()> {
     File::open(directory).and_then(|d| d.sync_all()).map_err(FormatError::io("sync", directory))
 }
 
+/// Refuses to begin what the disk of `directory` has no room for. Where the file system does not tell what is free, all
+/// fits.
+///
+/// # Errors
+/// If less than `bytes` are free there.
+pub fn require_space(directory: &Path, bytes: u64) -> Result<()> {
+    // Some network and user-space file systems have no blocks to count.
+    let known = rustix::fs::statvfs(directory).ok().filter(|disk| disk.f_blocks > 0);
+    let available = known.map_or(u64::MAX, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
+    if bytes > available {
+        return Err(FormatError::NoSpace { path: directory.to_owned(), needed: bytes, available });
+    }
+    Ok(())
+}
+
 /// A directory being written: a hidden sibling `.NAME.partial` of the final directory, locked against a second run, that
 /// takes the final name on [`OutputDir::commit`]. Dropped without commit it is removed, unless [`OutputDir::keep`] was
 /// called.
@@ -320,6 +335,16 @@ mod tests {
         fs::write(&path, [0; 11]).unwrap();
         assert!(matches!(read_limited(&path, 10), Err(FormatError::TooLarge { bytes: 11, .. })));
         assert_eq!(read_limited(&path, 11).unwrap().len(), 11);
+    }
+
+    #[test]
+    fn what_no_disk_holds_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        require_space(dir.path(), 0).unwrap();
+        let message = require_space(dir.path(), u64::MAX - 1).unwrap_err().to_string();
+        assert!(message.contains("are free on its disk"), "{message}");
+        // What is wrong with it is told by those who write there.
+        require_space(&dir.path().join("missing"), u64::MAX - 1).unwrap();
     }
 
     #[test]

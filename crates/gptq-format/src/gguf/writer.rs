@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::{GgmlType, GgufArray, GgufValue};
 use crate::error::{FormatError, Result};
-use crate::fs::{parent, sibling, sync_directory};
+use crate::fs::{parent, require_space, sibling, sync_directory};
 
 /// Alignment of every tensor in bytes, the format's default.
 const ALIGNMENT: u64 = 32;
@@ -48,7 +48,7 @@ impl GgufWriter {
     ///
     /// # Errors
     /// If `target` exists and `overwrite` is false, another run writes to it, a name occurs twice, a type or shape cannot
-    /// be stored, or the file cannot be written.
+    /// be stored, the disk has no room for the file, or it cannot be written.
     pub fn create(
         target: &Path,
         overwrite: bool,
@@ -113,10 +113,12 @@ impl GgufWriter {
         let writer =
             Self { file, partial, target: target.to_owned(), finished: false, tensors: slots };
         // What an interrupted run left behind goes first.
+        writer.file.set_len(0).map_err(FormatError::io("write", &writer.partial))?;
+        let bytes = header.len() as u64 + offset;
+        require_space(parent(target), bytes)?;
         writer
             .file
-            .set_len(0)
-            .and_then(|()| writer.file.set_len(header.len() as u64 + offset))
+            .set_len(bytes)
             .and_then(|()| writer.file.write_all_at(&header, 0))
             .map_err(FormatError::io("write", &writer.partial))?;
         Ok(writer)

@@ -7,7 +7,7 @@ mod tests;
 pub use plan::{ShardPlan, TensorSpec};
 
 use crate::error::{FormatError, Result};
-use crate::fs::{sync_directory, write_atomic};
+use crate::fs::{require_space, sync_directory, write_atomic};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -32,8 +32,9 @@ impl ShardWriter {
     /// opened as a checkpoint from then on, though tensors not yet written read as zeros.
     ///
     /// # Errors
-    /// If a file cannot be created, given its size, or written.
+    /// If the disk has no room for them, or a file cannot be created, given its size, or written.
     pub fn create(directory: &Path, plan: ShardPlan) -> Result<Self> {
+        require_space(directory, plan.files().map(|(_, bytes)| bytes).sum())?;
         let mut files = Vec::with_capacity(plan.shards.len());
         for shard in &plan.shards {
             let path = directory.join(&shard.name);
@@ -160,6 +161,11 @@ impl ShardWriter {
         let (shard, position) = self.place(name)?;
         self.progress[shard][position] = 0;
         Ok(())
+    }
+
+    /// Bytes of the tensors that are still to be written.
+    pub fn bytes_left(&self) -> u64 {
+        self.plan.total_bytes() - self.progress.iter().flatten().sum::<u64>()
     }
 
     /// Makes everything written so far durable.

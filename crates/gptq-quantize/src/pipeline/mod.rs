@@ -137,7 +137,7 @@ pub fn quantize_as_planned(
     let layout = &layout;
     let mut run =
         Run { job, spec: &spec, layout, output, phases, progress, records, tuning, folded };
-    if let Err(error) = run.units(plan.spill) {
+    if let Err(error) = run.units(plan) {
         // Another try can succeed: what is finished is worth keeping.
         let done = run.output.blocks_done();
         if done == 0 || !may_pass(&error) {
@@ -208,19 +208,21 @@ fn kept(error: QuantizeError, done: usize, total: usize) -> QuantizeError {
 fn may_pass(error: &QuantizeError) -> bool {
     matches!(
         error,
-        QuantizeError::Interrupted { .. } | QuantizeError::Format(FormatError::Io { .. })
+        QuantizeError::Interrupted { .. }
+            | QuantizeError::Format(FormatError::Io { .. } | FormatError::NoSpace { .. })
     )
 }
 
 impl Run<'_> {
     /// Quantizes all blocks that are not finished yet, and the head if it is to be.
-    fn units(&mut self, spill: bool) -> Result<()> {
+    fn units(&mut self, plan: &Plan) -> Result<()> {
         let blocks = self.spec.layer_count();
         let total = self.layout.units(self.spec);
         let done = self.output.blocks_done();
         if done == total {
             return Ok(());
         }
+        self.output.require_space(plan.summary.scratch_bytes)?;
         self.check_head()?;
         let mut ctx = Ctx::new(Arc::clone(self.job.pool));
         ctx.scratch.set_activations(self.job.options.activations);
@@ -228,7 +230,7 @@ impl Run<'_> {
             Some(set) if self.job.options.method.needs_calibration() => {
                 self.progress.phase("inputs");
                 let model = self.output.checkpoint();
-                let directory = spill.then(|| self.output.directory());
+                let directory = plan.spill.then(|| self.output.directory());
                 Some(self.phases.time("inputs", || {
                     let (source, options) = (self.job.checkpoint, self.job.options);
                     let kept = (options.token_weights, options.activation_dtype);

@@ -97,6 +97,11 @@ impl Output {
         self.directory.keep();
     }
 
+    /// Refuses to go on where the disk has no room for the tensors that are left and `more` bytes beside them.
+    pub(crate) fn require_space(&self, more: u64) -> Result<()> {
+        Ok(gptq_format::fs::require_space(self.directory(), self.writer.bytes_left() + more)?)
+    }
+
     /// The unfinished directory.
     pub(crate) fn directory(&self) -> &Path {
         self.directory.path()

@@ -145,8 +145,7 @@ fn write_stamp(text: &mut String, file: &Path) -> anyhow::Result<()> {
 
 /// Name and content of a text or a table, which may be copied between two calls.
 fn write_content(text: &mut String, file: &Path) -> anyhow::Result<()> {
-    let content =
-        std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let content = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
     // Writing to a string cannot fail.
     let _ = write!(text, "\n{} {} {}", file.display(), content.len(), hash(&content));
     Ok(())
