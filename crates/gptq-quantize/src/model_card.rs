@@ -146,18 +146,20 @@ fn number(value: impl std::borrow::Borrow<f64>) -> String {
 }
 
 /// The keys of quantize_config.json and of its `meta` that the table shows, in its order.
-const SETTINGS: [&str; 17] = [
+const SETTINGS: [&str; 19] = [
     "bits",
     "group_size",
     "sym",
     "desc_act",
     "act_group_aware",
+    "static_groups",
     "true_sequential",
     "damp_percent",
     "damp_percent_auto",
     "order",
     "scale_search",
     "signed_scales",
+    "awq_scales",
     "refine",
     "tune_blocks",
     "token_weights",

@@ -82,8 +82,9 @@ pub(crate) struct Args {
     /// Find all scales before the first column is quantized.
     #[arg(long)]
     static_groups: bool,
-    /// Share of the Hessian's mean diagonal that is added to its diagonal; auto: every eighth
-    /// calibration window is held out, and for each stage chooses the one that errs least on it.
+    /// Share of the Hessian's mean diagonal that is added to its diagonal. auto: every eighth calibration
+    /// window is held out; each stage takes the damping that errs least on it, and the share of the
+    /// Hessian's off-diagonal elements that is left out.
     #[arg(long, default_value = "0.05", value_parser = parse_damping, value_name = "P|auto")]
     damp_percent: Damping,
     /// Added to the damping while the factorization fails.
@@ -174,7 +175,8 @@ pub(crate) struct Args {
     /// Zero-point convention: gptq (v1) opens everywhere, `gptq_v2` is exact for every zero point.
     #[arg(long, value_enum, default_value_t = FormatArg::Gptq)]
     format: FormatArg,
-    /// JSON file of per-module overrides: regex to bits, group_size, sym, desc_act; `-:regex` skips.
+    /// JSON file of overrides, regex of module names to settings: bits, group_size, sym, desc_act,
+    /// act_group_aware, static_groups, damp_percent, mse; `-:regex` leaves modules as floats.
     #[arg(long, value_name = "FILE")]
     dynamic: Option<PathBuf>,
     /// Largest weight file.
@@ -297,6 +299,9 @@ impl Args {
         let defaults = QuantizeOptions::for_method(method);
         let order = self.order();
         let correction = self.correction(&defaults);
+        if self.correction_strength.is_some() && correction == Correction::None {
+            bail!("--correction-strength goes with --correction qep, gptaq or qronos");
+        }
         Ok(QuantizeOptions {
             method,
             bits: self.bits,
@@ -331,10 +336,7 @@ impl Args {
                 ActivationTypeArg::F16 => ActivationType::F16,
             },
             correction,
-            // Only a correction has one.
-            correction_strength: self
-                .correction_strength
-                .filter(|_| correction != Correction::None),
+            correction_strength: self.correction_strength,
             awq_scales: self.awq_scales,
             format: match self.format {
                 FormatArg::Gptq => CheckpointFormat::Gptq,

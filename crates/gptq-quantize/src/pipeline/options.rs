@@ -218,6 +218,9 @@ impl QuantizeOptions {
         if self.refine > MOST_ROUNDS {
             return error("refine", "at most 100 rounds; three give most of the gain");
         }
+        if self.refine > 0 && !self.method.needs_calibration() {
+            return error("refine", "needs calibration data, which rtn has none of");
+        }
         if self.tune_blocks > MOST_ROUNDS {
             return error("tune_blocks", "at most 100 passes; three give most of the gain");
         }

@@ -2,7 +2,7 @@
 
 #![allow(clippy::needless_range_loop)] // Indices as in the formulas.
 
-use gptq_compute::sweep::ScaleSearch;
+use gptq_compute::sweep::{BLOCK, ScaleSearch};
 use gptq_compute::{Cross, Gram, Tensor};
 use gptq_testkit::Rng;
 
@@ -20,9 +20,12 @@ struct Case {
     float: Tensor,
     hessian: Hessian,
     factor: Factor,
+    grid: Grid,
+    /// Scales are found before the sweep.
+    static_groups: bool,
 }
 
-fn case(outputs: usize, n: usize, order: OrderOptions) -> Case {
+fn case(outputs: usize, n: usize, (order, grid): (OrderOptions, Grid)) -> Case {
     let (mut r, tokens) = (Rng::new(5), 3 * n);
     let weights = (0..outputs * n).map(|_| r.normal()).collect();
     let noise: Vec<f32> = (0..=tokens * n).map(|_| r.normal()).collect();
@@ -36,30 +39,29 @@ fn case(outputs: usize, n: usize, order: OrderOptions) -> Case {
     gram.accumulate(&Pool::new(1), &quantized);
     let hessian = Hessian::new(gram);
     let factor = hessian.factor(order, Damping { percent: DAMP, auto_increment: 0.01 });
-    Case { n, weights, quantized, float, hessian, factor }
+    let static_groups = order.static_groups;
+    Case { n, weights, quantized, float, hessian, factor, grid, static_groups }
 }
 
 const ORDERS: [(bool, bool, bool); 4] =
     [(false, false, false), (false, true, false), (true, false, true), (true, false, false)];
 
-fn orders() -> impl Iterator<Item = OrderOptions> {
-    ORDERS.into_iter().map(|(desc_act, act_group_aware, static_groups)| OrderOptions {
-        group_size: 16,
-        desc_act,
-        act_group_aware,
-        static_groups,
-    })
-}
-
-fn grid(bits: u32) -> Grid {
-    Grid {
-        bits,
+/// Every order with a grid of searched scales and with one of ranges.
+fn settings() -> impl Iterator<Item = (OrderOptions, Grid)> {
+    let orders = ORDERS.into_iter().map(|(desc_act, act_group_aware, static_groups)| {
+        OrderOptions { group_size: 16, desc_act, act_group_aware, static_groups }
+    });
+    let searched = Grid {
+        bits: 3,
         sym: true,
         search: ScaleSearch::Hessian,
         signed: true,
         min_zero: 1,
         f16_scales: true,
-    }
+    };
+    let ranges =
+        Grid { bits: 2, sym: false, search: ScaleSearch::MinMax, signed: false, ..searched };
+    orders.flat_map(move |order| [(order, searched), (order, ranges)])
 }
 
 impl Case {
@@ -77,7 +79,9 @@ impl Case {
         let (shift, pool) = (self.shift(correction, strength), Pool::new(threads));
         let passed_on = shift.passed_on(&pool, &self.factor);
         let corrected = Corrected { shift: &shift, passed_on: passed_on.as_deref() };
-        let (solution, targets) = corrected.gptq(&pool, &self.weights, &self.factor, grid(3));
+        let (solution, targets) = corrected.gptq(&pool, &self.weights, &self.factor, self.grid);
+        let aim = corrected.weights(&pool, &self.weights, &self.factor);
+        assert_eq!(aim, targets, "what other solvers are given");
         (solution, targets.into_owned())
     }
 
@@ -140,8 +144,8 @@ fn times(row: &[f64], matrix: &[f64]) -> Vec<f64> {
 
 #[test]
 fn qep_aims_at_the_best_float_weights() {
-    for order in orders() {
-        let case = case(9, 48, order);
+    for settings in settings() {
+        let case = case(9, 48, settings);
         let (h, d) = case.moments();
         for strength in [0.5, 1.0] {
             let (solution, targets) = case.solve(Correction::Qep, strength, 2);
@@ -153,7 +157,7 @@ fn qep_aims_at_the_best_float_weights() {
                 }
             }
             // The solver gets these weights and nothing else.
-            let plain = gptq(&Pool::new(1), &targets, &case.factor, grid(3));
+            let plain = gptq(&Pool::new(1), &targets, &case.factor, case.grid);
             assert_eq!((solution.codes, solution.scales), (plain.codes, plain.scales));
         }
     }
@@ -174,27 +178,49 @@ fn nearest(case: &Case, s: &Solution, row: usize, position: usize, w: f64) -> f6
     let k = case.factor.columns.order[position] as usize;
     let at = s.g_idx[k] as usize * s.outputs() + row;
     let (scale, zero) = (f64::from(s.scales[at]), f64::from(s.zeros[at]));
-    scale * (((w / scale).round_ties_even() + zero).clamp(0.0, 7.0) - zero)
+    let largest = f64::from(2u32.pow(case.grid.bits) - 1);
+    scale * (((w / scale).round_ties_even() + zero).clamp(0.0, largest) - zero)
 }
 
-/// Codes of all rows that differ from what `next` says each column should be rounded from, given the
-/// columns before it as they came out.
-fn differing(case: &Case, s: &Solution, next: impl Fn(usize, &[f64]) -> Vec<f64>) -> usize {
-    (0..s.outputs())
-        .map(|row| {
-            let q = values(case, s, row);
-            let from = next(row, &q);
-            (0..case.n).filter(|&c| (nearest(case, s, row, c, from[c]) - q[c]).abs() > 1e-9).count()
-        })
-        .sum()
+/// Codes of all rows that differ from what `weights` says each column should be rounded from, given the columns before it
+/// as they came out; its last argument is how many have been rounded. Scales of ranges are those of the weights when
+/// the block of columns that their group begins in is next, as in the published loop, or none is yet.
+fn differing(
+    case: &Case,
+    s: &Solution,
+    weights: impl Fn(usize, &[f64], usize) -> Vec<f64>,
+) -> usize {
+    let group_of = |position: usize| s.g_idx[case.factor.columns.order[position] as usize] as usize;
+    let mut differing = 0;
+    for row in 0..s.outputs() {
+        let q = values(case, s, row);
+        let from = weights(row, &q, case.n);
+        differing += (0..case.n)
+            .filter(|&c| (nearest(case, s, row, c, from[c]) - q[c]).abs() > 1e-9)
+            .count();
+        let groups =
+            if case.grid.search == ScaleSearch::MinMax { s.scales.len() / s.outputs() } else { 0 };
+        for group in 0..groups {
+            let mut members = (0..case.n).filter(|&c| group_of(c) == group).peekable();
+            let first = *members.peek().unwrap();
+            let w = weights(row, &q, if case.static_groups { 0 } else { first - first % BLOCK });
+            let (low, high) =
+                members.fold((0.0f64, 0.0f64), |(l, h), c| (l.min(w[c]), h.max(w[c])));
+            let expected = (high - low) / f64::from(2u32.pow(case.grid.bits) - 1);
+            let scale = f64::from(s.scales[group * s.outputs() + row]);
+            // Scales are rounded to f16.
+            assert!((scale / expected - 1.0).abs() < 1e-3, "{group} {row}: {scale} {expected}");
+        }
+    }
+    differing
 }
 
 /// Each column is rounded from the weights that the definition gives after all steps before it:
 /// w_j -= e_c U_cj and w_j += w_c [D_c,c+1.. (H_c+1..)⁻¹]_j.
 #[test]
 fn gptaq_passes_the_share_of_each_column_on() {
-    for order in orders() {
-        let case = case(9, 200, order);
+    for settings in settings() {
+        let case = case(9, 200, settings);
         let n = case.n;
         let (h, d) = case.moments();
         let strength = 0.7;
@@ -204,9 +230,9 @@ fn gptaq_passes_the_share_of_each_column_on() {
         let moved: Vec<Vec<f64>> =
             (0..n).map(|c| solve(&h, n, c + 1, &h[c * n + c + 1..(c + 1) * n])).collect();
         let (s, _) = case.solve(Correction::Gptaq, strength, 2);
-        let wrong = differing(&case, &s, |row, q| {
+        let wrong = differing(&case, &s, |row, q, rounded| {
             let mut w = case.row(&case.weights, row);
-            for c in 0..n {
+            for c in 0..rounded {
                 for j in c + 1..n {
                     w[j] += (w[c] - q[c]) * moved[c][j - c - 1]
                         + strength * w[c] * passed[c][j - c - 1];
@@ -216,7 +242,7 @@ fn gptaq_passes_the_share_of_each_column_on() {
         });
         // Sums in f32 may fall on the other side of a tie.
         assert!(wrong <= 2, "{wrong} of {} codes", 9 * n);
-        let plain = gptq(&Pool::new(1), &case.weights, &case.factor, grid(3));
+        let plain = gptq(&Pool::new(1), &case.weights, &case.factor, case.grid);
         let changed = plain.codes.iter().zip(&s.codes).filter(|(a, b)| a != b).count();
         assert!(changed > 9 * n / 20, "{changed} codes changed");
         let (same, _) = case.solve(Correction::Gptaq, strength, 1);
@@ -225,25 +251,29 @@ fn gptaq_passes_the_share_of_each_column_on() {
 }
 
 /// The first column by the correlation of what is left with it, the others reset to their optimum,
-/// w_j = [w (H + D)_2.. - q_1 H_1,2..] (H_2..)⁻¹, then error diffusion.
+/// w_j = [w (H + αD)_2.. - q_1 H_1,2..] (H_2..)⁻¹, then error diffusion. Before the first column is rounded all are at
+/// their optimum, w (H + αD) H⁻¹.
 #[test]
 fn qronos_follows_its_definition() {
-    for order in orders() {
-        let case = case(9, 60, order);
+    for (settings, strength) in settings().flat_map(|s| [(s, 1.0), (s, 0.6)]) {
+        let case = case(9, 60, settings);
         let n = case.n;
         let (h, d) = case.moments();
-        let (s, _) = case.solve(Correction::Qronos, 1.0, 2);
+        let (s, _) = case.solve(Correction::Qronos, strength, 2);
         let moved: Vec<Vec<f64>> =
             (0..n).map(|c| solve(&h, n, c + 1, &h[c * n + c + 1..(c + 1) * n])).collect();
-        let wrong = differing(&case, &s, |row, q| {
+        let sum: Vec<f64> = h.iter().zip(&d).map(|(h, d)| h + strength * d).collect();
+        let wrong = differing(&case, &s, |row, q, rounded| {
             let v = case.row(&case.weights, row);
-            let sum: Vec<f64> = h.iter().zip(&d).map(|(h, d)| h + d).collect();
             let g = times(&v, &sum);
+            if rounded == 0 {
+                return solve(&h, n, 0, &g);
+            }
             let rest: f64 = (1..n).map(|j| v[j] * h[j]).sum();
             let mut w = vec![(g[0] - rest) / h[0]];
             let right: Vec<f64> = (1..n).map(|j| g[j] - q[0] * h[j]).collect();
             w.extend(solve(&h, n, 1, &right));
-            for c in 1..n {
+            for c in 1..rounded {
                 for j in c + 1..n {
                     w[j] += (w[c] - q[c]) * moved[c][j - c - 1];
                 }
@@ -251,7 +281,7 @@ fn qronos_follows_its_definition() {
             w
         });
         assert!(wrong <= 2, "{wrong} of {} codes", 9 * n);
-        let (same, _) = case.solve(Correction::Qronos, 1.0, 1);
+        let (same, _) = case.solve(Correction::Qronos, strength, 1);
         assert_eq!(s.codes, same.codes);
     }
 }
@@ -259,8 +289,7 @@ fn qronos_follows_its_definition() {
 /// On the inputs that the correction knows, each brings W X nearer than a sweep that knows H alone.
 #[test]
 fn corrections_come_nearer_to_the_float_output() {
-    let order = orders().next().unwrap();
-    let case = case(32, 96, order);
+    let case = case(32, 96, settings().next().unwrap());
     let error = |s: &Solution| -> f64 {
         let q = s.dequantize();
         let dot =
@@ -272,7 +301,7 @@ fn corrections_come_nearer_to_the_float_output() {
         };
         case.weights.chunks(case.n).zip(q.chunks(case.n)).map(of_row).sum()
     };
-    let plain = error(&gptq(&Pool::new(2), &case.weights, &case.factor, grid(3)));
+    let plain = error(&gptq(&Pool::new(2), &case.weights, &case.factor, case.grid));
     for correction in [Correction::Qep, Correction::Gptaq, Correction::Qronos] {
         let corrected = error(&case.solve(correction, 1.0, 2).0);
         assert!(corrected < 0.9 * plain, "{correction:?}: {corrected} {plain}");
@@ -282,12 +311,12 @@ fn corrections_come_nearer_to_the_float_output() {
 /// Without a solvable H there is nothing to correct with, and a dead input stays at zero.
 #[test]
 fn nothing_is_corrected_without_a_hessian() {
-    let mut case = case(4, 32, orders().next().unwrap());
+    let mut case = case(4, 32, settings().next().unwrap());
     case.factor.diagonal = None;
     for correction in [Correction::Qep, Correction::Gptaq, Correction::Qronos] {
         let (solution, targets) = case.solve(correction, 1.0, 1);
         assert_eq!(targets, case.weights);
-        let plain = gptq(&Pool::new(1), &case.weights, &case.factor, grid(3));
+        let plain = gptq(&Pool::new(1), &case.weights, &case.factor, case.grid);
         assert_eq!(solution.codes, plain.codes);
     }
     assert_eq!(case.hessian.width(), 32);

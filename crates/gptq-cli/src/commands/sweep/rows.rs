@@ -213,13 +213,15 @@ fn drop_unused(settings: &mut Settings) {
     settings.retain(|(option, _)| !is_unused(&all, option));
 }
 
-/// Whether a row has no use for an option: its method, or asymmetric grids for the sign of scales.
+/// Whether a row has no use for an option: its method, asymmetric grids for the sign of scales, or no correction for its
+/// strength.
 fn is_unused(settings: &[(String, String)], option: &str) -> bool {
     let is = |option: &str, value: &str| settings.iter().any(|(o, v)| o == option && v == value);
     let of_sweep = OF_COLUMNS.contains(&option);
     is("method", "rtn") && (of_sweep || OF_DATA.contains(&option))
         || is("method", "awq") && (of_sweep || OF_SCALES.contains(&option))
         || is("sym", "false") && option == "signed-scales"
+        || is("correction", "none") && option == "correction-strength"
 }
 
 /// The options that are not the same in all rows.
