@@ -51,15 +51,13 @@ impl Journal {
         let journal: Self = serde_json::from_value(value)
             .map_err(|error| FormatError::io("understand", &path)(error.into()))?;
         let now = fingerprint(job)?;
-        for (field, value) in &now {
-            let then = journal.fingerprint.get(field).unwrap_or(&Value::Null);
-            if then != value {
-                return Err(QuantizeError::ResumeDiffers {
-                    path: directory.to_owned(),
-                    field: field.clone(),
-                    then: then.to_string(),
-                    now: value.to_string(),
-                });
+        for field in journal.fingerprint.keys().chain(now.keys()) {
+            let of =
+                |map: &Map<String, Value>| map.get(field).map_or("none".into(), Value::to_string);
+            let (then, now) = (of(&journal.fingerprint), of(&now));
+            if then != now {
+                let (path, field) = (directory.to_owned(), field.clone());
+                return Err(QuantizeError::ResumeDiffers { path, field, then, now });
             }
         }
         Ok(Some(journal))
@@ -101,6 +99,8 @@ fn fingerprint(job: &Job<'_>) -> Result<Map<String, Value>> {
             set(&key, value);
         }
     }
+    // Of rules that name the same module the first counts.
+    set("dynamic", json!(json!(options.dynamic.source()).to_string()));
     set("tune_blocks", json!(options.tune_blocks));
     set("damp_auto", json!(options.damp_auto));
     set("damp_auto_increment", json!(options.damp_auto_increment));
