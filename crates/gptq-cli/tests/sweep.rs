@@ -121,8 +121,14 @@ fn a_checkpoint_that_was_not_measured_yet_is_not_made_again() {
     let kept = std::fs::read_dir(world.path("out/checkpoints")).unwrap().next().unwrap().unwrap();
     let weights = kept.path().join("model.safetensors");
     let before = std::fs::metadata(&weights).unwrap().modified().unwrap();
-    world.ok(&format!("sweep model -o out --bits 4 {CALIBRATION} {EVAL} --keep -q"));
-    assert_eq!(std::fs::metadata(&weights).unwrap().modified().unwrap(), before);
+    // Nor if its row has another name now.
+    for bits in ["4", "4,3"] {
+        world.ok(&format!("sweep model -o out --bits {bits} {CALIBRATION} {EVAL} --keep -q"));
+        assert_eq!(std::fs::metadata(&weights).unwrap().modified().unwrap(), before);
+        std::fs::remove_dir_all(&rows).unwrap();
+        std::fs::create_dir(&rows).unwrap();
+    }
+    assert_eq!(std::fs::read_dir(world.path("out/checkpoints")).unwrap().count(), 2);
 }
 
 #[test]
@@ -274,6 +280,14 @@ fn bits_are_chosen_for_a_size() {
         r["modules"].as_array().unwrap().iter().find(of).unwrap()["bits"].as_u64()
     };
     assert_eq!(down(&report), Some(8));
+
+    // What is bound to a linear that stays as it is keeps the width that was counted for it.
+    world.write("bound.json", r#"{"-:.*k_proj": {}}"#);
+    let report = world.json(&format!("{line} --target-bpw 5 --dynamic bound.json -o bound --json"));
+    assert_eq!(report["bits_per_weight"], report["mixed_precision"]["bits_per_weight"]);
+    let modules = report["modules"].as_array().unwrap();
+    let queries = modules.iter().filter(|m| m["module"] == "self_attn.q_proj");
+    assert_eq!(queries.map(|m| m["bits"].as_u64().unwrap()).collect::<Vec<_>>(), [4, 4]);
 
     for (settings, expected) in
         [("--target-bpw 1.5", "cannot be reached"), ("--target-bpw 4 --method rtn", "gptq")]

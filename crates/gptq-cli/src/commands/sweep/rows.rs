@@ -217,11 +217,15 @@ fn drop_unused(settings: &mut Settings) {
 /// strength.
 fn is_unused(settings: &[(String, String)], option: &str) -> bool {
     let is = |option: &str, value: &str| settings.iter().any(|(o, v)| o == option && v == value);
+    let corrects = match settings.iter().find(|(o, _)| o == "correction") {
+        Some((_, correction)) => correction != "none",
+        None => !is("method", "obq") && !is("awq-scales", "true"),
+    };
     let of_sweep = OF_COLUMNS.contains(&option);
     is("method", "rtn") && (of_sweep || OF_DATA.contains(&option))
         || is("method", "awq") && (of_sweep || OF_SCALES.contains(&option))
         || is("sym", "false") && option == "signed-scales"
-        || is("correction", "none") && option == "correction-strength"
+        || !corrects && option == "correction-strength"
 }
 
 /// The options that are not the same in all rows.

@@ -94,9 +94,16 @@ impl Store {
         hash(format!("{}\n{}\n{checkpoint_id}", self.model, self.evaluation).as_bytes())
     }
 
-    /// The checkpoint of a row while it is there.
+    /// The checkpoint of a row while it is there, finished or not, whatever the row was called when it was begun.
     pub(super) fn checkpoint(&self, name: &str, id: &str) -> PathBuf {
-        self.directory.join("checkpoints").join(format!("{name}-{id}"))
+        let checkpoints = self.directory.join("checkpoints");
+        let known = std::fs::read_dir(&checkpoints).into_iter().flatten().filter_map(|entry| {
+            let name = entry.ok()?.file_name().into_string().ok()?;
+            let unfinished = name.strip_prefix('.').and_then(|name| name.strip_suffix(".partial"));
+            let name = unfinished.unwrap_or(&name);
+            name.ends_with(&format!("-{id}")).then(|| checkpoints.join(name))
+        });
+        known.min().unwrap_or_else(|| checkpoints.join(format!("{name}-{id}")))
     }
 
     /// A finished result, whatever its row was called then.

@@ -51,20 +51,30 @@ pub(super) struct Group {
     pub(super) bits_at_run: f64,
     /// Relative output error at the widths, weighted by the sizes of the linears.
     pub(super) errors: [f64; 4],
-    /// Divergence with this group alone at the probe's width, in nats per token.
+    /// Divergence with this group alone at the width of [`Group::probe`], in nats per token.
     pub(super) kl: f64,
 }
 
 impl Group {
     /// The widths that it may have, with what each costs.
     pub(super) fn candidates(&self) -> Vec<Candidate> {
-        let probe = self.errors[probe()];
+        let probe = self.probe();
+        let error = self.errors[probe];
         let of = |(index, &width): (usize, &Bits)| {
-            let ratio =
-                if probe > 0.0 { self.errors[index] / probe } else { grid_ratio(width, PROBE) };
+            let ratio = if error > 0.0 {
+                self.errors[index] / error
+            } else {
+                grid_ratio(width, WIDTHS[probe])
+            };
             Some(Candidate { width, bits: self.sizes[index]?, cost: self.kl * ratio })
         };
         WIDTHS.iter().enumerate().filter_map(of).collect()
+    }
+
+    /// Place in [`WIDTHS`] of the bits at which it is measured: [`PROBE`], or the next that its shape allows.
+    pub(super) fn probe(&self) -> usize {
+        let usual = WIDTHS.iter().position(|&width| width == PROBE).unwrap_or(0);
+        (usual..WIDTHS.len()).find(|&index| self.sizes[index].is_some()).unwrap_or(usual)
     }
 
     pub(super) fn report(&self, bits: Bits) -> MixedGroup {
@@ -81,11 +91,6 @@ impl Group {
             relative_output_error: (0..WIDTHS.len()).map(error).collect(),
         }
     }
-}
-
-/// Place of [`PROBE`] in [`WIDTHS`].
-fn probe() -> usize {
-    WIDTHS.iter().position(|&width| width == PROBE).unwrap_or(0)
 }
 
 /// The groups whose bits are free: no rule names any of their linears.

@@ -11,8 +11,8 @@ use gptq_model::{
     Spec, Stage,
 };
 
+use super::PROBE_TOKENS;
 use super::groups::{Family, Group, WIDTHS, groups};
-use super::{PROBE, PROBE_TOKENS};
 use crate::calibration::CalibrationSet;
 use crate::error::{QuantizeError, Result};
 use crate::hessian::{Damping, Factor, Hessian, OutputError};
@@ -135,10 +135,12 @@ impl Pass<'_> {
             let mut probed = Vec::new();
             activations.begin(ctx, &block, &mut phases)?;
             for stage in spec.stage_order(layer) {
-                let fallback = job.options.moe_fallback;
-                let inputs = activations.inputs(ctx, &block, stage, fallback, &mut phases)?;
-                let hessian = inputs.gram.map(Hessian::new);
-                self.solve(layer, stage, hessian.as_ref(), &mut probed)?;
+                if let Some(place) = self.group_of(layer, stage) {
+                    let fallback = job.options.moe_fallback;
+                    let inputs = activations.inputs(ctx, &block, stage, fallback, &mut phases)?;
+                    let hessian = inputs.gram.map(Hessian::new);
+                    self.solve(place, stage, hessian.as_ref(), &mut probed)?;
+                }
                 activations.advance(ctx, &block, stage, &mut phases)?;
             }
             for group in 0..self.groups.len() {
@@ -182,17 +184,21 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Solves the free linears of a stage at the probe's width, and samples of them at each.
+    /// The place of the group that the linears of a stage belong to; `None` where they are not free.
+    fn group_of(&self, layer: usize, stage: Stage) -> Option<usize> {
+        let family = Family::of(stage);
+        self.groups.iter().position(|group| group.layer == layer && group.family == family)
+    }
+
+    /// Solves the linears of a stage of group `place` at the probe's width, and samples of them at each.
     fn solve(
         &mut self,
-        layer: usize,
+        place: usize,
         stage: Stage,
         hessian: Option<&Hessian>,
         probed: &mut Vec<Probed>,
     ) -> Result<()> {
-        let family = Family::of(stage);
-        let member = |group: &Group| group.layer == layer && group.family == family;
-        let Some(place) = self.groups.iter().position(member) else { return Ok(()) };
+        let (layer, probe) = (self.groups[place].layer, WIDTHS[self.groups[place].probe()]);
         let linears = self.spec.stage_linears(layer, stage);
         if let (Some(hessian), Some(first)) = (hessian, linears.first())
             && !hessian.is_finite()
@@ -219,7 +225,7 @@ impl Pass<'_> {
                     *sum += weights * error;
                 }
             }
-            let settings = ModuleSettings { bits: PROBE, ..settings };
+            let settings = ModuleSettings { bits: probe, ..settings };
             let mut joined = Joined::new(linear.out_features);
             let slab = slab_rows(linear.in_features, linear.out_features);
             for first in (0..linear.out_features).step_by(slab) {

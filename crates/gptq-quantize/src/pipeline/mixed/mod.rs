@@ -119,7 +119,11 @@ pub fn apply(
         seconds: measured.seconds,
         groups: measured.groups.iter().zip(&widths).map(|(g, &bits)| g.report(bits)).collect(),
     };
-    let base = rules::most_common(&measured.groups, &widths).unwrap_or(options.bits);
+    // Linears outside of the groups may follow the default, which is counted for them.
+    let grouped: u64 = measured.groups.iter().map(|group| group.weights).sum();
+    let base = rules::most_common(&measured.groups, &widths)
+        .filter(|_| grouped == weights)
+        .unwrap_or(options.bits);
     let rules = rules::rules(&spec, &measured.groups, &widths, base, job.options.dynamic.source());
     options.bits = base;
     options.dynamic = Dynamic::from_map(&rules)?;
