@@ -57,7 +57,7 @@ pub use generate::{
 pub use gradients::{Gradients, NormPlace, Trace};
 pub use head::HeadLayer;
 pub use linear_rows::LinearRows;
-pub use load::{LinearSource, LoadedBytes, block_parts, load_linear, loaded_bytes};
+pub use load::{LinearSource, LoadedBytes, block_parts, is_buffer, load_linear, loaded_bytes};
 pub use model::{HeadBits, LoadOptions, Model, Rows, Session};
 pub use pooling::{Pooling, SentencePooling};
 pub use profile::{Op, OpCost, Profile};

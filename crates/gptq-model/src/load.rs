@@ -15,6 +15,19 @@ use crate::spec::{NormOver, NormSpec, QkNorm, Spec};
 use crate::stages::LinearSpec;
 use crate::{ModelError, Result, unfused};
 
+/// Whether a tensor is a buffer that old checkpoints hold and every loader makes anew: masks of attention, among them one
+/// of -1e9, which f16 cannot hold, and frequencies of rotations.
+pub fn is_buffer(tensor: &str) -> bool {
+    const ENDS: [&str; 5] = [
+        ".rotary_emb.inv_freq",
+        ".attn.bias",
+        ".attn.masked_bias",
+        ".attention.bias",
+        ".attention.masked_bias",
+    ];
+    ENDS.iter().any(|end| tensor.ends_with(end))
+}
+
 /// Where a block's linears come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LinearSource {

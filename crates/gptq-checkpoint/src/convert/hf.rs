@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use gptq_format::{Checkpoint, DType, GptqLinear, OutputDir, ShardPlan, ShardWriter, TensorSpec};
-use gptq_model::{LinearSpec, Spec};
+use gptq_model::{LinearSpec, Spec, is_buffer};
 use serde_json::{Value, json};
 
 use super::{ConvertOptions, Converted, ConvertedModule, Progress, copy, write_side_files};
@@ -29,7 +29,7 @@ pub(super) fn convert(
         }
     };
     let mut specs = Vec::new();
-    for name in store.names() {
+    for name in store.names().filter(|name| !is_buffer(name)) {
         let info = store.info(name)?;
         let (dtype, shape) = match modules::quantized_part(store, name) {
             Some((module, "bias")) if is_idle_bias(checkpoint, &linears, module)? => continue,

@@ -4,20 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use gptq_format::{Checkpoint, QuantizeConfig};
-use gptq_model::{Block, Embedder, HeadLayer, LinearSource, LinearSpec, Spec};
+use gptq_model::{Block, Embedder, HeadLayer, LinearSource, LinearSpec, Spec, is_buffer};
 
 use super::finding::Findings;
 use crate::modules::{self, PARTS};
 use crate::stats::each_chunk;
-
-/// Buffers that old checkpoints hold and every loader makes anew.
-const BUFFERS: [&str; 5] = [
-    ".rotary_emb.inv_freq",
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.bias",
-    ".attention.masked_bias",
-];
 
 /// The linears that the config describes; none if the family is not known.
 pub(super) struct Layout {
@@ -195,9 +186,7 @@ fn check_unexpected(checkpoint: &Checkpoint, layout: &Layout, findings: &mut Fin
         }
         let block = name.strip_prefix(&format!("{}{}.", spec.base, spec.blocks));
         let layer = block.and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
-        if layer.is_some_and(|layer| layer >= spec.layer_count())
-            && !BUFFERS.iter().any(|buffer| name.ends_with(buffer))
-        {
+        if layer.is_some_and(|layer| layer >= spec.layer_count()) && !is_buffer(name) {
             findings.warning(
                 "unexpected-tensor",
                 Some(name),

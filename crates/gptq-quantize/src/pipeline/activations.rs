@@ -346,28 +346,39 @@ impl<'a> Activations<'a> {
         Ok(finite)
     }
 
-    /// The inputs of all stages as the block's present linears compute them; the stream stays where
-    /// it is.
+    /// The inputs of all stages as the block's present linears compute them, empty for those that are not `wanted`; the
+    /// stream stays where it is.
     pub(crate) fn all_inputs(
         &mut self,
         ctx: &mut Ctx,
         block: &Block,
+        wanted: impl Fn(Stage) -> bool,
         fallback: MoeFallback,
         phases: &mut Phases,
     ) -> Result<Vec<StageInputs>> {
         let mut sums: Vec<Sum> = block.stages().iter().map(|&stage| self.sum(stage)).collect();
         let stages = block.stages();
+        let wanted: Vec<bool> = stages.iter().map(|&stage| wanted(stage)).collect();
         let held = self.held_out();
         let mut chunk = 0;
         self.walk(ctx, block, phases, |ctx, index, state, windows, phases| {
             let (stage, held) = (stages[index], held.get(chunk));
-            phases.time("hessian", || sums[index].add_chunk(ctx, stage, state, windows, held));
+            if wanted[index] {
+                phases.time("hessian", || sums[index].add_chunk(ctx, stage, state, windows, held));
+            }
             chunk += usize::from(index + 1 == stages.len());
             Ok(())
         })?;
-        let starved: Vec<bool> =
-            stages.iter().zip(&sums).map(|(&stage, sum)| sum.unrouted(stage, fallback)).collect();
+        let starved: Vec<bool> = stages
+            .iter()
+            .zip(&sums)
+            .zip(&wanted)
+            .map(|((&stage, sum), &wanted)| wanted && sum.unrouted(stage, fallback))
+            .collect();
         if starved.contains(&true) {
+            for (sum, _) in sums.iter_mut().zip(&starved).filter(|(_, on)| **on) {
+                (sum.gram, sum.held) = (None, None);
+            }
             let mut all: Vec<Sum> = stages.iter().map(|&stage| self.sum(stage)).collect();
             self.walk(ctx, block, phases, |ctx, index, state, _, phases| {
                 if starved[index] {
@@ -376,7 +387,7 @@ impl<'a> Activations<'a> {
                 Ok(())
             })?;
             for ((sum, all), _) in sums.iter_mut().zip(all).zip(&starved).filter(|(_, on)| **on) {
-                (sum.gram, sum.held) = (all.gram, None);
+                sum.gram = all.gram;
             }
         }
         let inputs = stages.iter().zip(sums).map(|(&stage, sum)| sum.finish(stage, fallback));
@@ -385,7 +396,7 @@ impl<'a> Activations<'a> {
             inputs.distances = self.distances(ctx, block, stage);
         }
         if let Some(mut native) = self.native.take() {
-            let crosses = native.all_crosses(ctx, self, block, phases);
+            let crosses = native.all_crosses(ctx, self, block, &wanted, phases);
             self.native = Some(native);
             for (inputs, cross) in inputs.iter_mut().zip(crosses?) {
                 inputs.cross = cross.filter(|_| inputs.can_be_corrected());

@@ -7,7 +7,7 @@ use gptq_format::gptq_linear::LinearShape;
 use gptq_format::{
     Checkpoint, DType, Dynamic, ModuleSettings, QuantizeConfig, ShardPlan, TensorSpec,
 };
-use gptq_model::{LinearSpec, Spec};
+use gptq_model::{LinearSpec, Spec, Stage, is_buffer};
 use serde_json::json;
 
 use super::options::QuantizeOptions;
@@ -90,6 +90,9 @@ impl Layout {
         let (mut copied, mut tensors) = (Vec::new(), Vec::new());
         let (mut parameters, mut quantized_bytes) = (0, 0);
         for name in names {
+            if is_buffer(name) {
+                continue;
+            }
             let info = checkpoint.tensors.info(name)?;
             parameters += info.elements() as u64;
             let module = name.strip_suffix(".weight").or_else(|| name.strip_suffix(".bias"));
@@ -116,6 +119,11 @@ impl Layout {
     /// How a module is quantized; `None` leaves it as it is.
     pub(crate) fn settings(&self, module: &str) -> Option<&ModuleSettings> {
         self.modules.get(module).map(|(settings, ..)| settings)
+    }
+
+    /// Whether some linear of `stage` is quantized.
+    pub(crate) fn quantizes(&self, spec: &Spec, layer: usize, stage: Stage) -> bool {
+        spec.stage_linears(layer, stage).iter().any(|l| self.settings(&l.module).is_some())
     }
 
     /// Parts of the work that are finished one after the other: the blocks, and the head if it is

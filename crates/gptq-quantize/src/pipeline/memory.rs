@@ -133,7 +133,7 @@ impl<'a> Memory<'a> {
                 (packed, 0)
             } else {
                 // And what their inputs are corrected by.
-                let sums = |s: &Shared| 1 + u64::from(s.correction != Correction::None);
+                let sums = |s: &Shared| self.sums() + u64::from(s.correction != Correction::None);
                 let hessians = stages.iter().map(|s| sums(s) * s.inputs * s.inputs * F32);
                 (packed + floats, hessians.sum())
             };
@@ -167,10 +167,15 @@ impl<'a> Memory<'a> {
         moments
     }
 
+    /// Sums over the inputs of a stage: windows that are held out have their own.
+    fn sums(&self) -> u64 {
+        1 + u64::from(self.job.options.damp_auto)
+    }
+
     /// AWQ's scales are found: the block as floats, the Hessians of all its stages, and some outputs
     /// of a linear as they are, scaled, rounded (codes, weights) and multiplied with a Hessian.
     fn folding(&self, spill: bool, layer: usize, floats: u64, stages: &[Shared]) -> Moment {
-        let hessians = stages.iter().map(|s| s.inputs * s.inputs * F32).sum();
+        let hessians = stages.iter().map(|s| self.sums() * s.inputs * s.inputs * F32).sum();
         let kept = vec![("block", floats), ("Hessians of a block", hessians)];
         let mut moment = self.with_activations(spill, kept);
         if spill {

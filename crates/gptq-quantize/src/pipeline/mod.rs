@@ -257,6 +257,9 @@ impl Run<'_> {
                     self.replay(&mut ctx, layer, activations)?;
                 }
                 self.progress.block_done(layer);
+                if self.progress.interrupted() {
+                    return Err(QuantizeError::Interrupted { done, total });
+                }
                 continue;
             }
             if layer < blocks {
@@ -337,8 +340,12 @@ impl Run<'_> {
             activations.keep_start(ctx, &mut self.phases)?;
             activations.begin(ctx, &block, &mut self.phases)?;
             for &stage in &stages {
-                let fallback = self.job.options.moe_fallback;
-                let inputs = activations.inputs(ctx, &block, stage, fallback, &mut self.phases)?;
+                let inputs = if self.layout.quantizes(self.spec, layer, stage) {
+                    let fallback = self.job.options.moe_fallback;
+                    activations.inputs(ctx, &block, stage, fallback, &mut self.phases)?
+                } else {
+                    StageInputs::default()
+                };
                 self.solve_stage(&mut block, layer, stage, inputs)?;
                 // Behind the last stage of all only the head is solved, but what comes out is checked.
                 self.progress.phase("inputs");
@@ -362,7 +369,9 @@ impl Run<'_> {
         }
         self.progress.phase("inputs");
         let fallback = self.job.options.moe_fallback;
-        let inputs = activations.all_inputs(ctx, &block, fallback, &mut self.phases)?;
+        let (layout, spec) = (self.layout, self.spec);
+        let wanted = |stage| layout.quantizes(spec, layer, stage);
+        let inputs = activations.all_inputs(ctx, &block, wanted, fallback, &mut self.phases)?;
         for (&stage, inputs) in stages.iter().zip(inputs) {
             self.solve_stage(&mut block, layer, stage, inputs)?;
         }

@@ -98,19 +98,20 @@ impl<'a> Native<'a> {
         Ok(sum.cross)
     }
 
-    /// [`Native::cross`] of all stages of `block`, through which both streams are taken in copies.
+    /// [`Native::cross`] of the stages of `block` that are `wanted`; both streams are taken through it in copies.
     pub(super) fn all_crosses(
         &mut self,
         ctx: &mut Ctx,
         quantized: &mut Activations<'_>,
         block: &Block,
+        wanted: &[bool],
         phases: &mut Phases,
     ) -> Result<Vec<Option<Cross>>> {
         let stages = block.stages();
-        let sum = |&stage: &Stage| {
-            is_corrected(stage).then(|| ShiftSum::new(quantized.row_weights(stage)))
+        let sum = |(&stage, &wanted): (&Stage, &bool)| {
+            (wanted && is_corrected(stage)).then(|| ShiftSum::new(quantized.row_weights(stage)))
         };
-        let mut sums: Vec<Option<ShiftSum>> = stages.iter().map(sum).collect();
+        let mut sums: Vec<Option<ShiftSum>> = stages.iter().zip(wanted).map(sum).collect();
         let mut caches = [quantized.caches(ctx), quantized.caches(ctx)];
         let mut float = Tensor::default();
         let mut buffer = BlockState::default();
