@@ -279,6 +279,9 @@ pub(super) fn parse_bits(text: &str) -> Result<Bits, String> {
     Bits::try_from(bits).map_err(|e| e.to_string())
 }
 
+/// Calibration tokens whose ids take 16 GiB.
+const MOST_TOKENS: usize = 1 << 32;
+
 impl Args {
     pub(super) fn options(&self) -> anyhow::Result<QuantizeOptions> {
         let dynamic = match &self.dynamic {
@@ -391,6 +394,12 @@ impl Args {
         checkpoint: &Checkpoint,
     ) -> anyhow::Result<calibration::Request> {
         let (kind, windows) = self.windows(checkpoint)?;
+        let CalibrationOptions { nsamples, seqlen, .. } = windows;
+        if nsamples.checked_mul(seqlen).is_none_or(|tokens| tokens > MOST_TOKENS) {
+            bail!(
+                "--nsamples {nsamples} of --seqlen {seqlen} are too many tokens; 128 of 2048 are usual"
+            );
+        }
         Ok(calibration::Request {
             sources: self.calibration.clone(),
             kind,
@@ -495,7 +504,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
                 "quantize_config": plan.config.to_json(),
                 "threads": pool.threads(),
                 "plan": plan.summary,
-                "mixed_precision": options.mixed,
+                "mixed_precision": job.options.mixed,
                 "totals": { "blocks": plan.blocks, "modules": plan.modules },
             }))?;
         }

@@ -32,6 +32,18 @@ fn malformed_jsonl_parquet_and_utf8() {
 }
 
 #[test]
+fn more_tokens_than_there_can_be() {
+    let world = world();
+    for size in ["--nsamples 4", "--seqlen 64"] {
+        let (option, _) = size.split_once(' ').unwrap();
+        let line = QUANTIZE.replace(size, &format!("{option} {}", u64::MAX));
+        for source in ["text.txt", "self"] {
+            world.refuses(&line.replace("text.txt", source), &["too many tokens"]);
+        }
+    }
+}
+
+#[test]
 fn calibration_that_is_empty() {
     let world = world();
     for (name, bytes) in

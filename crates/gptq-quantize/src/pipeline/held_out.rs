@@ -107,7 +107,9 @@ impl Run<'_> {
             let rows = LinearRows::open(self.job.checkpoint, self.spec, linear)?;
             let mut weights = Vec::new();
             for range in sample(linear.out_features) {
-                weights.extend(self.phases.time("read", || rows.read(range))?);
+                let mut part = self.phases.time("read", || rows.read(range.clone()))?;
+                self.folded.scale(&linear.module, range, &mut part);
+                weights.extend(part);
             }
             samples.push(Sample { weights, grid: options.grid_of(settings) });
         }

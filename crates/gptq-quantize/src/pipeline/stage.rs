@@ -49,13 +49,13 @@ impl Run<'_> {
             .collect();
         let Some((_, first, _)) = quantized.first() else { return Ok(()) };
         let mut hessian = gram.map(|gram| self.phases.time("hessian", || Hessian::new(gram)));
-        if hessian.as_ref().is_some_and(|h| !h.is_finite()) {
+        let held = held.filter(|held| held.rows() > 0).map(Hessian::new);
+        if hessian.iter().chain(&held).any(|h| !h.is_finite()) {
             return Err(QuantizeError::NotFinite { layer, module: first.module.clone() });
         }
         let mut chosen =
             Regularization { damp_percent: self.job.options.damp_percent, shrink: 0.0 };
-        if let (Some(fit), Some(held)) = (&hessian, held.filter(|held| held.rows() > 0)) {
-            let held = Hessian::new(held);
+        if let (Some(fit), Some(held)) = (&hessian, held) {
             if fit.tokens() > 0 {
                 chosen = self.choose_regularization(&quantized, fit, &held)?;
             }

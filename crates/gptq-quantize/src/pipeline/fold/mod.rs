@@ -166,7 +166,9 @@ impl Run<'_> {
         let source = self.job.checkpoint;
         let block = Block::load(source, self.spec, layer, LinearSource::Copied)?;
         let fallback = self.job.options.moe_fallback;
-        let inputs = activations.all_inputs(ctx, &block, fallback, &mut self.phases)?;
+        let (layout, spec) = (self.layout, self.spec);
+        let wanted = |stage| layout.quantizes(spec, layer, stage);
+        let inputs = activations.all_inputs(ctx, &block, wanted, fallback, &mut self.phases)?;
         drop(block);
         let mut inputs: HashMap<Stage, StageInputs> =
             self.spec.stage_order(layer).into_iter().zip(inputs).collect();
@@ -217,10 +219,16 @@ impl Run<'_> {
         }
         let mut hessians = Vec::with_capacity(inputs.len());
         for inputs in inputs {
-            let Some(gram) = inputs.and_then(|inputs| inputs.gram) else {
+            let Some(StageInputs { gram: Some(gram), held, .. }) = inputs else {
                 return skip("too few tokens went to the expert");
             };
-            let hessian = self.phases.time("hessian", || Hessian::new(gram));
+            let hessian = self.phases.time("hessian", || {
+                let fit = Hessian::new(gram);
+                match held {
+                    Some(held) => fit.join(&Hessian::new(held)),
+                    None => fit,
+                }
+            });
             if !hessian.is_finite() {
                 let module = all.first().map_or_else(String::new, |l| l.module.clone());
                 return Err(QuantizeError::NotFinite { layer, module });
