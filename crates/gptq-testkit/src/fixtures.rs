@@ -58,9 +58,11 @@ pub fn smollm2_gguf() -> Option<PathBuf> {
     None
 }
 
-/// The root of the checkout.
+/// The root of the checkout: that of the test that runs, as two checkouts may share a build directory.
 pub fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+    let package = std::env::var_os("CARGO_MANIFEST_DIR");
+    let package = package.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    package.join("../..")
 }
 
 fn shared() -> PathBuf {
