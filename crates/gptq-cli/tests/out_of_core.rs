@@ -162,3 +162,16 @@ fn a_limit_that_cannot_be_met_is_refused_before_the_run() {
         world.refuses(&line, &["--max-memory 2 MiB is too little", " needs ", " MiB"]);
     }
 }
+
+/// What bits are chosen from is measured within the limit, or refused before.
+#[test]
+fn bits_are_chosen_within_the_limit() {
+    let world = with_text(World::new(BINARY));
+    let line = "quantize model --calibration text.txt --nsamples 16 --seqlen 128 --group-size 32 --target-bpw 5";
+    let limit = least_limit(&world, line);
+    let report = world.json(&format!("{line} -o out --json -q --max-memory {limit}MiB"));
+    assert!(peak(&report) <= limit << 20, "{} over {limit} MiB", peak(&report));
+    let little = limit - 32;
+    let line = format!("{line} -o none -q --max-memory {little}MiB");
+    world.refuses(&line, &["measuring what --target-bpw chooses from needs"]);
+}

@@ -15,6 +15,7 @@ use gptq_format::ModuleSettings;
 use gptq_model::{LinearRows, LinearSpec};
 
 use super::Run;
+use super::linear::spread;
 use crate::error::Result;
 use crate::hessian::{Damping, Factor, Hessian, OutputError};
 use crate::order::OrderOptions;
@@ -106,7 +107,7 @@ impl Run<'_> {
         for (_, linear, settings) in linears {
             let rows = LinearRows::open(self.job.checkpoint, self.spec, linear)?;
             let mut weights = Vec::new();
-            for range in sample(linear.out_features) {
+            for range in spread(linear.out_features, ROWS, PIECES) {
                 let mut part = self.phases.time("read", || rows.read(range.clone()))?;
                 self.folded.scale(&linear.module, range, &mut part);
                 weights.extend(part);
@@ -162,15 +163,6 @@ fn least(mut best: Regularization, mut error: impl FnMut(Regularization) -> f64)
         }
     }
     best
-}
-
-/// Rows of a linear with `outputs` rows, evenly placed pieces of it.
-fn sample(outputs: usize) -> Vec<Range<usize>> {
-    if outputs <= ROWS {
-        return std::iter::once(0..outputs).collect();
-    }
-    let piece = ROWS / PIECES;
-    (0..PIECES).map(|i| i * (outputs - piece) / (PIECES - 1)).map(|at| at..at + piece).collect()
 }
 
 #[cfg(test)]
@@ -284,15 +276,6 @@ mod tests {
         assert_eq!(held(7), [6]);
         assert_eq!(held(8), [7]);
         assert_eq!(held(33), [7, 15, 23, 31]);
-    }
-
-    #[test]
-    fn samples_are_rows_of_the_linear() {
-        assert_eq!(sample(200), vec![0..200; 1]);
-        assert_eq!(sample(256), vec![0..256; 1]);
-        let pieces = sample(576);
-        assert_eq!((pieces.len(), pieces[0].clone(), pieces[3].clone()), (4, 0..64, 512..576));
-        assert!(sample(257).iter().all(|piece| piece.end <= 257));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! in memory as floats is a slab.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::time::Instant;
 
 use gptq_compute::{GptqParts, Linear, Matrix, QuantizedMatrix};
@@ -200,9 +201,24 @@ pub(super) fn runtime_linear(module: &str, packed: GptqLinear) -> Result<Linear>
     Ok(Linear { weight: Matrix::Quantized(matrix), bias })
 }
 
+/// Some `rows` of the `outputs` of a linear that stand for all, in `pieces`, evenly spread; all if they are no more.
+pub(super) fn spread(outputs: usize, rows: usize, pieces: usize) -> Vec<Range<usize>> {
+    let (pieces, piece) = if outputs <= rows { (1, outputs) } else { (pieces, rows / pieces) };
+    let first = |index: usize| index * (outputs - piece) / (pieces - 1).max(1);
+    (0..pieces).map(|index| first(index)..first(index) + piece).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_that_stand_for_all_are_spread_over_them() {
+        assert_eq!(spread(200, 256, 4), vec![0..200; 1]);
+        assert_eq!(spread(256, 256, 4), vec![0..256; 1]);
+        assert_eq!(spread(576, 128, 4), [0..32, 181..213, 362..394, 544..576]);
+        assert!(spread(257, 256, 4).iter().all(|piece| piece.len() == 64 && piece.end <= 257));
+    }
 
     #[test]
     fn slabs_are_whole_tasks_and_at_most_the_linear() {

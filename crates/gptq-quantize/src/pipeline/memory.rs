@@ -113,6 +113,16 @@ impl<'a> Memory<'a> {
         peak
     }
 
+    /// What is needed to measure the sensitivities of groups, with the streams of their `variants`: a run whose blocks stay
+    /// floats beside the codes of some linears, and logits of variants.
+    pub(crate) fn measuring(&self, variants: u64) -> Moment {
+        let blocks = (0..self.spec.layer_count()).map(|layer| self.block(layer));
+        let mut moment = self.peak(false);
+        moment.push(("float block", blocks.map(|(_, floats)| floats).max().unwrap_or(0)));
+        moment.push(("activations of variants", variants));
+        moment
+    }
+
     /// Bytes of the scratch file.
     pub(crate) fn scratch_bytes(&self) -> u64 {
         self.tokens.div_ceil(self.chunk_tokens.max(1)) as u64 * self.slot

@@ -120,7 +120,7 @@ fn summarize(job: &Job<'_>, spec: &Spec, layout: &Layout) -> Result<Plan> {
 
 /// Refuses a limit below `bytes`, and names the least that will do, in steps of 16 MiB: what is
 /// resident differs a little from run to run.
-fn check_limit(
+pub(super) fn check_limit(
     limit: Option<u64>,
     bytes: u64,
     what: &'static str,

@@ -4,32 +4,34 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use gptq_compute::{LayerKv, Linear, Tensor, kl_divergence};
+use gptq_compute::{Linear, Tensor, kl_divergence};
 use gptq_format::ModuleSettings;
 use gptq_model::{
-    Block, BlockState, Ctx, Embedder, HeadLayer, LinearRows, LinearSource, LinearSpec, SeqSpan,
-    Spec, Stage,
+    Block, BlockState, Ctx, Embedder, HeadLayer, LinearRows, LinearSource, LinearSpec, Spec, Stage,
 };
 
 use super::PROBE_TOKENS;
 use super::groups::{Family, Group, WIDTHS, groups};
-use crate::calibration::CalibrationSet;
+use crate::calibration::{CalibrationReport, CalibrationSet};
 use crate::error::{QuantizeError, Result};
 use crate::hessian::{Damping, Factor, Hessian, OutputError};
 use crate::pipeline::activations::Activations;
 use crate::pipeline::layout::Layout;
-use crate::pipeline::linear::{pack, runtime_linear, slab_rows};
-use crate::pipeline::{Job, Method, Phases};
+use crate::pipeline::linear::{pack, runtime_linear, slab_rows, spread};
+use crate::pipeline::memory::{Memory, total};
+use crate::pipeline::plan::check_limit;
+use crate::pipeline::{Job, Method, Phases, QuantizeOptions};
 use crate::progress::Progress;
-use crate::solver::{self, Joined, Solution};
+use crate::rss;
+use crate::solver::{self, Correction, Joined, Solution};
 
 /// Tokens of the Hessians, at most.
 const FIT_TOKENS: usize = 32 << 10;
 /// Tokens of one probe at most, so that there are several.
 const PROBE_WINDOW: usize = 256;
-/// Rows of a linear whose error is measured at each width, in blocks of [`SAMPLE_BLOCK`].
+/// Rows of a linear whose error is measured at each width, and the pieces that they come in.
 const SAMPLE_ROWS: usize = 128;
-const SAMPLE_BLOCK: usize = 32;
+const SAMPLE_PIECES: usize = 4;
 /// Rows of logits that exist at a time.
 const LOGIT_ROWS: usize = 128;
 
@@ -60,19 +62,33 @@ pub fn sensitivity(job: &Job<'_>, progress: &dyn Progress) -> Result<Sensitivity
     let spec = Arc::new(Spec::for_checkpoint(job.checkpoint)?);
     let layout = Layout::new(job.checkpoint, &spec, job.options)?;
     let (fit, probes) = split(set);
-    let rows: usize = probes.iter().map(Vec::len).sum();
+    let mut rows = 0;
+    let window = |probe: &Vec<u32>| {
+        rows += probe.len();
+        rows - probe.len()..rows
+    };
+    let windows = probes.iter().map(window).collect();
     let groups = groups(&spec, &layout);
-    let streams = (groups.len() * rows * spec.hidden * size_of::<f32>()) as u64;
-    if let Some(limit) = job.options.max_memory.filter(|&limit| streams > limit) {
-        return refuse(format!(
-            "the measurements keep {} MiB of activations, more than --max-memory of {} MiB",
-            streams >> 20,
-            limit >> 20
-        ));
+    if job.options.max_memory.is_some() {
+        // Neither corrected nor tuned, and nothing is held out.
+        let options = QuantizeOptions {
+            correction: Correction::None,
+            tune_blocks: 0,
+            damp_auto: false,
+            ..job.options.clone()
+        };
+        let plain = Job { options: &options, ..*job };
+        let CalibrationReport { tokens, seqlen, .. } = fit.report;
+        let memory = Memory::new(&plain, &spec, &layout, tokens.min(FIT_TOKENS + seqlen), seqlen);
+        let streams = ((groups.len() + 1) * rows * spec.hidden * size_of::<f32>()) as u64;
+        let resident = rss::current_bytes().unwrap_or(0);
+        let need = resident + total(&memory.measuring(streams));
+        let what = "measuring what --target-bpw chooses from";
+        check_limit(job.options.max_memory, need, what, "; fewer windows (--nsamples) need less")?;
     }
     let mut ctx = Ctx::new(Arc::clone(job.pool));
-    let mut pass =
-        Pass { job, spec: &spec, layout: &layout, probes: &probes, groups, streams: Vec::new() };
+    let (spec, layout, probes) = (&spec, &layout, &*probes);
+    let mut pass = Pass { job, spec, layout, probes, windows, groups, streams: Vec::new() };
     let clean = pass.run(&mut ctx, &fit, progress)?;
     pass.divergences(&mut ctx, &clean)?;
     Ok(Sensitivity { groups: pass.groups, tokens: rows, seconds: start.elapsed().as_secs_f64() })
@@ -104,6 +120,8 @@ struct Pass<'a> {
     spec: &'a Arc<Spec>,
     layout: &'a Layout,
     probes: &'a [Vec<u32>],
+    /// The rows of each probe.
+    windows: Vec<Range<usize>>,
     groups: Vec<Group>,
     /// The stream of the probes with one group quantized, for each group so far.
     streams: Vec<Tensor>,
@@ -168,18 +186,8 @@ impl Pass<'_> {
 
     /// Takes a stream of the probes through a block.
     fn forward(&self, ctx: &mut Ctx, block: &Block, stream: &mut Tensor) -> Result<()> {
-        let attention = &self.spec.attention;
-        let mut caches: Vec<LayerKv> = (0..self.probes.len())
-            .map(|_| LayerKv::new(attention.kv_heads, attention.head_dim))
-            .collect();
-        let mut start = 0;
-        let spans = self.probes.iter().zip(&mut caches).map(|(window, kv)| {
-            let rows: Range<usize> = start..start + window.len();
-            start = rows.end;
-            SeqSpan { rows, kv }
-        });
         let mut state = BlockState::new(std::mem::take(stream));
-        block.forward(ctx, &mut state, &mut spans.collect::<Vec<_>>())?;
+        block.run_whole(ctx, &mut state, &self.windows)?;
         *stream = state.hidden;
         Ok(())
     }
@@ -248,7 +256,7 @@ impl Pass<'_> {
         (factor, hessian): (&Factor, &Hessian),
     ) -> Result<[f64; 4]> {
         let mut weights = Vec::new();
-        for range in sample(linear.out_features) {
+        for range in spread(linear.out_features, SAMPLE_ROWS, SAMPLE_PIECES) {
             weights.extend(rows.read(range)?);
         }
         Ok(WIDTHS.map(|bits| {
@@ -345,17 +353,6 @@ fn swap(block: &mut Block, probed: &mut Vec<Probed>, family: Family) -> Result<V
     Ok(floats)
 }
 
-/// Blocks of rows, evenly spread.
-fn sample(outputs: usize) -> Vec<Range<usize>> {
-    let (blocks, rows) = if outputs <= SAMPLE_ROWS {
-        (1, outputs)
-    } else {
-        (SAMPLE_ROWS / SAMPLE_BLOCK, SAMPLE_BLOCK)
-    };
-    let first = |block: usize| block * (outputs - rows) / (blocks - 1).max(1);
-    (0..blocks).map(|block| first(block)..first(block) + rows).collect()
-}
-
 /// Σ over rows of ‖a - b‖² / ‖a‖².
 fn distance(a: &Tensor, b: &Tensor) -> f64 {
     let row = |index: usize| {
@@ -391,14 +388,5 @@ mod tests {
         assert_eq!((probes.len(), fit.windows.len()), (3, 3));
         let (fit, _) = split(&set(128, 2048));
         assert_eq!(fit.windows.len(), FIT_TOKENS / 2048);
-    }
-
-    #[test]
-    fn samples_are_spread_and_inside() {
-        let few = sample(100);
-        assert_eq!((few.len(), few[0].start, few[0].end), (1, 0, 100));
-        let blocks = sample(576);
-        assert_eq!(blocks.iter().map(ExactSizeIterator::len).sum::<usize>(), SAMPLE_ROWS);
-        assert_eq!((blocks[0].start, blocks[3].end), (0, 576));
     }
 }
