@@ -6,7 +6,7 @@
 //! `GPTQ_SMOLLM2` points. A test that needs an absent file returns early; the helpers here have
 //! then said on stderr what was skipped.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Name of the real model's file inside `.demo/`.
 pub const SMOLLM2_FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
