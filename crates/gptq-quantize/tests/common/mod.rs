@@ -1,6 +1,6 @@
 //! What the tests of whole runs share: random calibration windows and an interruption.
 
-#![allow(missing_docs)]
+#![allow(missing_docs, dead_code, reason = "each test file uses a part of it")]
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
