@@ -7,7 +7,9 @@ use gptq_compute::KvType;
 
 use crate::cache::Sequence;
 use crate::model::{Model, Rows, Session};
+use crate::rope::{Rope, RopeScaling};
 use crate::sampler::{Sampler, Sampling};
+use crate::spec::{Positions, Spec};
 use crate::{ModelError, Result};
 
 /// What to generate and when to stop.
@@ -75,9 +77,15 @@ pub fn generate(
         token_seconds: Vec::with_capacity(options.max_new_tokens.min(MAX_RESERVE)),
     };
     let mut last: [u32; 1];
+    let mut whole: Vec<u32>;
     let mut new = prompt;
     while done.tokens.len() < options.max_new_tokens {
         let start = Instant::now();
+        if outgrows_cache(model.spec(), &sequence[0], new) {
+            sequence[0].clear();
+            whole = [prompt, &done.tokens].concat();
+            new = &whole;
+        }
         match model.forward(session, &mut sequence, &[new]) {
             Err(ModelError::Position { .. }) if !done.tokens.is_empty() => {
                 done.finish = FinishReason::Context;
@@ -110,6 +118,18 @@ pub fn generate(
         new = &last;
     }
     Ok(done)
+}
+
+/// Whether `new` tokens make a text so long that the keys which are kept of it should have been rotated otherwise: those of
+/// LongRoPE have other divisors from a length on. The whole text has to be read again then, as in transformers' Phi-3.
+fn outgrows_cache(spec: &Spec, sequence: &Sequence, new: &[u32]) -> bool {
+    let Positions::Rotary(ropes) = &spec.positions else { return false };
+    let (kept, length) = (sequence.len(), sequence.len() + new.len());
+    let changes = |rope: &Rope| {
+        let long = matches!(rope.scaling, RopeScaling::Long { .. });
+        long && rope.length_key(kept) != rope.length_key(length)
+    };
+    kept > 0 && ropes.iter().any(changes)
 }
 
 /// Options of [`generate_batch`].
@@ -151,14 +171,39 @@ pub fn generate_batch(
         for (index, prompt) in (group * batch..).zip(prompts_of_group) {
             let mut sampler = Sampler::new(options.sampling, index as u64)?;
             sampler.observe(prompt);
-            running.push(Running { index, sampler, last: [0] });
+            running.push(Running { index, sampler, last: [0], whole: Vec::new() });
         }
         let mut sequences: Vec<Sequence> =
             running.iter().map(|_| Sequence::with_cache(model.spec(), options.kv_cache)).collect();
         for step in 0..options.max_new_tokens {
+            if step > 0 {
+                // Where the table of learned positions is full a text ends.
+                for row in (0..running.len()).rev() {
+                    if model.spec().check_positions(sequences[row].len() + 1).is_err() {
+                        running.swap_remove(row);
+                        sequences.swap_remove(row);
+                    }
+                }
+                if running.is_empty() {
+                    break;
+                }
+            }
+            for (running, sequence) in running.iter_mut().zip(&mut sequences) {
+                let outgrows = outgrows_cache(model.spec(), sequence, &running.last);
+                running.whole.clear();
+                if outgrows {
+                    sequence.clear();
+                    running.whole.extend_from_slice(prompts[running.index]);
+                    running.whole.extend_from_slice(&texts[running.index]);
+                }
+            }
             let new: Vec<&[u32]> = running
                 .iter()
-                .map(|running| if step == 0 { prompts[running.index] } else { &running.last[..] })
+                .map(|running| match step {
+                    0 => prompts[running.index],
+                    _ if running.whole.is_empty() => &running.last[..],
+                    _ => &running.whole[..],
+                })
                 .collect();
             model.forward(session, &mut sequences, &new)?;
             let logits = model.logits(session, Rows::Last);
@@ -191,6 +236,8 @@ struct Running {
     index: usize,
     sampler: Sampler,
     last: [u32; 1],
+    /// All tokens, where they have to be read again; else empty.
+    whole: Vec<u32>,
 }
 
 /// Tokens for which room is reserved at the start, whatever the limit.

@@ -48,6 +48,54 @@ fn a_generation_ends_for_the_reason_it_says() {
     assert_eq!(run(&stop, 99), (all[..4].to_vec(), FinishReason::Stop));
 }
 
+/// From the 17th token on all keys of this model have other divisors, those of the first sixteen as well.
+#[test]
+fn keys_are_made_anew_where_long_rope_changes() {
+    let Some(model) = model("phi3_longrope") else { return };
+    let mut session = session();
+    let prompt: Vec<u32> = (0..10).map(|i| (i * 37 + 5) % 250).collect();
+    let mut text = prompt.clone();
+    for _ in 0..12 {
+        let mut fresh = [Sequence::new(model.spec())];
+        model.forward(&mut session, &mut fresh, &[&text]).unwrap();
+        let logits = model.logits(&mut session, Rows::Last).row(0);
+        text.push(gptq_compute::argmax(logits).unwrap() as u32);
+    }
+    let options = GenerateOptions { max_new_tokens: 12, ..GenerateOptions::default() };
+    let go_on = |_| ControlFlow::Continue(());
+    let done = generate(&model, &mut session, &prompt, &options, go_on).unwrap();
+    assert_eq!(done.tokens, text[10..]);
+    let options = BatchOptions {
+        max_new_tokens: 12,
+        sampling: Sampling::default(),
+        eos_ids: Vec::new(),
+        kv_cache: KvType::F32,
+        ignore_eos: true,
+        batch: 2,
+    };
+    let prompts: [&[u32]; 2] = [&prompt, &prompt[..4]];
+    let texts = generate_batch(&model, &mut session, &prompts, &options, |_| {}).unwrap();
+    assert_eq!(texts[0], text[10..]);
+    assert_eq!(texts[1].len(), 12);
+}
+
+/// One text's limit is not another's.
+#[test]
+fn learned_positions_end_one_text_of_a_batch() {
+    let Some(model) = model("gpt2") else { return };
+    let options = BatchOptions {
+        max_new_tokens: 20,
+        sampling: Sampling::default(),
+        eos_ids: Vec::new(),
+        kv_cache: KvType::F32,
+        ignore_eos: true,
+        batch: 2,
+    };
+    let prompts: [&[u32]; 2] = [&[5; 60], &[5; 4]];
+    let texts = generate_batch(&model, &mut session(), &prompts, &options, |_| {}).unwrap();
+    assert_eq!(texts.iter().map(Vec::len).collect::<Vec<_>>(), [5, 20]);
+}
+
 #[test]
 fn learned_positions_end_a_generation_and_refuse_a_longer_prompt() {
     let Some(model) = model("gpt2") else { return };
