@@ -18,14 +18,15 @@ pub(crate) fn to_bf16(x: f32) -> f32 {
     f32::from_bits(if x.is_nan() { bits | 0x0040_0000 } else { up } & 0xFFFF_0000)
 }
 
-/// e^x, relative error below 2e-7; 0 below -87.3 and e^88.3 above 88.3.
+/// e^x, relative error below 2e-7; 0 below -87.3, e^88.3 above 88.3 and NaN of NaN.
 ///
 /// Range reduction x = n ln 2 + r with the two-part constant of Cody and Waite, then the Taylor
 /// polynomial of degree 7 on |r| <= ln 2 / 2.
 #[inline(always)]
 pub(crate) unsafe fn exp<S: Simd>(x: S::F) -> S::F {
     let low = S::splat(-87.33654);
-    let y = S::max(S::min(x, S::splat(88.3)), low);
+    // On x86 these give their second operand where one is NaN.
+    let y = S::max(low, S::min(S::splat(88.3), x));
     let n = S::round(S::mul(y, S::splat(std::f32::consts::LOG2_E)));
     let r = S::fnma(n, S::splat(0.693_359_4), y);
     let r = S::fnma(n, S::splat(-2.121_944_4e-4), r);
@@ -180,6 +181,10 @@ mod tests {
             assert_eq!(&e[..3], &[1.0, 0.0, 0.0]);
             let p = dispatch_on(isa, Eval { which: 1, x: &[0.0; LANES] });
             assert_eq!(p[0], 0.0);
+            for which in [0, 2, 3] {
+                let y = dispatch_on(isa, Eval { which, x: &[f32::NAN; LANES] });
+                assert!(y.iter().all(|y| y.is_nan()), "{isa:?} function {which}");
+            }
         }
     }
 }

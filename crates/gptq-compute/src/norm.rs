@@ -161,7 +161,8 @@ pub fn norm_heads(pool: &Pool, x: &mut Tensor, head_dim: usize, norms: &[Norm]) 
             // SAFETY: each row belongs to one task.
             let heads = unsafe { raw.range(row * cols, cols) }.chunks_exact_mut(head_dim);
             for (head, norm) in heads.zip(norms.iter().cycle()) {
-                dispatch(Row { norm, x: head.as_ptr(), out: head.as_mut_ptr(), n: head_dim });
+                let out = head.as_mut_ptr();
+                dispatch(Row { norm, x: out, out, n: head_dim });
             }
         }
     });
