@@ -11,6 +11,8 @@ use crate::{ModelError, Result};
 
 /// Upper bound of any count in a config (blocks have their own, lower one): keeps products of three within 64 bits.
 const MAX_COUNT: u64 = 1 << 20;
+/// The same of positions, which no tensor but a table of them has as many of.
+const MAX_POSITIONS: u64 = 1 << 32;
 
 /// The keys of a config (or of an object inside it), with a record of those that were asked for.
 pub(crate) struct Fields<'a> {
@@ -88,17 +90,17 @@ impl<'a> Fields<'a> {
     /// A count of at least one, if the key is there.
     pub(crate) fn opt_count(&self, key: &str) -> Result<Option<usize>> {
         self.note(key, COUNT, None);
+        let positions = key.ends_with("max_position_embeddings");
+        let most = if positions { MAX_POSITIONS } else { MAX_COUNT };
         self.value(key)
             .map(|value| match value.as_u64() {
-                Some(count) if (1..=MAX_COUNT).contains(&count) => Ok(count as usize),
+                Some(count) if (1..=most).contains(&count) => Ok(count as usize),
                 // Some tools write counts as floats.
                 _ => match value.as_f64() {
-                    Some(count)
-                        if count.fract() == 0.0 && (1.0..=MAX_COUNT as f64).contains(&count) =>
-                    {
+                    Some(count) if count.fract() == 0.0 && (1.0..=most as f64).contains(&count) => {
                         Ok(count as usize)
                     }
-                    _ => Err(self.bad(key, "a whole number from 1 to 1048576")),
+                    _ => Err(self.bad(key, format!("a whole number from 1 to {most}"))),
                 },
             })
             .transpose()

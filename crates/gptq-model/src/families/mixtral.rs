@@ -4,7 +4,7 @@ use super::read::{RopeDefaults, Sizes, USUAL, never, rope, windowed};
 use super::{experts, llama};
 use crate::Result;
 use crate::fields::Fields;
-use crate::spec::{Layer, Spec};
+use crate::spec::{Layer, NormSpec, Spec};
 
 pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
     never(f, "attention_bias")?;
@@ -18,6 +18,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
     let layers = windowed(f, &sliding)?.into_iter().map(|layer| Layer { moe: true, ..layer });
     Ok(Spec {
         family: "mixtral",
+        norm: NormSpec::rms(f.eps_or("rms_norm_eps", 1e-5)?),
         moe: Some(experts::moe(f, names, expert, true)?),
         layers: layers.collect(),
         ..llama
