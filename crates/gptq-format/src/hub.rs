@@ -2,9 +2,11 @@
 
 use crate::error::{FormatError, Result};
 use crate::fs::read_json;
+use crate::sentence_files::{MODULES, SETTINGS, is_sentence_config};
 use hf_hub::api::Progress;
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
+use serde_json::Value;
 use std::env;
 use std::path::{Path, PathBuf};
 
@@ -12,7 +14,7 @@ use std::path::{Path, PathBuf};
 pub type OnProgress<'a> = dyn Fn(&str, u64, u64) + 'a;
 
 /// Files beside the weights that are fetched where the repository has them.
-const SMALL_FILES: [&str; 13] = [
+const SMALL_FILES: [&str; 18] = [
     "config.json",
     "generation_config.json",
     "quantize_config.json",
@@ -26,6 +28,11 @@ const SMALL_FILES: [&str; 13] = [
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    MODULES,
+    SETTINGS,
 ];
 
 /// Turns what the user named into a path: an existing file or directory; else `owner/name` or `owner/name@revision` on
@@ -141,6 +148,19 @@ fn is_commit(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric())
 }
 
+/// Whether a file of a repository is fetched wherever it is there.
+fn is_small(name: &str) -> bool {
+    SMALL_FILES.contains(&name) || is_sentence_config(name)
+}
+
+/// Whether a file is the config of a step of `modules.json`, such as `1_Pooling/config.json`.
+fn is_of_module(modules: &Value, name: &str) -> bool {
+    let paths =
+        modules.as_array().into_iter().flatten().filter_map(|module| module["path"].as_str());
+    let inside = |path: &str| name.strip_prefix(path).and_then(|rest| rest.strip_prefix('/'));
+    paths.filter(|path| !path.is_empty()).filter_map(inside).any(|file| file == "config.json")
+}
+
 /// Which files of a repository are its weights, by the same preference as [`crate::TensorStore::open_dir`].
 enum Weights {
     File(String),
@@ -217,8 +237,14 @@ fn download(
         None => fetch(&repo, name, on_progress),
     };
     let config = get("config.json")?;
-    for name in SMALL_FILES.iter().filter(|s| names.iter().any(|n| n == *s)) {
-        get(name)?;
+    for name in names.iter().filter(|name| is_small(name)) {
+        let path = get(name)?;
+        if name == MODULES {
+            let modules = read_json(&path).map_err(|e| e.to_string())?;
+            for name in names.iter().filter(|name| is_of_module(&modules, name)) {
+                get(name)?;
+            }
+        }
     }
     match weights {
         Weights::File(name) => drop(get(&name)?),
@@ -299,6 +325,23 @@ mod tests {
             "a/",
         ] {
             assert_eq!(HubId::parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_makes_vectors_of_texts_is_fetched() {
+        let modules = serde_json::json!([
+            { "path": "", "type": "sentence_transformers.models.Transformer" },
+            { "path": "1_Pooling", "type": "sentence_transformers.models.Pooling" }
+        ]);
+        for name in [MODULES, SETTINGS, "sentence_bert_config.json", "vocab.txt", "config.json"] {
+            assert!(is_small(name), "{name}");
+        }
+        assert!(is_of_module(&modules, "1_Pooling/config.json"));
+        for name in
+            ["1_Pooling", "1_Pooling/x/config.json", "2_Dense/config.json", "onnx/model.onnx"]
+        {
+            assert!(!is_small(name) && !is_of_module(&modules, name), "{name}");
         }
     }
 

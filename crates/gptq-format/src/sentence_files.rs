@@ -11,8 +11,8 @@ use serde_json::Value;
 use crate::error::{FormatError, Result};
 use crate::fs::{read_json_if_exists, read_limited, write_atomic};
 
-const MODULES: &str = "modules.json";
-const SETTINGS: &str = "config_sentence_transformers.json";
+pub(crate) const MODULES: &str = "modules.json";
+pub(crate) const SETTINGS: &str = "config_sentence_transformers.json";
 /// Larger files than a dense layer of any such model are none of these.
 const MAX_FILE_BYTES: u64 = 1 << 28;
 
@@ -25,10 +25,7 @@ pub fn copy_sentence_files(from: &Path, to: &Path) -> Result<()> {
     let Some(modules) = read_json_if_exists(&file)? else { return Ok(()) };
     let beside = |name: &OsStr| {
         let name = name.to_string_lossy();
-        // sentence_bert_config.json, sentence_roberta_config.json and so on.
-        name == MODULES
-            || name == SETTINGS
-            || (name.starts_with("sentence_") && name.ends_with("_config.json"))
+        name == MODULES || name == SETTINGS || is_sentence_config(&name)
     };
     copy_files(from, to, beside)?;
     for module in modules.as_array().into_iter().flatten() {
@@ -48,6 +45,11 @@ pub fn copy_sentence_files(from: &Path, to: &Path) -> Result<()> {
         copy_files(&from.join(&inside), &to.join(&inside), |_| true)?;
     }
     Ok(())
+}
+
+/// sentence_bert_config.json, sentence_roberta_config.json and so on.
+pub(crate) fn is_sentence_config(name: &str) -> bool {
+    name.starts_with("sentence_") && name.ends_with("_config.json") && !name.contains('/')
 }
 
 /// Copies the files of a directory, which need not exist, whose names are wanted.

@@ -188,10 +188,11 @@ fn modes(directory: &Path) -> Result<Vec<Pooling>> {
     Ok(found)
 }
 
-/// A JSON file, if it exists.
+/// A JSON file, if it exists; beside a GGUF file, whose path is no directory, there is none.
 fn read(file: &Path) -> Result<Option<Value>> {
+    let missing = [ErrorKind::NotFound, ErrorKind::NotADirectory];
     let text = match std::fs::read_to_string(file) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) if missing.contains(&error.kind()) => return Ok(None),
         text => text.map_err(FormatError::io("read", file))?,
     };
     serde_json::from_str(&text).map(Some).map_err(|error| ModelError::BadField {

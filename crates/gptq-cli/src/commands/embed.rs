@@ -83,6 +83,12 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let (checkpoint, model) = load(&args.model, HeadBits::Stored, &pool, &view)?;
     let tokenizer = checkpoint.tokenizer().context("texts cannot be tokenized")?;
     view.finish();
+    if args.pooling.is_none() && !checkpoint.path.join("modules.json").exists() {
+        tracing::warn!(
+            "the model does not say how its tokens become one vector (modules.json): their mean; --pooling and --normalize \
+             say otherwise"
+        );
+    }
     let how = settings(args, SentencePooling::from_dir(&checkpoint.path)?);
     let longest =
         args.max_tokens.or(how.max_tokens).unwrap_or(usize::MAX).min(model.spec().max_positions);
@@ -137,6 +143,10 @@ fn tokenize(
 ) -> anyhow::Result<Vec<u32>> {
     let lower = if lower_case { text.to_lowercase() } else { text.to_owned() };
     let ids = tokenizer.encode_truncated(&lower, longest)?;
+    ensure!(
+        ids.len() <= longest,
+        "--max-tokens {longest} is less than the special tokens around each text"
+    );
     ensure!(!ids.is_empty(), "the text {text:?} has no tokens");
     Ok(ids)
 }
