@@ -4,6 +4,7 @@ use crate::error::{FormatError, Result};
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Largest JSON file that is read, in bytes; the same limit as for safetensors headers.
@@ -136,6 +137,7 @@ impl OutputDir {
     /// # Errors
     /// As [`OutputDir::create`].
     pub fn resume(target: &Path, overwrite: bool) -> Result<Self> {
+        let target = &behind_link(target)?;
         check_target(target, overwrite)?;
         let partial = Self::partial_path(target)?;
         fs::create_dir_all(&partial).map_err(FormatError::io("create", &partial))?;
@@ -172,7 +174,7 @@ impl OutputDir {
     /// # Errors
     /// If `target` has no file name (`/`, `..`).
     pub fn partial_path(target: &Path) -> Result<PathBuf> {
-        sibling(target, ".partial")
+        sibling(&behind_link(target)?, ".partial")
     }
 
     /// The directory to write into.
@@ -255,6 +257,14 @@ fn recover(target: &Path) -> Result<()> {
     }
 }
 
+/// What a link names, so that the output is made on the disk that it will be on.
+fn behind_link(target: &Path) -> Result<PathBuf> {
+    if target.is_symlink() {
+        return fs::canonicalize(target).map_err(FormatError::io("follow", target));
+    }
+    Ok(target.to_owned())
+}
+
 fn check_target(target: &Path, overwrite: bool) -> Result<()> {
     match fs::metadata(target) {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
@@ -265,6 +275,12 @@ fn check_target(target: &Path, overwrite: bool) -> Result<()> {
         }
         Ok(_) if !overwrite && has_content(target)? => {
             Err(FormatError::OutputExists { path: target.to_owned() })
+        }
+        // No rename(2) replaces it.
+        Ok(meta) if fs::metadata(parent(target)).is_ok_and(|p| p.dev() != meta.dev()) => {
+            let source =
+                std::io::Error::other("it is a mount point; name a directory inside of it");
+            Err(FormatError::io("replace", target)(source))
         }
         Ok(_) => Ok(()),
     }
@@ -345,6 +361,22 @@ mod tests {
         assert!(message.contains("are free on its disk"), "{message}");
         // What is wrong with it is told by those who write there.
         require_space(&dir.path().join("missing"), u64::MAX - 1).unwrap();
+    }
+
+    #[test]
+    fn a_link_is_followed_and_a_mount_point_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (real, link) = (dir.path().join("disk/real"), dir.path().join("out"));
+        fs::create_dir_all(&real).unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        let out = OutputDir::create(&link, false).unwrap();
+        assert_eq!(out.path(), dir.path().canonicalize().unwrap().join("disk/.real.partial"));
+        assert_eq!(OutputDir::partial_path(&link).unwrap(), out.path());
+        fs::write(out.path().join("x"), "1").unwrap();
+        out.commit().unwrap();
+        assert_eq!((names(&link), link.is_symlink()), (vec!["x".to_owned()], true));
+        let message = OutputDir::create(Path::new("/proc"), true).unwrap_err().to_string();
+        assert!(message.contains("mount point"), "{message}");
     }
 
     #[test]
