@@ -134,9 +134,6 @@ pub(crate) fn settings(config: &Config) -> Result<QuantizeConfig> {
     if bits != 4 {
         return Err(unsupported(config, format!("AWQ with {bits} bits"), REQUANTIZE));
     }
-    if config.opt_bool("zero_point")? == Some(false) {
-        return Err(unsupported(config, "AWQ without zero points".to_owned(), REQUANTIZE));
-    }
     let key = either("group_size", "q_group_size");
     let group_size = config.value(key).and_then(Value::as_i64).filter(|&g| is_group_size(g));
     let group_size = group_size.ok_or_else(|| config.error(key, "-1 or a positive integer"))?;
@@ -241,7 +238,6 @@ mod tests {
         assert!(with("bits", json!(8)).contains("8 bits"));
         assert!(with("bits", json!("4")).contains("`bits`"));
         assert!(with("group_size", json!(0)).contains("`group_size`"));
-        assert!(with("zero_point", json!(false)).contains("zero points"));
         assert!(with("modules_to_not_convert", json!("gate")).contains("modules_to_not_convert"));
         assert!(with("modules_to_not_convert", json!([1])).contains("modules_to_not_convert"));
     }

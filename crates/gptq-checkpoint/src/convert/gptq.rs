@@ -40,9 +40,15 @@ pub(super) fn convert(
             continue;
         }
         let info = store.info(name)?;
+        // Those that are written anew have 32 bits.
+        let anew = match part {
+            Some((_, "g_idx")) => true,
+            Some((_, "qzeros")) => format != config.format,
+            _ => false,
+        };
         specs.push(TensorSpec {
             name: name.to_owned(),
-            dtype: info.dtype,
+            dtype: if anew { DType::I32 } else { info.dtype },
             shape: info.shape.clone(),
         });
     }

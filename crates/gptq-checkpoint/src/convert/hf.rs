@@ -62,7 +62,7 @@ pub(super) fn convert(
     }
     for (done, (name, dtype)) in copied.iter().enumerate() {
         progress(packed.len() + done, total);
-        if store.info(name)?.bytes == 0 {
+        if store.info(name)?.elements() == 0 {
             writer.write(name, &[])?;
             continue;
         }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use anyhow::bail;
 use gptq_checkpoint::{ConvertOptions, Converted, Target};
 use gptq_format::CheckpointFormat;
 use gptq_quantize::Progress;
@@ -68,6 +69,9 @@ impl From<TargetArg> for Target {
 }
 
 pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
+    if args.lossy && !matches!(args.to, TargetArg::Gguf) {
+        bail!("--lossy is for --to gguf");
+    }
     let start = Instant::now();
     let view = progress(global);
     let checkpoint = open(&args.model, &view)?;

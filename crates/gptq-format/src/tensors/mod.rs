@@ -8,7 +8,7 @@ pub use crate::mmap::SharedBytes;
 
 use crate::dtype::DType;
 use crate::error::{FormatError, Result};
-use crate::gguf::{GgufFile, RowMap};
+use crate::gguf::{GgufError, GgufFile, RowMap};
 use crate::mmap::MappedFile;
 use decode::Bad;
 use half::f16;
@@ -89,8 +89,12 @@ impl Entry {
 
     /// The conversion to f32, or the error that it does not hold floats.
     fn f32_decoder(&self, name: &str) -> Result<decode::F32Decoder> {
-        decode::to_f32(self.info.dtype).ok_or_else(|| {
-            self.dtype_error(name, "a float type (F32, F16, BF16, F64 or a ggml type)")
+        decode::to_f32(self.info.dtype).ok_or_else(|| match self.info.dtype {
+            DType::Ggml(dtype) => {
+                let (path, tensor) = (self.info.file.clone(), name.to_owned());
+                GgufError::UnsupportedType { path, tensor, dtype }.into()
+            }
+            _ => self.dtype_error(name, "a float type (F32, F16, BF16, F64 or a ggml type)"),
         })
     }
 }
