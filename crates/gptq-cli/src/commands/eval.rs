@@ -74,7 +74,9 @@ pub(super) fn tokenize(
     options: &EvalOptions,
 ) -> anyhow::Result<Vec<u32>> {
     let most = options.max_windows.map_or(usize::MAX, |n| n.saturating_mul(options.seqlen));
-    let mut tokens = Vec::new();
+    // llama.cpp's text begins with it; the first token of every other window is replaced by it.
+    let bos = options.bos.filter(|_| options.protocol == Protocol::LlamaCpp);
+    let mut tokens = Vec::from_iter(bos);
     for part in tokenizer.encode_long(text) {
         tokens.extend(part?);
         if tokens.len() >= most {
