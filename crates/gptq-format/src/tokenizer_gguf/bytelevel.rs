@@ -93,8 +93,15 @@ pub(super) fn build(
     vocabulary: &Vocabulary<'_>,
 ) -> Result<(tokenizers::Tokenizer, bool), TokenizerError> {
     let invalid = |reason: String| TokenizerError::Invalid { path: gguf.path().into(), reason };
-    // Files from before the key was introduced have GPT-2's.
-    let name = gguf.str("tokenizer.ggml.pre")?.unwrap_or("default");
+    let named = gguf.str("tokenizer.ggml.pre")?;
+    if named.is_none() {
+        tracing::warn!(
+            "{} does not say how it cuts text into words (tokenizer.ggml.pre): as GPT-2 does, which is wrong for Llama 3 and \
+             others; newer files of these models say it",
+            gguf.path().display()
+        );
+    }
+    let name = named.unwrap_or("default");
     let pre = PRE_TOKENIZERS.iter().find(|p| p.names.contains(&name)).ok_or_else(|| {
         TokenizerError::Unsupported {
             path: gguf.path().into(),

@@ -248,6 +248,7 @@ fn scores(vocabulary: &Vocabulary, merges: &[[String; 2]]) -> Result<Vec<f32>> {
     let ids = (0..).zip(&vocabulary.tokens).map(|(id, token)| (token.clone(), id)).collect();
     let implied: BTreeSet<[String; 2]> =
         sentencepiece::merges_from_scores(&vocabulary.tokens, &scores, &ids)
+            .ok_or_else(|| "its tokens can be cut in too many ways".to_owned())?
             .into_iter()
             .map(|(left, right)| [left, right])
             .collect();

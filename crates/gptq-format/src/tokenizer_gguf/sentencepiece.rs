@@ -13,6 +13,8 @@ use crate::tokenizer::TokenizerError;
 /// Longest token whose merges are rebuilt, in bytes; SentencePiece's own limit is far below. Bounds the work, which grows
 /// with the square of the length.
 const MAX_TOKEN: usize = 1024;
+/// Bytes of all merges over those of all tokens, at most; of published vocabularies some two or three.
+const MAX_GROWTH: usize = 32;
 
 pub(super) fn build(
     gguf: &GgufFile,
@@ -35,7 +37,8 @@ pub(super) fn build(
         )));
     }
     let vocab: Vocab = (0..).zip(vocabulary.tokens).map(|(id, t)| (t.clone(), id)).collect();
-    let merges = merges_from_scores(vocabulary.tokens, scores, &vocab);
+    let merges = merges_from_scores(vocabulary.tokens, scores, &vocab)
+        .ok_or_else(|| invalid("its tokens can be cut in too many ways".to_owned()))?;
     let mut model =
         BPE::builder().vocab_and_merges(vocab, merges).fuse_unk(true).byte_fallback(true);
     let unknown = vocabulary.kinds.iter().position(|k| *k == Kind::Unknown);
@@ -73,12 +76,12 @@ pub(super) fn build(
 
 /// The merges that a SentencePiece vocabulary implies: every cut of a token into two tokens, the best-scored token first;
 /// among equals the longer left part, then the longer right part, then the lower ids. It is the order in which transformers
-/// rebuilds them.
+/// rebuilds them. `None` if they are too many for any vocabulary that was made of text.
 pub(super) fn merges_from_scores(
     tokens: &[String],
     scores: &[f32],
     vocab: &Vocab,
-) -> Vec<(String, String)> {
+) -> Option<Vec<(String, String)>> {
     struct Merge<'a> {
         score: f32,
         left: &'a str,
@@ -86,6 +89,8 @@ pub(super) fn merges_from_scores(
         left_chars: usize,
         right_chars: usize,
     }
+    let bytes: usize = tokens.iter().map(String::len).sum();
+    let mut room = MAX_GROWTH * bytes;
     let mut merges = Vec::new();
     for (token, &score) in tokens.iter().zip(scores) {
         let chars = token.chars().count();
@@ -101,6 +106,7 @@ pub(super) fn merges_from_scores(
                 Some((ids, merge))
             })
             .collect();
+        room = room.checked_sub(cuts.len() * token.len())?;
         cuts.sort_by_key(|(ids, _)| *ids);
         merges.extend(cuts.into_iter().map(|(_, merge)| merge));
     }
@@ -112,5 +118,21 @@ pub(super) fn merges_from_scores(
             .then(b.left_chars.cmp(&a.left_chars))
             .then(b.right_chars.cmp(&a.right_chars))
     });
-    merges.into_iter().map(|m| (m.left.to_owned(), m.right.to_owned())).collect()
+    Some(merges.into_iter().map(|m| (m.left.to_owned(), m.right.to_owned())).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn merges_are_bounded_by_the_size_of_the_tokens() {
+        let merges = |tokens: &[String]| {
+            let vocab = (0..).zip(tokens).map(|(id, token)| (token.clone(), id)).collect();
+            merges_from_scores(tokens, &vec![0.0; tokens.len()], &vocab)
+        };
+        let runs = |longest: usize| (1..=longest).map(|n| "a".repeat(n)).collect::<Vec<_>>();
+        assert_eq!(merges(&runs(16)).map(|merges| merges.len()), Some(15 * 16 / 2));
+        assert_eq!(merges(&runs(300)), None);
+    }
 }

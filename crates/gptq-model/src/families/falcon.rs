@@ -80,7 +80,9 @@ fn residual(f: &Fields<'_>, grouped: bool) -> Result<Residual> {
     })
 }
 
-/// Falcon keeps slopes in bfloat16 and scales them together with the scores.
+/// Falcon keeps slopes in bfloat16 and scales them together with the scores. transformers also rounds the product of slope and
+/// position to bfloat16, by up to 2 at position 1000, so that distances of some tokens run together; here they are exact, as
+/// in llama.cpp.
 fn scaled_alibi(sizes: &Sizes) -> Positions {
     let scale = inverse_root(sizes.head_dim as f64);
     let slope = |slope: f32| bf16::from_f32(slope).to_f32() * scale;
