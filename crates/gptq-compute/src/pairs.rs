@@ -243,9 +243,19 @@ impl Kernel for PackRow<'_> {
     }
 }
 
+/// What numbers are multiplied with to become integers up to `limit`, and the scale of these, which is no number where
+/// one of `x` is none.
+#[inline(always)]
+pub(crate) fn scale_of(x: &[f32], limit: f32) -> (f32, f32) {
+    let largest = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    // 0, or NaN.
+    let zero: f32 = x.iter().map(|x| x * 0.0).sum();
+    (inverse(largest, limit), largest / limit + zero)
+}
+
 /// The integer nearest to `x`, in the low half.
 #[inline(always)]
-fn word(x: f32) -> u32 {
+pub(crate) fn word(x: f32) -> u32 {
     nearest(x) as u32 & 0xFFFF
 }
 

@@ -196,7 +196,8 @@ fn other_orders_formats_and_blocks_that_stay_floats() {
         if all {
             let error = error_of_first_block(&source, &output);
             let told = report.tuning[0].error_after.unwrap();
-            assert!((error / told - 1.0).abs() < 1e-4, "{name}: {error} {told}");
+            // What is told comes from products of 16 bits where the processor has them.
+            assert!((error / told - 1.0).abs() < 1e-3, "{name}: {error} {told}");
         }
     }
 }

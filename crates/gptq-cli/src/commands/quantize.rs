@@ -132,8 +132,8 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value_t = TokenWeightsArg::Balanced)]
     token_weights: TokenWeightsArg,
     /// How linears that are quantized already take their inputs while the calibration tokens pass through
-    /// them. Unless f32, the inputs of Hessians and both sides of the float model's products are rounded to
-    /// 16 bits, too, where the processor multiplies pairs of these; so is attention where they are bfloat16.
+    /// them. Unless f32, the inputs of Hessians and both sides of attention's and of the float model's products
+    /// are rounded to 16 bits, too, where the processor multiplies pairs of these.
     #[arg(long, value_enum, default_value_t = ActivationsArg::Bf16, value_name = "TYPE")]
     activations: ActivationsArg,
     /// How the activations of the calibration tokens are kept between stages: f16 takes half the

@@ -6,9 +6,10 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::memory::{KvMemory, Words};
-use super::storage::{Bf16, Element, F16, F32, Int8};
+use super::storage::{Bf16, Element, F16, F32, Int8, Int16};
 use crate::arch::{LANES, Pairs, isa, pairs};
 use crate::math;
+use crate::pairs::{scale_of, word};
 use crate::tensor::Tensor;
 
 /// Positions of one block.
@@ -27,12 +28,23 @@ pub enum KvType {
     /// bfloat16, multiplied with queries and weights that are rounded to it, too; sums in f32. For
     /// processors that multiply pairs of these ([`KvType::rounding`]).
     Bf16,
+    /// The same of 16-bit integers, with one f32 scale per head and token, and exact sums.
+    Int16,
 }
 
 impl KvType {
-    /// [`KvType::Bf16`] where kernels for pairs of these exist, else [`KvType::F32`].
+    /// [`KvType::Bf16`] or [`KvType::Int16`] where pairs of these are multiplied faster than f32, else
+    /// [`KvType::F32`].
     pub fn rounding() -> Self {
-        if pairs(isa()) == Some(Pairs::Bf16) { Self::Bf16 } else { Self::F32 }
+        match pairs(isa()) {
+            Some(Pairs::Bf16) => Self::Bf16,
+            Some(Pairs::Int16) => Self::Int16,
+            None => Self::F32,
+        }
+    }
+
+    fn in_pairs(self) -> bool {
+        matches!(self, Self::Bf16 | Self::Int16)
     }
 
     /// Bytes of one stored element, scales left out.
@@ -42,26 +54,26 @@ impl KvType {
             Self::F16 => F16::SIZE,
             Self::Int8 => Int8::SIZE,
             Self::Bf16 => Bf16::SIZE / Bf16::STEPS,
+            Self::Int16 => Int16::SIZE / Int16::STEPS,
         }
     }
 
     /// Bytes of the scales of one token and head: one for the key and one for the value.
     fn scale_bytes(self) -> usize {
-        if self == Self::Int8 { 2 * size_of::<f32>() } else { 0 }
+        if matches!(self, Self::Int8 | Self::Int16) { 2 * size_of::<f32>() } else { 0 }
     }
 
     /// Bytes that the keys and values of one token take in one layer.
     pub fn bytes_per_token(self, kv_heads: usize, head_dim: usize) -> usize {
-        let keys =
-            if self == Self::Bf16 { head_dim.next_multiple_of(Bf16::STEPS) } else { head_dim };
+        let keys = if self.in_pairs() { head_dim.next_multiple_of(2) } else { head_dim };
         kv_heads * ((keys + head_dim.next_multiple_of(LANES)) * self.size() + self.scale_bytes())
     }
 }
 
 /// The cache grows by blocks of 64 positions. A block holds, for each kv head, the keys transposed
 /// `[head_dim, 64]` (so that scores of 64 positions are one product without horizontal sums), the
-/// values `[64, head_dim rounded up to 16]` and, for [`KvType::Int8`], the scales of the keys
-/// `[64]` and of the values `[64]`. [`KvType::Bf16`] keeps two rows in one: columns 2i and 2i + 1 of
+/// values `[64, head_dim rounded up to 16]` and, for integers, the scales of the keys `[64]` and of the
+/// values `[64]`. [`KvType::Bf16`] and [`KvType::Int16`] keep two rows in one: columns 2i and 2i + 1 of
 /// the keys; positions i and i + 16 of each 32 of the values, so that weights are paired lane by lane.
 #[derive(Debug)]
 pub struct LayerKv {
@@ -104,10 +116,10 @@ impl LayerKv {
     /// long: the layers of a sequence.
     ///
     /// # Panics
-    /// If this processor has no kernels for [`KvType::Bf16`] ([`KvType::rounding`]).
+    /// If this processor has no kernels for pairs of this kind ([`KvType::rounding`]).
     #[track_caller]
     pub fn sharing(memory: &KvMemory, kv_heads: usize, head_dim: usize, kind: KvType) -> Self {
-        assert!(kind != KvType::Bf16 || pairs(isa()) == Some(Pairs::Bf16), "products of bfloat16");
+        assert!(!kind.in_pairs() || kind == KvType::rounding(), "products of {kind:?}");
         Self { blocks: Vec::new(), memory: memory.clone(), kind, kv_heads, head_dim, len: 0 }
     }
 
@@ -177,6 +189,7 @@ impl LayerKv {
                     KvType::F16 => self.put_f16(head, key, value),
                     KvType::Int8 => self.put_int8(head, key, value),
                     KvType::Bf16 => self.put_bf16(head, key, value),
+                    KvType::Int16 => self.put_int16(head, key, value),
                 }
             }
             self.len += 1;
@@ -215,16 +228,9 @@ impl LayerKv {
     }
 
     fn put_int8(&mut self, head: usize, key: &[f32], value: &[f32]) {
-        let (k, v) = (scale_of(key), scale_of(value));
-        let (at, scales) = (self.len % BLOCK, self.head_words() - 2 * BLOCK);
-        let first = head * self.head_words() + scales + at;
-        let block = &mut self.blocks[self.len / BLOCK];
-        block[first] = k.to_bits();
-        block[first + BLOCK] = v.to_bits();
-        // A row of zeros has scale 0 and codes 0.
-        let inverse = |scale: f32| if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let ((k, key_scale), (v, value_scale)) = (scale_of(key, 127.0), scale_of(value, 127.0));
+        self.put_scales(head, key_scale, value_scale);
         let code = |x: &f32, inverse: f32| math::nearest(x * inverse) as i8;
-        let (k, v) = (inverse(k), inverse(v));
         let (mut keys, values) = self.cells::<Int8>(head);
         keys.by_ref().zip(key).for_each(|(cell, x)| *cell = code(x, k));
         values.iter_mut().zip(value).for_each(|(cell, x)| *cell = code(x, v));
@@ -242,6 +248,29 @@ impl LayerKv {
             // meet weights of zero.
             *cell = if high { *cell & 0xFFFF | bits(x) } else { bits(x) >> 16 };
         }
+    }
+
+    fn put_int16(&mut self, head: usize, key: &[f32], value: &[f32]) {
+        let high = self.len / LANES % Int16::STEPS == 1;
+        let (k, key_scale) = scale_of(key, largest(self.head_dim));
+        let (v, value_scale) = scale_of(value, largest(BLOCK));
+        self.put_scales(head, key_scale, value_scale);
+        let (keys, values) = self.cells::<Int16>(head);
+        for (cell, pair) in keys.zip(key.chunks(Int16::STEPS)) {
+            *cell = word(pair[0] * k) | pair.get(1).map_or(0, |x| word(x * k)) << 16;
+        }
+        for (cell, x) in values.iter_mut().zip(value) {
+            // As above.
+            *cell = if high { *cell & 0xFFFF | word(x * v) << 16 } else { word(x * v) };
+        }
+    }
+
+    fn put_scales(&mut self, head: usize, key: f32, value: f32) {
+        let (at, scales) = (self.len % BLOCK, self.head_words() - 2 * BLOCK);
+        let first = head * self.head_words() + scales + at;
+        let block = &mut self.blocks[self.len / BLOCK];
+        block[first] = key.to_bits();
+        block[first + BLOCK] = value.to_bits();
     }
 
     /// Where the key and the value of the next position of one head go.
@@ -292,7 +321,7 @@ pub(super) fn value_rows<E: Element>(n: usize) -> usize {
     n / part * LANES + (n % part).min(LANES)
 }
 
-/// The scale that takes the largest magnitude to 127.
-fn scale_of(x: &[f32]) -> f32 {
-    x.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0
+/// Largest magnitude of the integers of both sides whose products so many terms add up, below 2³¹.
+pub(super) fn largest(terms: usize) -> f32 {
+    (f64::from(i32::MAX) / terms as f64).sqrt().floor().min(32767.0) as f32
 }

@@ -7,12 +7,13 @@
 
 use std::ops::Range;
 
-use super::cache::{BLOCK, LayerKv, value_rows};
+use super::cache::{BLOCK, LayerKv, largest, value_rows};
 use super::product::product;
-use super::storage::{Bf16, Element, F16, F32, Int8};
+use super::storage::{Bf16, Element, F16, F32, Int8, Int16};
 use super::{AttnParams, CHUNK, KvType, visible};
-use crate::arch::{Kernel, LANES, Simd, dispatch, dispatch_pairs, isa};
+use crate::arch::{Kernel, LANES, Simd, dispatch, dispatch_pairs, dispatch_words, isa};
 use crate::math;
+use crate::pairs::{integers, inverse};
 use crate::tensor::Tensor;
 
 /// The query rows of a task: row r is token `first + r / group` of the span, head `r % group` of
@@ -100,20 +101,24 @@ pub(super) struct Chunk<'a> {
     pub(super) index: usize,
     /// Block and head whose keys this thread probably reads next.
     pub(super) next: Option<(usize, usize)>,
-    /// `[rows, CHUNK]` for scores, then `[rows, head_dim]` for queries; any content.
+    /// `[rows, CHUNK]` for scores, then `[rows, padded_dim]` for rounded queries, and twice `[rows]` for the
+    /// scales of these and of weights.
     pub(super) strip: &'a mut [f32],
+    /// Whether `strip` has the rounded queries, from another chunk of the same ones; else it has any content.
+    pub(super) rounded: bool,
     pub(super) out: Partial<'a>,
 }
 
 impl Chunk<'_> {
     /// Floats of `strip`.
     pub(super) fn room(rows: usize, head_dim: usize) -> usize {
-        rows * (CHUNK + head_dim)
+        rows * (CHUNK + head_dim.next_multiple_of(LANES) + 2)
     }
 
     pub(super) fn compute(self) {
         match self.queries.kv.kind() {
             KvType::Bf16 => dispatch_pairs(isa(), PairChunk(self)),
+            KvType::Int16 => dispatch_words(isa(), WordChunk(self)),
             _ => dispatch(self),
         }
     }
@@ -131,6 +136,18 @@ impl Kernel for PairChunk<'_> {
     }
 }
 
+/// A chunk of pairs of integers.
+struct WordChunk<'a>(Chunk<'a>);
+
+impl Kernel for WordChunk<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        chunk::<S, Int16>(self.0);
+    }
+}
+
 impl Kernel for Chunk<'_> {
     type Output = ();
 
@@ -140,23 +157,31 @@ impl Kernel for Chunk<'_> {
             KvType::F32 => chunk::<S, F32>(self),
             KvType::F16 => chunk::<S, F16>(self),
             KvType::Int8 => chunk::<S, Int8>(self),
-            KvType::Bf16 => unreachable!("compute() takes PairChunk"),
+            KvType::Bf16 | KvType::Int16 => unreachable!("compute() takes their own chunks"),
         }
     }
 }
 
 #[inline(always)]
 unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
-    let Chunk { queries, index, next: then, strip, out } = task;
+    let Chunk { queries, index, next: then, strip, rounded, out } = task;
     let Queries { p, q, kv, kv_head, .. } = queries;
     let (rows, padded, len) = (queries.rows(), kv.padded_dim(), kv.len());
     assert!(strip.len() >= Chunk::room(rows, p.head_dim) && out.outputs.len() >= rows * padded);
     let strip = strip.as_mut_ptr();
-    let rounded = strip.add(rows * CHUNK);
-    if E::STEPS == 2 {
+    let pairs = strip.add(rows * CHUNK);
+    // Of integers.
+    let query_scales = pairs.add(rows * padded);
+    let weight_scales = query_scales.add(rows);
+    if E::STEPS == 2 && !rounded {
         for r in 0..rows {
-            let to = std::slice::from_raw_parts_mut(rounded.add(r * p.head_dim), p.head_dim);
-            round_query(&q.as_slice()[queries.offset(r)..][..p.head_dim], to);
+            let to = std::slice::from_raw_parts_mut(pairs.add(r * padded), padded);
+            let query = &q.as_slice()[queries.offset(r)..][..p.head_dim];
+            if E::INTEGERS {
+                *query_scales.add(r) = query_integers::<S>(query, to);
+            } else {
+                round_query(query, to);
+            }
         }
     }
     let outputs = out.outputs.as_mut_ptr();
@@ -175,11 +200,12 @@ unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
             BLOCK / LANES,
             p.head_dim.div_ceil(E::STEPS),
             |r| match E::STEPS {
-                2 => rounded.add(r * p.head_dim).cast_const(),
+                2 => pairs.add(r * padded).cast_const(),
                 _ => q.as_slice().as_ptr().add(queries.offset(r)),
             },
             (part.keys.as_ptr(), next.as_ptr(), BLOCK),
             |r| strip.add(r * CHUNK + at),
+            |r| *query_scales.add(r),
             false,
         );
         multiply::<S>(strip.add(at), rows, part.scales.0);
@@ -192,12 +218,24 @@ unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
         let slope = p.alibi.as_ref().map_or(0.0, |a| a[queries.head(r)]);
         let bias = base as f32 - queries.position(r) as f32;
         (out.max[r], out.sum[r]) = exponentials::<S>(row, range, p, slope, bias);
-        if E::STEPS == 2 {
-            round_weights::<S>(row);
-        }
     }
     if begin >= end {
         out.outputs[..rows * padded].fill(0.0);
+    }
+    for block in begin..end {
+        let part = kv.part::<E>(block, kv_head);
+        multiply::<S>(strip.add(block * BLOCK - base), rows, part.scales.1);
+    }
+    if E::STEPS == 2 && begin < end {
+        let positions = begin * BLOCK - base..end * BLOCK - base;
+        for r in 0..rows {
+            let row = strip.add(r * CHUNK);
+            if E::INTEGERS {
+                *weight_scales.add(r) = weight_integers::<S>(row, positions.clone());
+            } else {
+                round_weights::<S>(row, positions.clone());
+            }
+        }
     }
     for block in begin..end {
         let part = kv.part::<E>(block, kv_head);
@@ -206,7 +244,6 @@ unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
             _ => kv.part::<E>((block + 1).min(end - 1), kv_head).values,
         };
         let at = block * BLOCK - base;
-        multiply::<S>(strip.add(at), rows, part.scales.1);
         product::<S, E>(
             rows,
             padded / LANES,
@@ -214,6 +251,7 @@ unsafe fn chunk<S: Simd, E: Element>(task: Chunk<'_>) {
             |r| strip.add(r * CHUNK + at / E::STEPS).cast_const(),
             (part.values.as_ptr(), next.as_ptr(), padded),
             |r| outputs.add(r * padded),
+            |r| *weight_scales.add(r),
             block > begin,
         );
     }
@@ -228,9 +266,45 @@ fn round_query(from: &[f32], to: &mut [f32]) {
     }
 }
 
-/// Rounds a row of weights to bfloat16, two positions in a word, as values are kept.
+/// Makes a query integers, two columns in a word, as keys are kept; returns their scale. `to` has room for all of
+/// its columns.
 #[inline(always)]
-unsafe fn round_weights<S: Simd>(row: &mut [f32]) {
+unsafe fn query_integers<S: Simd>(from: &[f32], to: &mut [f32]) -> f32 {
+    let words = bytemuck::cast_slice_mut::<f32, u32>(to);
+    let (scale, _) = integers::<S>(from, largest(from.len()), words.as_chunks_mut().0);
+    for i in 0..from.len().div_ceil(2) {
+        words[i] = words[2 * i] & 0xFFFF | words[2 * i + 1] << 16;
+    }
+    scale
+}
+
+/// Makes the weights of a row at some positions integers, two of them in a word, as values are kept; returns their
+/// scale.
+#[inline(always)]
+unsafe fn weight_integers<S: Simd>(row: *mut f32, positions: Range<usize>) -> f32 {
+    let (mut most, mut sum) = (S::splat(0.0), S::splat(0.0));
+    for i in positions.clone().step_by(LANES) {
+        let weights = S::load(row.add(i));
+        most = S::max(most, weights);
+        sum = S::add(sum, weights);
+    }
+    let (most, limit) = (S::max_lane(most), largest(BLOCK));
+    let inverse = S::splat(inverse(most, limit));
+    let rounded = |v| S::to_i32(S::mul(v, inverse));
+    for i in positions.step_by(2 * LANES) {
+        let pair = row.add(i);
+        let (low, high) = (rounded(S::load(pair)), rounded(S::load(pair.add(LANES))));
+        // Never ahead of what is read. Weights are not negative.
+        S::store_i32(row.add(i / 2).cast(), S::or(low, S::shl(high, 16)));
+    }
+    // A weight that is no number makes the sum so, whatever the maximum is.
+    let sum = S::sum(sum);
+    if sum.is_nan() { sum } else { most / limit }
+}
+
+/// Rounds the weights of a row at some positions to bfloat16, two of them in a word, as values are kept.
+#[inline(always)]
+unsafe fn round_weights<S: Simd>(row: *mut f32, positions: Range<usize>) {
     // As `math::to_bf16`, but for NaNs of odd payloads, which arithmetic does not make.
     let rounded = |v: S::F| {
         let (bits, one) = (S::bits(v), S::splat_i32(1));
@@ -238,12 +312,11 @@ unsafe fn round_weights<S: Simd>(row: &mut [f32]) {
         S::add_i32(bits, S::add_i32(odd, S::splat_i32(0x7FFF)))
     };
     let top = S::splat_i32(0xFFFF_0000_u32 as i32);
-    let (vectors, row) = (row.len() / LANES, row.as_mut_ptr());
-    for i in 0..vectors / 2 {
-        let pair = row.add(2 * i * LANES);
+    for i in positions.step_by(2 * LANES) {
+        let pair = row.add(i);
         let (low, high) = (rounded(S::load(pair)), rounded(S::load(pair.add(LANES))));
         // Never ahead of what is read.
-        S::store_i32(row.add(i * LANES).cast(), S::or(S::shr(low, 16), S::and(high, top)));
+        S::store_i32(row.add(i / 2).cast(), S::or(S::shr(low, 16), S::and(high, top)));
     }
 }
 

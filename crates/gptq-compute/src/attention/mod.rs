@@ -225,19 +225,19 @@ fn run_task(
             let then = task + threads;
             let next = (then < cut.splits * p.kv_heads)
                 .then(|| (queries.blocks(cut.first + then / p.kv_heads).start, then % p.kv_heads));
-            return Chunk { queries, index: cut.first + split, next, strip, out }.compute();
+            let index = cut.first + split;
+            return Chunk { queries, index, next, strip, rounded: false, out }.compute();
         }
         let (a, b) = buffers.split_at_mut(size);
         let seen = queries.seen();
         let chunks = seen.start / CHUNK..seen.end.div_ceil(CHUNK);
         for chunk in chunks.clone() {
-            if chunk == chunks.start {
-                let out = Partial::new(a, rows, padded);
-                Chunk { queries, index: chunk, next: None, strip, out }.compute();
+            let first = chunk == chunks.start;
+            let out = Partial::new(if first { &mut *a } else { &mut *b }, rows, padded);
+            Chunk { queries, index: chunk, next: None, strip, rounded: !first, out }.compute();
+            if first {
                 continue;
             }
-            let out = Partial::new(b, rows, padded);
-            Chunk { queries, index: chunk, next: None, strip, out }.compute();
             let (mut into, next) = (Partial::new(a, rows, padded), Partial::new(b, rows, padded));
             dispatch(Merge { into: &mut into, next: &next, padded });
         }

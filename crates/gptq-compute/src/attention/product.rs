@@ -8,7 +8,8 @@ use crate::arch::{LANES, Simd};
 const CACHE_LINE: usize = 64;
 
 /// C[r][..] (+)= Σ_k A[r][k] B[k][..] for `R` rows and `V` vectors. With `AHEAD`, memory at `ahead`
-/// is fetched as B is read; otherwise the pointer is not used. What A and B hold is up to `E`.
+/// is fetched as B is read; otherwise the pointer is not used. What A and B hold is up to `E`; sums of
+/// integers are multiplied with the `scales` of their rows.
 ///
 /// # Safety
 /// `a[r]` is valid for `k` elements, `b` for `k` rows of V·16 at stride `ldb`, `c[r]` for V·16.
@@ -19,10 +20,11 @@ unsafe fn tile<S: Simd, E: Element, const R: usize, const V: usize, const AHEAD:
     (b, ahead): (*const E::Item, *const E::Item),
     ldb: usize,
     c: [*mut f32; R],
+    scales: [f32; R],
     accumulate: bool,
 ) {
     let mut acc = [[S::splat(0.0); V]; R];
-    if accumulate {
+    if accumulate && !E::INTEGERS {
         for r in 0..R {
             for v in 0..V {
                 acc[r][v] = S::load(c[r].add(v * LANES));
@@ -44,13 +46,21 @@ unsafe fn tile<S: Simd, E: Element, const R: usize, const V: usize, const AHEAD:
     }
     for r in 0..R {
         for v in 0..V {
-            S::store(c[r].add(v * LANES), acc[r][v]);
+            let to = c[r].add(v * LANES);
+            let mut sum = acc[r][v];
+            if E::INTEGERS {
+                sum = S::mul(S::to_f32(S::bits(sum)), S::splat(scales[r]));
+                if accumulate {
+                    sum = S::add(sum, S::load(to));
+                }
+            }
+            S::store(to, sum);
         }
     }
 }
 
-/// The tile for any number of rows and vectors: C (+)= A B with row pointers `a(r)` and `c(r)` for
-/// r below `rows`, and B `[k, vectors * 16]` at stride `ldb`. What will be read next, in about the same
+/// The tile for any number of rows and vectors: C (+)= A B with row pointers `a(r)` and `c(r)` and scales
+/// `scale(r)` for r below `rows`, and B `[k, vectors * 16]` at stride `ldb`. What will be read next, in about the same
 /// shape, is at `ahead`: a step of decoding finds the whole cache in memory, and the processor's own
 /// prefetch begins anew at each page.
 ///
@@ -64,6 +74,7 @@ pub(super) unsafe fn product<S: Simd, E: Element>(
     a: impl Fn(usize) -> *const f32,
     (b, ahead, ldb): (*const E::Item, *const E::Item, usize),
     c: impl Fn(usize) -> *mut f32,
+    scale: impl Fn(usize) -> f32,
     accumulate: bool,
 ) {
     macro_rules! rows_of {
@@ -71,11 +82,13 @@ pub(super) unsafe fn product<S: Simd, E: Element>(
             while rows - $row >= $r {
                 let a: [*const f32; $r] = std::array::from_fn(|i| a($row + i));
                 let c: [*mut f32; $r] = std::array::from_fn(|i| c($row + i).add($vector * LANES));
+                let scales: [f32; $r] =
+                    std::array::from_fn(|i| if E::INTEGERS { scale($row + i) } else { 1.0 });
                 let b = (b.add($vector * LANES), ahead.wrapping_add($vector * LANES));
                 if $row == 0 {
-                    tile::<S, E, $r, $v, true>(k, a, b, ldb, c, accumulate);
+                    tile::<S, E, $r, $v, true>(k, a, b, ldb, c, scales, accumulate);
                 } else {
-                    tile::<S, E, $r, $v, false>(k, a, b, ldb, c, accumulate);
+                    tile::<S, E, $r, $v, false>(k, a, b, ldb, c, scales, accumulate);
                 }
                 $row += $r;
             }

@@ -11,13 +11,15 @@ pub(super) trait Element {
     const SIZE: usize = size_of::<Self::Item>();
     /// Steps along the sum of a product that one item holds.
     const STEPS: usize = 1;
+    /// Whether sums are of integers, in the places of floats: rows of both sides have scales.
+    const INTEGERS: bool = false;
 
     /// C + A B for 16 lanes of B, which begin at `b`, and one item of A at each pointer. `STEPS` numbers of
     /// A are in the place of one f32.
     ///
     /// # Safety
     /// 16 items at each `b` and one word at each `a` are readable, and the processor has the instruction set
-    /// of `S`; for [`Bf16`], the extension of [`Simd::dot_pairs`].
+    /// of `S`; for [`Bf16`], the extension of [`Simd::dot_pairs`], for [`Int16`] that of [`Simd::dot_words`].
     unsafe fn multiply<S: Simd, const R: usize, const V: usize>(
         acc: &mut [[S::F; V]; R],
         a: [*const f32; R],
@@ -54,6 +56,8 @@ pub(super) struct F16;
 pub(super) struct Int8;
 /// Two steps of a sum in a lane, the first in the low half.
 pub(super) struct Bf16;
+/// The same of integers.
+pub(super) struct Int16;
 
 macro_rules! widened {
     ($($name:ident $item:ty, $load:ident;)*) => {$(
@@ -85,25 +89,36 @@ widened! {
     Int8 i8, load_i8;
 }
 
-impl Element for Bf16 {
-    type Item = u32;
-    const KIND: KvType = KvType::Bf16;
-    const STEPS: usize = 2;
-    #[inline(always)]
-    unsafe fn multiply<S: Simd, const R: usize, const V: usize>(
-        acc: &mut [[S::F; V]; R],
-        a: [*const f32; R],
-        b: [*const u32; V],
-    ) {
-        let mut lanes = [S::splat_i32(0); V];
-        for v in 0..V {
-            lanes[v] = S::load_i32(b[v]);
-        }
-        for r in 0..R {
-            let x = S::splat_i32(*a[r].cast::<i32>());
-            for v in 0..V {
-                acc[r][v] = S::dot_pairs(acc[r][v], lanes[v], x);
+macro_rules! pairs {
+    ($($name:ident, $integers:literal, |$acc:ident, $b:ident, $a:ident| $dot:expr;)*) => {$(
+        impl Element for $name {
+            type Item = u32;
+            const KIND: KvType = KvType::$name;
+            const STEPS: usize = 2;
+            const INTEGERS: bool = $integers;
+            #[inline(always)]
+            unsafe fn multiply<S: Simd, const R: usize, const V: usize>(
+                acc: &mut [[S::F; V]; R],
+                a: [*const f32; R],
+                b: [*const u32; V],
+            ) {
+                let mut lanes = [S::splat_i32(0); V];
+                for v in 0..V {
+                    lanes[v] = S::load_i32(b[v]);
+                }
+                for r in 0..R {
+                    let $a = S::splat_i32(*a[r].cast::<i32>());
+                    for v in 0..V {
+                        let ($acc, $b) = (acc[r][v], lanes[v]);
+                        acc[r][v] = $dot;
+                    }
+                }
             }
         }
-    }
+    )*};
+}
+
+pairs! {
+    Bf16, false, |acc, b, a| S::dot_pairs(acc, b, a);
+    Int16, true, |acc, b, a| S::from_bits(S::dot_words(S::bits(acc), b, a));
 }

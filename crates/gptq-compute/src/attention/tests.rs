@@ -43,7 +43,7 @@ fn oracle(q: &Tensor, row: usize, k: &Tensor, v: &Tensor, pos: usize, p: &AttnPa
 /// All that this processor has.
 fn kinds() -> Vec<KvType> {
     let mut kinds = vec![KvType::F32, KvType::F16, KvType::Int8];
-    kinds.extend((KvType::rounding() == KvType::Bf16).then_some(KvType::Bf16));
+    kinds.extend((KvType::rounding() != KvType::F32).then_some(KvType::rounding()));
     kinds
 }
 
@@ -51,13 +51,15 @@ fn kinds() -> Vec<KvType> {
 fn stored(x: &Tensor, head_dim: usize, kind: KvType) -> Tensor {
     let mut out = x.clone();
     for head in out.as_mut_slice().chunks_exact_mut(head_dim) {
-        let scale = head.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0;
+        let most = head.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        let code = |v: f32, limit: f32| (v * (limit / most)).round_ties_even() * (most / limit);
         for v in head {
             *v = match kind {
                 KvType::F32 => *v,
                 KvType::F16 => half::f16::from_f32(*v).to_f32(),
-                KvType::Int8 => (*v * (1.0 / scale)).round_ties_even() * scale,
+                KvType::Int8 => code(*v, 127.0),
                 KvType::Bf16 => half::bf16::from_f32(*v).to_f32(),
+                KvType::Int16 => code(*v, cache::largest(head_dim)),
             };
         }
     }
@@ -126,10 +128,12 @@ fn matches_f64_for_prefill_and_decode() {
                 // The oracle reads the rounded keys and values, so that what is left is the rounding
                 // of f32 arithmetic, whatever the storage.
                 let (k, v) = (stored(&k, head_dim, kind), stored(&v, head_dim, kind));
-                // Queries are rounded for bfloat16, too; the weights, which add up to one, by 2⁻⁹ of
-                // themselves at most, and values are below 1.5.
+                // Queries are rounded in pairs, too. The weights, which add up to one, are by 2⁻⁹ of themselves
+                // at most for bfloat16, and values are below 1.5. Integers are off by half of 1/5792 of the
+                // largest of a chunk, of which hundreds add up at random here.
                 let (q, limit) = match kind {
                     KvType::Bf16 => (stored(&q, head_dim, kind), 3e-3),
+                    KvType::Int16 => (stored(&q, head_dim, kind), 1e-3),
                     _ => (q.clone(), 1e-5),
                 };
                 for row in (3..q.rows()).step_by(11) {
@@ -206,6 +210,28 @@ fn extreme_values_stay_numbers() {
             _ => 1e6,
         };
         assert!(out.as_slice().iter().all(|y| (y - want).abs() < 1.0), "{kind:?}");
+    }
+}
+
+#[test]
+fn what_is_no_number_shows() {
+    let pool = Pool::new(1);
+    let p = plain(2, 1, 24);
+    let x = tensor(40, 48, 1);
+    for kind in kinds() {
+        for (place, bad) in [(0, f32::NAN), (1, f32::NAN), (2, f32::NAN), (2, f32::INFINITY)] {
+            if kind == KvType::F16 && bad.is_infinite() {
+                continue;
+            }
+            let mut inputs = [x.clone(), tensor(40, 24, 2), tensor(40, 24, 3)];
+            inputs[place].row_mut(17)[7] = bad;
+            let [q, k, v] = inputs;
+            let mut kv = LayerKv::with_type(1, 24, kind);
+            kv.append(&k, &v, 0..40);
+            let mut out = Tensor::default();
+            attention(&pool, &q, &[AttnSpan { rows: 0..40, kv: &kv }], &p, &mut out);
+            assert!(out.row(17).iter().any(|y| !y.is_finite()), "{kind:?} {place} {bad}");
+        }
     }
 }
 

@@ -109,8 +109,8 @@ pub struct QuantizeOptions {
     /// How much each calibration token counts.
     pub token_weights: TokenWeights,
     /// How linears that are quantized already take their inputs in the calibration's forward pass; unless
-    /// in f32, the inputs of Hessians and both sides of the float model's products are rounded to 16 bits, too,
-    /// where the processor multiplies pairs of these; so is attention where they are bfloat16.
+    /// in f32, the inputs of Hessians and both sides of attention's and of the float model's products are rounded to
+    /// 16 bits, too, where the processor multiplies pairs of these.
     pub activations: Activations,
     /// How activations are kept between stages.
     pub activation_dtype: ActivationType,
