@@ -155,6 +155,7 @@ fn rows_come_from_files_and_wrong_ones_are_named() {
         ("sweep model -o bad --method rtn --eval missing.txt", "missing.txt"),
         ("sweep model -o bad --rows text.txt", "text.txt"),
         ("sweep model -o bad --method rtn --target-bpw 3.5", "target_bpw"),
+        ("sweep model -o bad --target-bpw 4,1.5 --calibration missing.txt", "cannot be reached"),
     ] {
         let stderr = world.fails(&format!("{line} -q"));
         assert!(stderr.contains(expected), "gptq {line}: {stderr}");
@@ -294,5 +295,41 @@ fn bits_are_chosen_for_a_size() {
     {
         let stderr = world.fails(&format!("{line} {settings} -o none"));
         assert!(stderr.contains(expected), "{settings}: {stderr}");
+    }
+    let usage = world.gptq(&format!("{line} --target-bpw nan -o none"));
+    let stderr = String::from_utf8_lossy(&usage.stderr);
+    assert!(usage.status.code() == Some(2) && stderr.contains("above 0"), "{stderr}");
+}
+
+#[test]
+fn what_bits_are_chosen_from_is_measured_once() {
+    let world = world();
+    let line = format!(
+        "sweep model -o out --target-bpw 5,6 --group-size 32 --sym both --set correction=none,qep {CALIBRATION} {EVAL}"
+    );
+    let run = world.gptq(&line);
+    let stderr = String::from_utf8_lossy(&run.stderr);
+    assert_eq!(announced(&stderr), 8, "{stderr}");
+    // For each grid.
+    assert_eq!(stderr.lines().filter(|line| *line == "sensitivity").count(), 2, "{stderr}");
+    assert_eq!(stderr.lines().filter(|line| *line == "calibration").count(), 1, "{stderr}");
+}
+
+#[test]
+fn a_row_that_fails_is_told_and_left_behind() {
+    let world = world();
+    world.write("short.txt", b"Too short.");
+    let line = "sweep model -o out --method gptq,rtn --nsamples 4 --seqlen 64 --calibration short.txt \
+                --calibration text.txt --eval text.txt --eval-seqlen 64 --max-windows 2";
+    for ran in [3, 1] {
+        let run = world.gptq(line);
+        let stderr = String::from_utf8_lossy(&run.stderr);
+        assert!(!run.status.success() && stderr.contains("1 of 3 rows failed"), "{stderr}");
+        assert_eq!(announced(&stderr), ran, "{stderr}");
+        let results = world.read_json("out/results.json");
+        assert_eq!(names(&results).len(), 2);
+        assert!(results["failed"][0]["error"].as_str().unwrap().contains("short.txt"), "{results}");
+        let table = String::from_utf8(world.read("out/results.md")).unwrap();
+        assert!(table.contains("## Failed") && table.contains("short.txt"), "{table}");
     }
 }

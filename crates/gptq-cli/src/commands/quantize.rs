@@ -10,7 +10,7 @@ use clap::ValueEnum;
 use gptq_compute::sweep::ScaleSearch;
 use gptq_format::{Bits, Checkpoint, CheckpointFormat, Dynamic};
 use gptq_model::{ActivationType, SentencePooling, Spec};
-use gptq_quantize::pipeline::{Job, MixedReport, apply_target, sensitivity};
+use gptq_quantize::pipeline::{Job, MixedReport, apply_target, check_target, sensitivity};
 use gptq_quantize::report::PlanSummary;
 use gptq_quantize::{
     CalibrationOptions, Correction, Method, MoeFallback, Plan, QuantizeOptions, TokenWeights,
@@ -48,7 +48,7 @@ pub(crate) struct Args {
     /// Mixed precision: bits of each module chosen so that the divergence from the original is least
     /// and quantized weights take at most so many bits each, scales, zeros and group indices included.
     /// The same bits for linears that engines fuse; written as rules of `dynamic`.
-    #[arg(long, value_name = "BITS", conflicts_with = "bits")]
+    #[arg(long, value_name = "BITS", conflicts_with = "bits", value_parser = parse_target)]
     pub(super) target_bpw: Option<f64>,
     /// Inputs that share a scale: a multiple of 8, or -1 for the whole row.
     #[arg(long, default_value_t = 128, allow_negative_numbers = true, value_name = "N")]
@@ -279,6 +279,15 @@ pub(super) fn parse_bits(text: &str) -> Result<Bits, String> {
     Bits::try_from(bits).map_err(|e| e.to_string())
 }
 
+fn parse_target(text: &str) -> Result<f64, String> {
+    let target: f64 = text.parse().map_err(|_| format!("`{text}` is not a number"))?;
+    if target > 0.0 && target.is_finite() {
+        Ok(target)
+    } else {
+        Err("expected a number of bits above 0".to_owned())
+    }
+}
+
 /// Calibration tokens whose ids take 16 GiB.
 const MOST_TOKENS: usize = 1 << 32;
 
@@ -440,6 +449,9 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     }
     catch_interrupts();
     let checkpoint = open(&args.model, &view)?;
+    if let Some(target) = args.target_bpw {
+        check_target(&checkpoint, &options, target)?;
+    }
     let tokenizer = checkpoint.tokenizer();
     let pool = pool(global);
     // What was planned before the model wrote its text.

@@ -28,7 +28,9 @@ use gptq_compute::Pool;
 use gptq_format::{Checkpoint, FormatError, Tokenizer};
 use gptq_model::{Block, Ctx, Embedder, HeadLayer, LinearRows, LinearSource, Spec, load_linear};
 
-pub use mixed::{MixedGroup, MixedReport, Sensitivity, apply as apply_target, sensitivity};
+pub use mixed::{
+    MixedGroup, MixedReport, Sensitivity, apply as apply_target, check_target, sensitivity,
+};
 pub use options::{Method, MoeFallback, QuantizeOptions};
 pub use plan::{Plan, plan};
 

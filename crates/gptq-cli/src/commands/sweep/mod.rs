@@ -27,12 +27,11 @@ use texts::EvalSettings;
 /// Options with several values, as --bits 4,3,2, make a row for each combination; --rows FILE gives
 /// them as a list. A row is what `gptq quantize` with these options writes, to the bit, and `gptq eval
 /// --reference` says of it. What rows share is done once: the calibration windows, the original's run
-/// over the evaluation texts and, for rows that follow each other and differ in their size alone, the
-/// sensitivities that --target-bpw chooses from. Hessians are not: each stage sees what the row's own
+/// over the evaluation texts and the sensitivities that --target-bpw chooses from. Hessians are not: each stage sees what the row's own
 /// quantized stages before it compute, so that two rows have in common those of the first alone; nor is
 /// the original's run over the calibration windows, which --correction follows: the inputs of all its
-/// stages would fill a disk. A row that is finished is not run again. Options that do not matter to a
-/// method make no rows of it.
+/// stages would fill a disk. A row that is finished is not run again; one that fails is told and left
+/// behind. Options that do not matter to a method make no rows of it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Float model: directory, .gguf file or hub id.
@@ -193,6 +192,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     catch_interrupts();
     let view = progress(global);
     let checkpoint = open(&args.model, &view)?;
+    Runner::check_targets(&rows, &checkpoint)?;
     let output = args.output.clone().unwrap_or_else(|| "dry-run".into());
     let store = Store::new(&output, &args.model, &checkpoint, &settings, &args.texts)?;
     let pool = pool(global);
@@ -205,10 +205,12 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         return report::print_plan(&planned);
     }
     store.create()?;
-    let results = runner.run(&rows, &args.texts, &settings)?;
+    let (results, end) = runner.run(&rows, &args.texts, &settings)?;
     report::write(&output, &results)?;
     if args.json {
-        return json_output::print(&results);
+        json_output::print(&results)?;
+    } else {
+        report::print(&results)?;
     }
-    report::print(&results)
+    end
 }

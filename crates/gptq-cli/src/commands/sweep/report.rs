@@ -145,6 +145,23 @@ fn markdown(results: &Results) -> String {
     for row in &rows {
         text += &line(row);
     }
+    let mut machines: Vec<&str> = results.rows.iter().map(|row| row.machine.as_str()).collect();
+    machines.sort_unstable();
+    machines.dedup();
+    if machines.len() > 1 {
+        text += "\n## Machines\n\nProcessors round differently; seconds do not compare.\n\n";
+        for machine in machines {
+            let of = results.rows.iter().filter(|row| row.machine == machine);
+            let names: Vec<&str> = of.map(|row| row.name.as_str()).collect();
+            let _ = writeln!(text, "- {machine}: {}", names.join(", "));
+        }
+    }
+    if !results.failed.is_empty() {
+        text += "\n## Failed\n\n";
+        for row in &results.failed {
+            let _ = writeln!(text, "- {}: {} (`{}`)", row.name, row.error, row.command);
+        }
+    }
     text += "\n## Commands\n\n";
     for row in &results.rows {
         let _ = writeln!(text, "- {}: `{}`", row.name, row.command);

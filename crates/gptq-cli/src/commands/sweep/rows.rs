@@ -366,6 +366,21 @@ mod tests {
     }
 
     #[test]
+    fn the_rows_of_the_documentation_are_rows() {
+        // Of the checkout that is tested, whatever was built before.
+        let here = std::env::var_os("CARGO_MANIFEST_DIR").unwrap();
+        let concepts = Path::new(&here).join("../../docs/concepts");
+        for (file, count) in [("options.toml", 222), ("overfitting.toml", 13), ("results.toml", 40)]
+        {
+            let rows = rows("model", &read(&concepts.join(file)).unwrap()).unwrap();
+            assert_eq!(rows.len(), count, "{file}");
+            for row in rows {
+                row.args.options().unwrap().check().unwrap();
+            }
+        }
+    }
+
+    #[test]
     fn rows_are_all_combinations_each_once() {
         let axes = || {
             vec![

@@ -8,8 +8,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use gptq_compute::Pool;
+use gptq_compute::arch::isa;
 use gptq_format::{Checkpoint, Tokenizer};
-use gptq_quantize::pipeline::{Job, MixedReport, Sensitivity, apply_target, sensitivity};
+use gptq_quantize::pipeline::{
+    Job, MixedReport, Sensitivity, apply_target, check_target, sensitivity,
+};
 use gptq_quantize::{
     CalibrationReport, CalibrationSet, Method, ModuleRecord, QuantReport, QuantizeError,
     QuantizeOptions, plan, quantize_as_planned,
@@ -39,6 +42,8 @@ pub(super) struct RowResult {
     pub(super) output_bytes: u64,
     /// Wall time of the quantization.
     pub(super) seconds: f64,
+    /// Where that was: platform and instruction set, on which the last digits depend.
+    pub(super) machine: String,
     pub(super) warnings: Vec<String>,
     /// Where the checkpoint is, if it was kept.
     pub(super) checkpoint: Option<PathBuf>,
@@ -58,9 +63,19 @@ pub(super) struct Results {
     pub(super) input_bytes: u64,
     /// What the original has.
     pub(super) original: Vec<TextResult>,
+    /// Those that are finished.
     pub(super) rows: Vec<RowResult>,
+    pub(super) failed: Vec<FailedRow>,
     /// Wall time of this call; finished rows that were found cost none.
     pub(super) seconds: f64,
+}
+
+/// A row that could not be run.
+#[derive(Debug, Serialize)]
+pub(super) struct FailedRow {
+    pub(super) name: String,
+    pub(super) command: String,
+    pub(super) error: String,
 }
 
 /// What a row would need.
@@ -92,8 +107,8 @@ pub(super) struct Runner<'a> {
     keep: bool,
     /// Windows that were made, and what they were asked for by; the last are those of the row.
     calibration: Vec<(calibration::Request, CalibrationSet)>,
-    /// What bits were last chosen from, and the options that it was measured with.
-    sensitivity: Option<(String, Sensitivity)>,
+    /// What bits are chosen from, and the request and the options that it was measured with.
+    sensitivities: Vec<(String, Sensitivity)>,
 }
 
 impl<'a> Runner<'a> {
@@ -113,7 +128,7 @@ impl<'a> Runner<'a> {
             global,
             keep,
             calibration: Vec::new(),
-            sensitivity: None,
+            sensitivities: Vec::new(),
         }
     }
 
@@ -157,17 +172,31 @@ impl<'a> Runner<'a> {
         Ok(())
     }
 
-    /// Runs the rows that are not finished.
+    /// The same of sizes that no bits reach, which depends on the model.
     ///
     /// # Errors
-    /// What `gptq quantize` and `gptq eval` refuse; the message names the row. Rows that are finished
-    /// stay so.
+    /// The message names the row.
+    pub(super) fn check_targets(rows: &[Row], checkpoint: &Checkpoint) -> anyhow::Result<()> {
+        for row in rows {
+            if let Some(target) = row.args.target_bpw {
+                check_target(checkpoint, &row.args.options()?, target)
+                    .with_context(|| format!("row {}", row.name))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs the rows that are not finished. A row that fails is left behind; with what is finished comes why the
+    /// others are not.
+    ///
+    /// # Errors
+    /// What concerns all rows: the texts, the original, the directory.
     pub(super) fn run(
         &mut self,
         rows: &[Row],
         paths: &[PathBuf],
         settings: &EvalSettings,
-    ) -> anyhow::Result<Results> {
+    ) -> anyhow::Result<(Results, anyhow::Result<()>)> {
         let start = Instant::now();
         let ids: Vec<String> =
             rows.iter().map(|row| self.store.checkpoint_id(row)).collect::<Result<_, _>>()?;
@@ -187,6 +216,7 @@ impl<'a> Runner<'a> {
             texts = Some(made);
         }
         let mut clock = Clock::default();
+        let (mut failed, mut end) = (Vec::new(), Ok(()));
         for (index, row) in rows.iter().enumerate() {
             let id = &ids[index];
             if let Some(result) = &mut found[index] {
@@ -205,19 +235,41 @@ impl<'a> Runner<'a> {
                 clock.announce(index, rows.len(), row, &left);
             }
             let row_start = Instant::now();
-            let result = self.row(row, id, texts).map_err(|error| stopped(row, error))?;
+            match self.row(row, id, texts) {
+                Ok(result) => found[index] = Some(result),
+                Err(error) => {
+                    if let Some(stopped) = stopped(row, &error) {
+                        end = Err(stopped);
+                        break;
+                    }
+                    tracing::error!("row {}: {error:#}", row.name);
+                    let (name, command) = (row.name.clone(), self.command(row));
+                    failed.push(FailedRow { name, command, error: format!("{error:#}") });
+                }
+            }
             clock.stop(row, row_start.elapsed());
-            found[index] = Some(result);
         }
-        Ok(Results {
+        if end.is_ok()
+            && let Some(first) = failed.first()
+        {
+            let (count, all) = (failed.len(), rows.len());
+            end = Err(anyhow::anyhow!(
+                "{count} of {all} rows failed, the first of them {}: {}",
+                first.name,
+                first.error
+            ));
+        }
+        let results = Results {
             gptq_version: env!("CARGO_PKG_VERSION"),
             platform: gptq_quantize::report::platform(),
             model: self.model.to_owned(),
             input_bytes: self.checkpoint.tensors.total_bytes(),
             original: original.unwrap_or_default(),
             rows: found.into_iter().flatten().collect(),
+            failed,
             seconds: start.elapsed().as_secs_f64(),
-        })
+        };
+        Ok((results, end))
     }
 
     /// A result found under another name gets the name that it has in this sweep.
@@ -245,6 +297,7 @@ impl<'a> Runner<'a> {
             bits_per_weight: report.bits_per_weight,
             output_bytes: report.totals.output_bytes,
             seconds: report.seconds,
+            machine: format!("{}, {}", gptq_quantize::report::platform(), isa().name()),
             warnings: report.warnings,
             checkpoint: self.keep.then(|| directory.clone()),
             evaluations,
@@ -283,7 +336,7 @@ impl<'a> Runner<'a> {
         Ok(report)
     }
 
-    /// The options with bits for a size; rows that differ in the size alone are measured once.
+    /// The options with bits for a size. What they are chosen from is measured once for all rows that have the same.
     fn choose_bits(
         &mut self,
         options: &QuantizeOptions,
@@ -292,16 +345,18 @@ impl<'a> Runner<'a> {
         view: &ProgressView,
     ) -> anyhow::Result<QuantizeOptions> {
         let request = self.calibration.last().map(|(request, _)| request);
-        let key = format!("{options:?} {request:?}");
-        let known = self.sensitivity.take().filter(|(of, _)| *of == key);
+        let key = format!("{} {request:?}", Sensitivity::key(options));
+        let known = self.sensitivities.iter().position(|(of, _)| *of == key);
         let job = self.job(options, tokenizer, Path::new(""));
-        let measured = match known {
-            Some((_, measured)) => measured,
-            None => sensitivity(&job, view)?,
-        };
         let mut chosen = options.clone();
-        apply_target(&job, &measured, target, &mut chosen)?;
-        self.sensitivity = Some((key, measured));
+        match known {
+            Some(known) => apply_target(&job, &self.sensitivities[known].1, target, &mut chosen)?,
+            None => {
+                let measured = sensitivity(&job, view)?;
+                apply_target(&job, &measured, target, &mut chosen)?;
+                self.sensitivities.push((key, measured));
+            }
+        }
         Ok(chosen)
     }
 
@@ -372,14 +427,14 @@ impl<'a> Runner<'a> {
     }
 }
 
-/// The error of a row; a sweep that was stopped goes on without being told to.
-fn stopped(row: &Row, error: anyhow::Error) -> anyhow::Error {
+/// Why a sweep ends in a row that it was stopped in, not failed: it goes on without being told to.
+fn stopped(row: &Row, error: &anyhow::Error) -> Option<anyhow::Error> {
     match error.downcast_ref() {
-        Some(QuantizeError::Interrupted { done, total }) => anyhow::anyhow!(
+        Some(QuantizeError::Interrupted { done, total }) => Some(anyhow::anyhow!(
             "stopped in row {} after {done} of {total} blocks; run the same command to go on",
             row.name
-        ),
-        _ => error.context(format!("row {}", row.name)),
+        )),
+        _ => None,
     }
 }
 

@@ -75,7 +75,8 @@ impl Store {
     /// # Errors
     /// If a calibration file cannot be read.
     pub(super) fn checkpoint_id(&self, row: &Row) -> anyhow::Result<String> {
-        let mut text = format!("{}\n{:?}", self.model, row.line);
+        // The options as they are meant today: what a row does not set may have another default tomorrow.
+        let mut text = format!("{}\n{:?}\n{:?}", self.model, row.line, row.args.options()?);
         for (option, value) in &row.settings {
             let files: Vec<&str> = match option.as_str() {
                 "calibration" => value.split(MIX).map(|source| split_weight(source).0).collect(),

@@ -44,6 +44,31 @@ pub struct Sensitivity {
     pub(super) seconds: f64,
 }
 
+impl Sensitivity {
+    /// What [`sensitivity`] depends on besides the model and the calibration, in words: it measures the float model,
+    /// in f32, and no linear is corrected, refined, tuned or folded. Nor does it depend on where a run may write.
+    pub fn key(options: &QuantizeOptions) -> String {
+        let defaults = QuantizeOptions::default();
+        let plain = QuantizeOptions {
+            correction: Correction::None,
+            correction_strength: None,
+            damp_auto: false,
+            true_sequential: true,
+            activations: defaults.activations,
+            format: defaults.format,
+            max_shard_bytes: defaults.max_shard_bytes,
+            refine: 0,
+            tune_blocks: 0,
+            awq_scales: false,
+            max_memory: None,
+            overwrite: false,
+            resume: false,
+            ..options.clone()
+        };
+        format!("{plain:?}")
+    }
+}
+
 /// A linear at the probe's width, and its place in the block.
 type Probed = (Stage, usize, Linear);
 
@@ -62,6 +87,9 @@ pub fn sensitivity(job: &Job<'_>, progress: &dyn Progress) -> Result<Sensitivity
     let spec = Arc::new(Spec::for_checkpoint(job.checkpoint)?);
     let layout = Layout::new(job.checkpoint, &spec, job.options)?;
     let (fit, probes) = split(set);
+    if probes.is_empty() {
+        return refuse("needs calibration windows of two tokens or more (--seqlen)".into());
+    }
     let mut rows = 0;
     let window = |probe: &Vec<u32>| {
         rows += probe.len();

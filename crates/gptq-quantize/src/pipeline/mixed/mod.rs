@@ -19,7 +19,7 @@ mod groups;
 mod measure;
 mod rules;
 
-use gptq_format::{Bits, Dynamic};
+use gptq_format::{Bits, Checkpoint, Dynamic};
 use serde::{Deserialize, Serialize};
 
 pub use measure::{Sensitivity, sensitivity};
@@ -94,18 +94,9 @@ pub fn apply(
     // What no group may decide on: modules with rules of the user, and the head.
     let fixed = all_bits - own;
     let budget = target * weights as f64 - fixed;
-    let chosen = choose(&candidates, budget).ok_or_else(|| {
-        let least = |options: &Vec<Candidate>| {
-            options.iter().map(|c| c.bits).fold(f64::INFINITY, f64::min)
-        };
-        let least: f64 = fixed + candidates.iter().map(least).sum::<f64>();
-        let reason = format!(
-            "{target} bits per weight cannot be reached: the least is {:.3}, with scales, zeros and group indices; a larger \
-             --group-size needs less",
-            least / weights as f64
-        );
-        QuantizeError::Option { option: "target_bpw", reason }
-    })?;
+    let least: f64 = candidates.iter().map(Vec::as_slice).map(least_bits).sum();
+    let chosen = choose(&candidates, budget)
+        .ok_or_else(|| unreachable_target(target, (fixed + least) / weights as f64))?;
     let picked: Vec<&Candidate> =
         candidates.iter().zip(&chosen).map(|(options, &index)| &options[index]).collect();
     let widths: Vec<Bits> = picked.iter().map(|candidate| candidate.width).collect();
@@ -129,6 +120,33 @@ pub fn apply(
     options.dynamic = Dynamic::from_map(&rules)?;
     options.mixed = Some(report);
     Ok(())
+}
+
+/// Refuses a size that no bits reach, before anything is measured. `options` are those that [`apply`] enters bits into.
+///
+/// # Errors
+/// [`QuantizeError::Option`], or that the model cannot be read.
+pub fn check_target(checkpoint: &Checkpoint, options: &QuantizeOptions, target: f64) -> Result<()> {
+    let spec = Spec::for_checkpoint(checkpoint)?;
+    let layout = Layout::new(checkpoint, &spec, options)?;
+    let weights = layout.quantized_weights() as f64;
+    let fewer = |group: &groups::Group| least_bits(&group.candidates()) - group.bits_at_run;
+    let saved: f64 = groups::groups(&spec, &layout).iter().map(fewer).sum();
+    let least = layout.bits_per_weight() + saved / weights;
+    // What sums round is left to the choice.
+    if target < least - 1e-9 { Err(unreachable_target(target, least)) } else { Ok(()) }
+}
+
+fn least_bits(candidates: &[Candidate]) -> f64 {
+    candidates.iter().map(|candidate| candidate.bits).fold(f64::INFINITY, f64::min)
+}
+
+fn unreachable_target(target: f64, least: f64) -> QuantizeError {
+    let reason = format!(
+        "{target} bits per weight cannot be reached: the least is {least:.3}, with scales, zeros and group indices; a larger \
+         --group-size needs less"
+    );
+    QuantizeError::Option { option: "target_bpw", reason }
 }
 
 /// Divides the error of rounding at one width by that at another, as the steps of the grid do.
