@@ -6,6 +6,9 @@ use gptq_compute::{DenseMatrix, Gram, Pool, Tensor, cholesky::inverse_factor, ge
 
 use crate::order::{ColumnOrder, OrderOptions};
 
+/// Dampings that are tried, at most.
+const MOST_TRIES: usize = 100;
+
 /// H = 2/n Σ x xᵀ over the n calibration tokens of a stage, `[in, in]` (GPTQ, section 3).
 #[derive(Debug, Clone)]
 pub struct Hessian {
@@ -164,10 +167,14 @@ impl Hessian {
         };
         let (mut percent, mut floor) = (damping.percent, 0.0);
         let mut upper = attempt(percent, 0.0);
-        while upper.is_none()
-            && damping.auto_increment > 0.0
-            && percent + damping.auto_increment < 1.0
-        {
+        // Steps too small to matter must not take forever.
+        for _ in 0..MOST_TRIES {
+            if upper.is_some()
+                || damping.auto_increment <= 0.0
+                || percent + damping.auto_increment >= 1.0
+            {
+                break;
+            }
             percent += damping.auto_increment;
             upper = attempt(percent, 0.0);
         }

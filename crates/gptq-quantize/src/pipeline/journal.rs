@@ -85,12 +85,16 @@ impl Journal {
     }
 }
 
+/// Raised with kernels that round otherwise than those before, or add up in another order.
+const NUMERICS: u32 = 2;
+
 /// Everything that decides the bytes of the output.
 fn fingerprint(job: &Job<'_>) -> Result<Map<String, Value>> {
     let options = job.options;
     let mut map = Map::new();
     let mut set = |key: &str, value: Value| map.insert(key.to_owned(), value);
     set("gptq-rs version", json!(env!("CARGO_PKG_VERSION")));
+    set("numerics", json!(NUMERICS));
     // Sums are rounded differently by different instruction sets.
     set("instruction set", json!(format!("{:?}", gptq_compute::arch::isa())));
     set("method", json!(options.method.name()));
@@ -112,12 +116,17 @@ fn fingerprint(job: &Job<'_>) -> Result<Map<String, Value>> {
     set("correction_strength", json!(options.correction_share()));
     set("max_shard_size", json!(options.max_shard_bytes));
     set("model files", model_files(job)?);
+    let mut config = DefaultHasher::new();
+    config.write(json!(job.checkpoint.config.map()).to_string().as_bytes());
+    set("model config", json!(format!("{:016x}", config.finish())));
     let calibration = job.calibration.filter(|_| options.method.needs_calibration());
     set("calibration", json!(calibration.map(|c| c.report.fingerprint.clone())));
+    // Windows go through a block in chunks, of which this decides the size.
+    set("seqlen", json!(calibration.map(|c| c.report.seqlen)));
     Ok(map)
 }
 
-/// Name, size and time of every file of the model.
+/// Name, size and time of every file that holds tensors.
 fn model_files(job: &Job<'_>) -> Result<Value> {
     let tensors = &job.checkpoint.tensors;
     let mut files: BTreeSet<PathBuf> = BTreeSet::new();

@@ -75,6 +75,9 @@ impl<'a> Memory<'a> {
         let kind = job.options.activation_dtype;
         let correction = if tokens > 0 { job.options.correction } else { Correction::None };
         let streams = if correction == Correction::None { 1 } else { 2 };
+        // Both streams are taken through a block together.
+        let together = correction != Correction::None && !job.options.true_sequential;
+        let caches = if together { 2 } else { 1 };
         let state = |tokens, kind| streams * BlockState::saved_bytes(spec, tokens, kind) as u64;
         // Packed ones are whole one chunk at a time.
         let whole = if kind == ActivationType::F32 { 0 } else { chunk_tokens };
@@ -94,7 +97,7 @@ impl<'a> Memory<'a> {
             slot: state(chunk_tokens, kind)
                 + if again { BlockState::saved_bytes(spec, chunk_tokens, kind) as u64 } else { 0 },
             temporaries: if tokens > 0 {
-                temporaries(spec, chunk_tokens, seqlen)
+                temporaries(spec, chunk_tokens, seqlen, caches)
                     + job.pool.threads() as u64 * distance_products(spec, seqlen)
             } else {
                 0
@@ -410,8 +413,8 @@ impl<'a> Memory<'a> {
     }
 }
 
-/// Bytes of the buffers of a chunk on its way through a block.
-fn temporaries(spec: &Spec, chunk_tokens: usize, seqlen: usize) -> u64 {
+/// Bytes of the buffers of a chunk on its way through a block, with so many sets of keys and values.
+fn temporaries(spec: &Spec, chunk_tokens: usize, seqlen: usize, caches: usize) -> u64 {
     let Spec { hidden, attention, mlp, moe, .. } = spec;
     let attended = attention.q_width() + 2 * attention.kv_width();
     let forms = moe.iter().flat_map(|moe| {
@@ -435,7 +438,8 @@ fn temporaries(spec: &Spec, chunk_tokens: usize, seqlen: usize) -> u64 {
     let kv = 2 * attention.kv_width().next_multiple_of(16);
     // A window's cache grows by whole blocks of positions.
     let positions = windows_per_chunk(seqlen) * seqlen.next_multiple_of(64);
-    (chunk_tokens * columns + positions * kv) as u64 * F32 + gptq_compute::KvMemory::SLACK as u64
+    (chunk_tokens * columns + caches * positions * kv) as u64 * F32
+        + gptq_compute::KvMemory::SLACK as u64
 }
 
 /// Bytes of the products of a sequence's keys with distances, and of a tile's scores.

@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use gptq_compute::Pool;
-use gptq_compute::sweep::{Feed, Grid, Sweep, Swept};
+use gptq_compute::sweep::{Feed, Grid, ScaleSearch, Sweep, Swept};
 
 use crate::hessian::Factor;
 use crate::order::ColumnOrder;
@@ -156,8 +156,10 @@ fn gptq_fed(pool: &Pool, weights: &[f32], factor: &Factor, grid: Grid, feed: Fee
         Sweep { factor: Some(&factor.upper), order, groups, static_groups: *static_groups, grid };
     let outputs = weights.len() / inputs.max(1);
     let alive = alive(weights, factor);
-    // A single group takes its range from all weights, as the reference does.
-    let ranges = if one_group { weights } else { &alive };
+    // A single group takes its range from all weights, as the reference does; but where inputs weigh errors, one that
+    // never fires would weigh more than the others.
+    let weighed = grid.search == ScaleSearch::Hessian;
+    let ranges = if one_group && !weighed { weights } else { &alive };
     Solution::new(sweep.run_fed(pool, &alive, ranges, outputs, feed), g_idx)
 }
 

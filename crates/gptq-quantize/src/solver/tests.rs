@@ -1,4 +1,3 @@
-use gptq_compute::sweep::ScaleSearch;
 use gptq_testkit::{Expected, fixtures};
 
 use super::*;
@@ -190,6 +189,34 @@ fn obq_follows_the_definition() {
             w[j] -= e * inverse[i * m + best];
         }
         left.remove(best);
+    }
+}
+
+/// Of one group, too, whose range they are part of where errors are not weighed.
+#[test]
+fn inputs_that_never_fire_do_not_choose_searched_scales() {
+    let (outputs, n, dead) = (20, 48, 5);
+    let (mut w, h) = toy(outputs, n);
+    // Small next to the diagonal of 1 that a dead input gets.
+    let matrix = (0..n * n)
+        .map(|i| if i / n == dead || i % n == dead { 0.0 } else { 1e-3 * h.matrix()[i] })
+        .collect();
+    let h = Hessian::from_matrix(matrix, n, 4 * n);
+    for group_size in [16, n] {
+        let order = OrderOptions {
+            group_size: group_size as i64,
+            desc_act: false,
+            act_group_aware: false,
+            static_groups: false,
+        };
+        let factor = h.factor(order, Damping { percent: 0.05, auto_increment: 0.01 });
+        let g = Grid { search: ScaleSearch::Hessian, f16_scales: true, ..grid(3, true) };
+        let mut solve = |dead_weight: f32| {
+            w.iter_mut().skip(dead).step_by(n).for_each(|w| *w = dead_weight);
+            gptq(&Pool::new(2), &w, &factor, g)
+        };
+        let (silent, loud) = (solve(0.0), solve(7.0));
+        assert_eq!((silent.codes, silent.scales), (loud.codes, loud.scales), "{group_size}");
     }
 }
 

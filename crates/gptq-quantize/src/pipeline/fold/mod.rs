@@ -124,7 +124,7 @@ fn divide_norm(
     kind: NormKind,
     dtype: DType,
     weight: &[f32],
-    bias: Option<&[f32]>,
+    bias: Option<(&[f32], DType)>,
     scales: &[f32],
 ) -> FoldedNorm {
     let plus = if kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 };
@@ -132,7 +132,6 @@ fn divide_norm(
         DType::BF16 => bf16::from_f32(x).to_f32(),
         _ => f16::from_f32(x).to_f32(),
     };
-    let bytes = |values: &[f32]| halves(dtype, values);
     let divided: Vec<(f32, f32)> = weight
         .iter()
         .zip(scales)
@@ -145,8 +144,10 @@ fn divide_norm(
         .collect();
     let scales: Vec<f32> = divided.iter().map(|(_, s)| *s).collect();
     let weight: Vec<f32> = divided.iter().map(|(w, _)| *w).collect();
-    let bias = bias.map(|b| bytes(&b.iter().zip(&scales).map(|(b, s)| b / s).collect::<Vec<_>>()));
-    FoldedNorm { weight: bytes(&weight), bias, scales }
+    let bias = bias.map(|(bias, dtype)| {
+        halves(dtype, &bias.iter().zip(&scales).map(|(b, s)| b / s).collect::<Vec<_>>())
+    });
+    FoldedNorm { weight: halves(dtype, &weight), bias, scales }
 }
 
 impl Run<'_> {
@@ -211,11 +212,12 @@ impl Run<'_> {
         if let Some(linear) = all.iter().chain(&maker).find(float) {
             return skip(&format!("{} stays as it is", linear.name));
         }
-        if let Source::Norm(name) = &site.source
-            && let Some(dtype) = self.norm_type(name)
-            && !matches!(dtype, DType::F16 | DType::BF16)
-        {
-            return skip(&format!("the norm before it is stored as {dtype}"));
+        if let Source::Norm(name) = &site.source {
+            let stored = ["weight", "bias"].map(|part| self.stored_type(&format!("{name}.{part}")));
+            let half = |dtype: &DType| matches!(dtype, DType::F16 | DType::BF16);
+            if let Some(dtype) = stored.into_iter().flatten().find(|dtype| !half(dtype)) {
+                return skip(&format!("the norm before it is stored as {dtype}"));
+            }
         }
         let mut hessians = Vec::with_capacity(inputs.len());
         for inputs in inputs {
@@ -286,9 +288,8 @@ impl Run<'_> {
     }
 
     /// The type of the norm `name` in the output.
-    fn norm_type(&self, name: &str) -> Option<DType> {
-        let weight = format!("{name}.weight");
-        self.layout.copied.iter().find(|c| c.name == weight).map(|c| c.dtype)
+    fn stored_type(&self, tensor: &str) -> Option<DType> {
+        self.layout.copied.iter().find(|c| c.name == tensor).map(|c| c.dtype)
     }
 
     /// Writes the norm `name` divided by `scales`; returns by what it was divided in the end.
@@ -301,8 +302,10 @@ impl Run<'_> {
         } else {
             None
         };
-        let dtype = self.norm_type(name).unwrap_or(DType::F16);
-        let folded = divide_norm(self.spec.norm.kind, dtype, &weight, bias.as_deref(), scales);
+        let dtype = |tensor: &str| self.stored_type(tensor).unwrap_or(DType::F16);
+        let bias = bias.as_deref().map(|bias| (bias, dtype(&bias_name)));
+        let kind = self.spec.norm.kind;
+        let folded = divide_norm(kind, dtype(&weight_name), &weight, bias, scales);
         self.output.replace(&weight_name, &folded.weight)?;
         if let Some(bias) = &folded.bias {
             self.output.replace(&bias_name, bias)?;

@@ -51,7 +51,7 @@ fn fold_all(checkpoint: &Checkpoint, spec: &Spec) -> Fold {
                     };
                     let (weight_name, weight) = read("weight");
                     let bias = spec.norm.bias.then(|| read("bias"));
-                    let bias_of = bias.as_ref().map(|(_, bias)| bias.as_slice());
+                    let bias_of = bias.as_ref().map(|(_, bias)| (bias.as_slice(), DType::F16));
                     let kind = spec.norm.kind;
                     let new = divide_norm(kind, DType::F16, &weight, bias_of, &scales);
                     let floats = |bytes: &[u8]| -> Vec<f32> {
@@ -170,7 +170,7 @@ fn norms_are_divided_by_what_their_type_can_hold() {
     for (kind, plus) in [(NormKind::Rms, 0.0), (NormKind::RmsPlusOne, 1.0)] {
         for dtype in [DType::F16, DType::BF16] {
             let weight: Vec<f32> = weight.iter().map(|w| w - plus).collect();
-            let got = divide_norm(kind, dtype, &weight, Some(&weight), &scales);
+            let got = divide_norm(kind, dtype, &weight, Some((&weight, DType::F16)), &scales);
             let stored: Vec<f32> = got
                 .weight
                 .chunks_exact(2)
@@ -179,7 +179,12 @@ fn norms_are_divided_by_what_their_type_can_hold() {
                     _ => f16::from_le_bytes([b[0], b[1]]).to_f32(),
                 })
                 .collect();
-            assert_eq!(got.bias.unwrap().len(), 12);
+            // In its own type, whatever that of the weight is.
+            for (bytes, (w, s)) in
+                got.bias.unwrap().chunks_exact(2).zip(weight.iter().zip(&got.scales))
+            {
+                assert_eq!(f16::from_le_bytes([bytes[0], bytes[1]]), f16::from_f32(w / s));
+            }
             for i in 0..6 {
                 let whole = (stored[i] + plus) * got.scales[i];
                 let kept = got.scales[i] == 1.0;
