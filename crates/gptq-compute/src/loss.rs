@@ -138,8 +138,9 @@ pub fn kl_divergence(pool: &Pool, reference: &Tensor, logits: &Tensor) -> Vec<Di
     collect(pool, logits.rows(), &|i| {
         let (p, q) = (reference.row(i), logits.row(i));
         let (lp, lq) = (dispatch(LogSumExp(p)), dispatch(LogSumExp(q)));
-        // Rounding can make the divergence of near-equal rows slightly negative.
-        let kl = dispatch(RowDivergence { p, q, lp, lq }).max(0.0);
+        let kl = dispatch(RowDivergence { p, q, lp, lq });
+        // Rounding can make the divergence of near-equal rows slightly negative. NaN stays NaN.
+        let kl = if kl < 0.0 { 0.0 } else { kl };
         Divergence { kl, same_top: argmax(p) == argmax(q) }
     })
 }
@@ -168,6 +169,17 @@ mod tests {
             assert!((kl[r].kl - want).abs() < 1e-6 * (1.0 + want), "{} {want}", kl[r].kl);
         }
         assert!(kl[0].same_top);
+    }
+
+    #[test]
+    fn what_is_no_number_diverges() {
+        let pool = Pool::new(1);
+        let row = |x: f32| Tensor::from_vec(1, 3, vec![1.0, x, 2.0]);
+        let kl = |p: f32, q: f32| kl_divergence(&pool, &row(p), &row(q))[0].kl;
+        assert_eq!(kl(0.5, 0.5), 0.0);
+        for bad in [f32::NAN, f32::INFINITY] {
+            assert!(kl(0.5, bad).is_nan() && kl(bad, 0.5).is_nan(), "{bad}");
+        }
     }
 
     #[test]

@@ -150,12 +150,21 @@ impl LayerKv {
 
     /// Forgets all positions and keeps the memory.
     pub fn clear(&mut self) {
-        self.len = 0;
+        self.truncate(0);
     }
 
     /// Forgets the positions from `len` on.
     pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
+        let forgotten = self.len.min(len)..self.len;
+        self.len = forgotten.start;
+        if self.kind == KvType::Int16 {
+            // Weights of zero meet these scales, which may be no numbers.
+            for position in forgotten {
+                for head in 0..self.kv_heads {
+                    self.put_scales(position, head, 0.0, 0.0);
+                }
+            }
+        }
     }
 
     /// Allocates blocks for `positions` in all, so that appending up to there does not.
@@ -229,7 +238,7 @@ impl LayerKv {
 
     fn put_int8(&mut self, head: usize, key: &[f32], value: &[f32]) {
         let ((k, key_scale), (v, value_scale)) = (scale_of(key, 127.0), scale_of(value, 127.0));
-        self.put_scales(head, key_scale, value_scale);
+        self.put_scales(self.len, head, key_scale, value_scale);
         let code = |x: &f32, inverse: f32| math::nearest(x * inverse) as i8;
         let (mut keys, values) = self.cells::<Int8>(head);
         keys.by_ref().zip(key).for_each(|(cell, x)| *cell = code(x, k));
@@ -254,7 +263,7 @@ impl LayerKv {
         let high = self.len / LANES % Int16::STEPS == 1;
         let (k, key_scale) = scale_of(key, largest(self.head_dim));
         let (v, value_scale) = scale_of(value, largest(BLOCK));
-        self.put_scales(head, key_scale, value_scale);
+        self.put_scales(self.len, head, key_scale, value_scale);
         let (keys, values) = self.cells::<Int16>(head);
         for (cell, pair) in keys.zip(key.chunks(Int16::STEPS)) {
             *cell = word(pair[0] * k) | pair.get(1).map_or(0, |x| word(x * k)) << 16;
@@ -265,10 +274,10 @@ impl LayerKv {
         }
     }
 
-    fn put_scales(&mut self, head: usize, key: f32, value: f32) {
-        let (at, scales) = (self.len % BLOCK, self.head_words() - 2 * BLOCK);
+    fn put_scales(&mut self, position: usize, head: usize, key: f32, value: f32) {
+        let (at, scales) = (position % BLOCK, self.head_words() - 2 * BLOCK);
         let first = head * self.head_words() + scales + at;
-        let block = &mut self.blocks[self.len / BLOCK];
+        let block = &mut self.blocks[position / BLOCK];
         block[first] = key.to_bits();
         block[first + BLOCK] = value.to_bits();
     }
