@@ -214,6 +214,10 @@ mod tests {
         let read = parse(&written).unwrap();
         assert_eq!((read.format, read.sym), (CheckpointFormat::GptqV2, false));
         assert_eq!(read.settings_for("model.layers.0.mlp.gate"), None);
+        // AutoRound's symmetric ones have zero points, too, all of them 8.
+        let mut some = new.clone();
+        some["zero_point"] = json!(false);
+        assert_eq!(parse(&some).unwrap(), config);
         for list in [json!(null), json!([])] {
             let mut some = new.clone();
             some["modules_to_not_convert"] = list;

@@ -5,24 +5,27 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use gptq_compute::Pool;
+use gptq_compute::{Activations, Pool, Scratch, Tensor, linear};
 use gptq_format::{Bits, Checkpoint, Dynamic};
-use gptq_model::Spec;
+use gptq_model::{Block, BlockState, Ctx, Embedder, LinearSource, Spec, Stage, load_linear};
 use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
     CalibrationOptions, CalibrationReport, CalibrationSet, Correction, QuantReport,
-    QuantizeOptions, quantize,
+    QuantizeOptions, TokenWeights, quantize,
 };
 use gptq_testkit::fixtures;
 
 const LENGTH: usize = 48;
 
+fn windows(vocab: usize) -> Vec<Vec<u32>> {
+    let token = |i: usize| (i * i * 31 + i * 17 + i / 7) as u32 % vocab as u32;
+    (0..16).map(|w| (0..LENGTH).map(|i| token(w * 1009 + i)).collect()).collect()
+}
+
 fn run(source: &Path, output: &Path, threads: usize, options: QuantizeOptions) -> QuantReport {
     let checkpoint = Checkpoint::open(source).unwrap();
     let vocab = Spec::for_checkpoint(&checkpoint).unwrap().vocab;
-    let token = |i: usize| (i * i * 31 + i * 17 + i / 7) as u32 % vocab as u32;
-    let windows: Vec<Vec<u32>> =
-        (0..16).map(|w| (0..LENGTH).map(|i| token(w * 1009 + i)).collect()).collect();
+    let windows = windows(vocab);
     let sizes = CalibrationOptions { nsamples: windows.len(), seqlen: LENGTH, seed: 0 };
     let report = CalibrationReport::new(Vec::new(), &windows, &sizes, vocab);
     let options = QuantizeOptions { group_size: 32, overwrite: true, ..options };
@@ -74,6 +77,114 @@ fn corrections_change_what_has_quantized_inputs() {
                     assert!(!first || same, "{name} {correction:?}: {got:?} {want:?}");
                 }
             }
+        }
+    }
+}
+
+/// Inputs of the second block's first stage, where the first block is that of `directory`.
+fn inputs_of_second_block(source: &Path, directory: &Path) -> Vec<Tensor> {
+    let ctx = &mut Ctx::new(Arc::new(Pool::new(2)));
+    let [source, first] = [source, directory].map(|path| Checkpoint::open(path).unwrap());
+    let spec = Arc::new(Spec::for_checkpoint(&source).unwrap());
+    let embedder = Embedder::load(&source, &spec, LinearSource::Copied).unwrap();
+    let first = Block::load(&first, &spec, 0, LinearSource::Copied).unwrap();
+    let second = Block::load(&source, &spec, 1, LinearSource::Copied).unwrap();
+    let of = |ids: Vec<u32>| {
+        let mut state = BlockState::default();
+        let positions: Vec<u32> = (0..ids.len() as u32).collect();
+        embedder.forward(ctx, &ids, &positions, &mut state.hidden).unwrap();
+        first.run_whole(ctx, &mut state, std::slice::from_ref(&(0..ids.len()))).unwrap();
+        second.begin(ctx, &mut state);
+        state.input
+    };
+    windows(spec.vocab).into_iter().map(of).collect()
+}
+
+/// The weights `[out][in]` of a projection of the second block.
+fn weights(directory: &Path, index: usize) -> Vec<Vec<f64>> {
+    let checkpoint = Checkpoint::open(directory).unwrap();
+    let spec = Spec::for_checkpoint(&checkpoint).unwrap();
+    let linears = spec.stage_linears(1, Stage::Qkv);
+    let loaded = load_linear(&checkpoint, &spec, &linears[index], LinearSource::Copied).unwrap();
+    let (inputs, outputs) = (linears[index].in_features, linears[index].out_features);
+    let mut one = Tensor::zeros(inputs, inputs);
+    (0..inputs).for_each(|i| one.row_mut(i)[i] = 1.0);
+    let mut columns = Tensor::default();
+    linear(&Pool::new(1), &one, &mut [(&loaded, &mut columns)], &mut Scratch::default());
+    let row = |o: usize| (0..inputs).map(|i| f64::from(columns.row(i)[o])).collect();
+    (0..outputs).map(row).collect()
+}
+
+/// x with x A = b, A symmetric, by elimination.
+fn solve(a: &[Vec<f64>], b: &[f64]) -> Vec<f64> {
+    let (mut a, mut b, n) = (a.to_vec(), b.to_vec(), b.len());
+    for p in 0..n {
+        for i in p + 1..n {
+            let factor = a[i][p] / a[p][p];
+            for j in p..n {
+                a[i][j] -= factor * a[p][j];
+            }
+            b[i] -= factor * b[p];
+        }
+    }
+    for p in (0..n).rev() {
+        let rest: f64 = (p + 1..n).map(|j| a[p][j] * b[j]).sum();
+        b[p] = (b[p] - rest) / a[p][p];
+    }
+    b
+}
+
+/// Behind a block of 2 bits, 8 bits are next to nothing: what the next stage becomes is W + α W D H⁻¹, with D and H of
+/// both models' own inputs, in f64.
+#[test]
+fn weights_move_for_the_inputs_of_the_float_model() {
+    let Some(source) = fixtures::dir("llama") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let rules = r#"{"-:model\\.layers\\.1\\.(self_attn\\.o_proj|mlp)": {}, "model\\.layers\\.1": {"bits": 8}}"#;
+    for true_sequential in [true, false] {
+        let options = QuantizeOptions {
+            bits: Bits::B2,
+            dynamic: Dynamic::from_map(&serde_json::from_str(rules).unwrap()).unwrap(),
+            activations: Activations::F32,
+            token_weights: TokenWeights::Uniform,
+            correction: Correction::Qep,
+            correction_strength: Some(0.5),
+            true_sequential,
+            ..Default::default()
+        };
+        let damp = options.damp_percent;
+        run(&source, &output, 2, options);
+        let float = inputs_of_second_block(&source, &source);
+        let quantized = inputs_of_second_block(&source, &output);
+        let n = float[0].cols();
+        let (mut h, mut d) = (vec![vec![0.0; n]; n], vec![vec![0.0; n]; n]);
+        for (x, y) in float.iter().zip(&quantized) {
+            for t in 0..x.rows() {
+                let f64s = |x: &Tensor| x.row(t).iter().map(|v| f64::from(*v)).collect::<Vec<_>>();
+                let (x, y) = (f64s(x), f64s(y));
+                for i in 0..n {
+                    for j in 0..n {
+                        h[i][j] += y[i] * y[j];
+                        d[i][j] += (x[i] - y[i]) * y[j];
+                    }
+                }
+            }
+        }
+        let mean = (0..n).map(|i| h[i][i]).sum::<f64>() / n as f64;
+        (0..n).for_each(|i| h[i][i] += damp * mean);
+        for index in 0..3 {
+            let (before, after) = (weights(&source, index), weights(&output, index));
+            let (mut moved, mut off) = (0.0, 0.0);
+            for (w, got) in before.iter().zip(&after) {
+                let wd: Vec<f64> = (0..n).map(|j| (0..n).map(|i| w[i] * d[i][j]).sum()).collect();
+                for ((w, shift), got) in w.iter().zip(solve(&h, &wd)).zip(got) {
+                    moved += (0.5 * shift).powi(2);
+                    off += (w + 0.5 * shift - got).powi(2);
+                }
+            }
+            // Rounding to 8 bits; the opposite sign would be 4.
+            assert!(off < 0.01 * moved, "{index}: {off} {moved}");
         }
     }
 }
