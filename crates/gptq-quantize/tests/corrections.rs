@@ -120,10 +120,9 @@ fn solve(a: &[Vec<f64>], b: &[f64]) -> Vec<f64> {
     let (mut a, mut b, n) = (a.to_vec(), b.to_vec(), b.len());
     for p in 0..n {
         for i in p + 1..n {
-            let factor = a[i][p] / a[p][p];
-            for j in p..n {
-                a[i][j] -= factor * a[p][j];
-            }
+            let (above, below) = a.split_at_mut(i);
+            let factor = below[0][p] / above[p][p];
+            below[0].iter_mut().zip(&above[p]).skip(p).for_each(|(x, y)| *x -= factor * y);
             b[i] -= factor * b[p];
         }
     }

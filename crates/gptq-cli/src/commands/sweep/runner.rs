@@ -346,16 +346,14 @@ impl<'a> Runner<'a> {
     ) -> anyhow::Result<QuantizeOptions> {
         let request = self.calibration.last().map(|(request, _)| request);
         let key = format!("{} {request:?}", Sensitivity::key(options));
-        let known = self.sensitivities.iter().position(|(of, _)| *of == key);
         let job = self.job(options, tokenizer, Path::new(""));
         let mut chosen = options.clone();
-        match known {
-            Some(known) => apply_target(&job, &self.sensitivities[known].1, target, &mut chosen)?,
-            None => {
-                let measured = sensitivity(&job, view)?;
-                apply_target(&job, &measured, target, &mut chosen)?;
-                self.sensitivities.push((key, measured));
-            }
+        if let Some((_, measured)) = self.sensitivities.iter().find(|(of, _)| *of == key) {
+            apply_target(&job, measured, target, &mut chosen)?;
+        } else {
+            let measured = sensitivity(&job, view)?;
+            apply_target(&job, &measured, target, &mut chosen)?;
+            self.sensitivities.push((key, measured));
         }
         Ok(chosen)
     }
