@@ -302,6 +302,36 @@ fn bits_are_chosen_for_a_size() {
 }
 
 #[test]
+fn the_float_stream_of_corrections_is_computed_once() {
+    let world = world();
+    // Alone, a row has nobody to share with.
+    world.ok(&format!("sweep model -o alone --bits 3 --group-size 32 {CALIBRATION} --keep -q"));
+    let line = format!(
+        "sweep model -o out --bits 4,3 --group-size 32 --set correction=none,qep,gptaq {CALIBRATION} --keep --json -q"
+    );
+    let results = world.json(&line);
+    let row = |bits: &str, correction: &str| {
+        let is = |row: &&Value| {
+            row["settings"]["bits"] == bits && row["settings"]["correction"] == correction
+        };
+        let rows = results["rows"].as_array().unwrap();
+        rows.iter().find(is).unwrap()["checkpoint"].as_str().unwrap()
+    };
+    let alone = world.read_json("alone/results.json");
+    let alone = alone["rows"][0]["checkpoint"].as_str().unwrap();
+    assert_eq!(
+        world.read(&format!("{}/model.safetensors", row("3", "qep"))),
+        world.read(&format!("{alone}/model.safetensors"))
+    );
+    let shares = |directory: &str| {
+        let report = world.read_json(&format!("{directory}/quant_report.json"));
+        report["phases"].as_array().unwrap().iter().any(|phase| phase["phase"] == "scratch")
+    };
+    assert!(!shares(alone) && !shares(row("3", "none")));
+    assert!(shares(row("4", "qep")) && shares(row("3", "gptaq")));
+}
+
+#[test]
 fn what_bits_are_chosen_from_is_measured_once() {
     let world = world();
     let line = format!(

@@ -35,6 +35,7 @@ fn run(
         options,
         output,
         plots: None,
+        float_stream: None,
         pool: &Arc::new(Pool::new(threads)),
     };
     quantize(&job, progress)

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use gptq_compute::{Activations, Pool, Scratch, Tensor, linear};
 use gptq_format::{Bits, Checkpoint, Dynamic};
 use gptq_model::{Block, BlockState, Ctx, Embedder, LinearSource, Spec, Stage, load_linear};
-use gptq_quantize::pipeline::Job;
+use gptq_quantize::pipeline::{FloatStream, Job};
 use gptq_quantize::{
     CalibrationOptions, CalibrationReport, CalibrationSet, Correction, QuantReport,
     QuantizeOptions, TokenWeights, quantize,
@@ -23,6 +23,16 @@ fn windows(vocab: usize) -> Vec<Vec<u32>> {
 }
 
 fn run(source: &Path, output: &Path, threads: usize, options: QuantizeOptions) -> QuantReport {
+    run_with(source, output, threads, options, None)
+}
+
+fn run_with(
+    source: &Path,
+    output: &Path,
+    threads: usize,
+    options: QuantizeOptions,
+    float_stream: Option<&FloatStream>,
+) -> QuantReport {
     let checkpoint = Checkpoint::open(source).unwrap();
     let vocab = Spec::for_checkpoint(&checkpoint).unwrap().vocab;
     let windows = windows(vocab);
@@ -37,6 +47,7 @@ fn run(source: &Path, output: &Path, threads: usize, options: QuantizeOptions) -
         options: &options,
         output,
         plots: None,
+        float_stream,
         pool: &Arc::new(Pool::new(threads)),
     };
     quantize(&job, &()).unwrap()
@@ -185,6 +196,40 @@ fn weights_move_for_the_inputs_of_the_float_model() {
             // Rounding to 8 bits; the opposite sign would be 4.
             assert!(off < 0.01 * moved, "{index}: {off} {moved}");
         }
+    }
+}
+
+/// What the first run keeps of the float model, others read: the same bytes, with other bits, corrections and grids, too,
+/// in memory or on disk, and nothing stays behind. Runs with other settings compute their own.
+#[test]
+fn runs_share_what_the_float_model_computes() {
+    for name in ["llama", "gptj", "mixtral"] {
+        let Some(source) = fixtures::dir(name) else { continue };
+        let folder = tempfile::tempdir().unwrap();
+        let shared = FloatStream::new(folder.path());
+        let base = QuantizeOptions { bits: Bits::B3, ..Default::default() };
+        let f32s = QuantizeOptions { activations: Activations::F32, ..base.clone() };
+        let cases = [
+            base.clone(),
+            base.clone(),
+            QuantizeOptions { correction: Correction::Gptaq, bits: Bits::B4, ..base.clone() },
+            QuantizeOptions { correction: Correction::Qronos, sym: false, ..base.clone() },
+            QuantizeOptions { damp_auto: true, ..base.clone() },
+            QuantizeOptions { token_weights: TokenWeights::Uniform, ..base.clone() },
+            QuantizeOptions { true_sequential: false, ..base.clone() },
+            f32s,
+        ];
+        for (index, options) in cases.into_iter().enumerate() {
+            let [one, two] = ["one", "two"].map(|out| folder.path().join(out));
+            let phases = |report: QuantReport| {
+                report.phases.into_iter().any(|phase| phase.phase == "scratch")
+            };
+            assert!(!phases(run(&source, &one, 2, options.clone())), "{name} {index}");
+            let used = phases(run_with(&source, &two, 3, options, Some(&shared)));
+            assert_eq!(used, name != "mixtral" && index < 6, "{name} {index}");
+            assert!(bytes(&one) == bytes(&two), "{name} {index}");
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
     }
 }
 

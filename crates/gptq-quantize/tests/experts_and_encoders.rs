@@ -46,6 +46,7 @@ fn run(source: &Path, output: &Path, windows: usize, options: QuantizeOptions) -
         options: &options,
         output,
         plots: None,
+        float_stream: None,
         pool: &Arc::new(Pool::new(2)),
     };
     quantize(&job, &()).unwrap()

@@ -49,6 +49,7 @@ fn run(
         options: &QuantizeOptions { group_size: 32, lm_head: true, ..options },
         output,
         plots: None,
+        float_stream: None,
         pool: &Arc::new(Pool::new(2)),
     };
     quantize(&job, &StopAfter { units, done: AtomicUsize::new(0) })

@@ -60,6 +60,7 @@ fn divergences_are_those_of_models_with_one_group_quantized() {
         options: &options,
         output: &output,
         plots: None,
+        float_stream: None,
         pool: &pool,
     };
     let mut chosen = options.clone();

@@ -32,6 +32,7 @@ fn run(folder: &Path, rules: &str, progress: &dyn Progress) -> gptq_quantize::Re
         options: &options,
         output: &folder.join("out"),
         plots: None,
+        float_stream: None,
         pool: &Arc::new(Pool::new(2)),
     };
     quantize(&job, progress).map(|_| ())

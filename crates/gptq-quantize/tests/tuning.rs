@@ -45,6 +45,7 @@ fn with_job<T>(
         options,
         output,
         plots: None,
+        float_stream: None,
         pool: &Arc::new(Pool::new(threads)),
     })
 }

@@ -133,6 +133,7 @@ fn written(
         options: target.options,
         output: Path::new(""),
         plots: None,
+        float_stream: None,
         pool,
     };
     (target.announce)(&plan(&job)?, &job);

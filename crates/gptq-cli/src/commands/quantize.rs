@@ -492,6 +492,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         options: &options,
         output: &output,
         plots: Some(plots),
+        float_stream: None,
         pool: &pool,
     };
     if let Some(target) = args.target_bpw {

@@ -10,12 +10,13 @@ use gptq_model::{
     ActivationType, Block, BlockState, Ctx, Embedder, HeadLayer, LinearSource, SeqSpan, Spec, Stage,
 };
 
+use super::float_stream::{FloatStream, Use};
 use super::held_out::is_held_out;
 use super::inputs::{StageInputs, Sum, rounds};
 use super::native::Native;
 use super::scratch::Scratch;
 use super::states::{States, pack, unpack};
-use super::{MoeFallback, Phases};
+use super::{Job, MoeFallback, Phases};
 use crate::calibration::CalibrationSet;
 use crate::error::Result;
 use crate::token_weights::{RowWeights, TokenWeights};
@@ -172,18 +173,27 @@ impl<'a> Activations<'a> {
             .collect()
     }
 
-    /// Lets the tokens of the float model `source` go beside them.
+    /// Lets the tokens of the float model go beside them.
     pub(crate) fn with_native(
         mut self,
         ctx: &mut Ctx,
-        source: &'a Checkpoint,
+        job: &Job<'a>,
         set: &CalibrationSet,
         spill: Option<&Path>,
     ) -> Result<Self> {
         let spec = Arc::clone(&self.spec);
-        let kept = (self.weights, self.kind);
-        let stream = Self::embed(ctx, source, &spec, set, kept, spill)?;
-        self.native = Some(Box::new(Native::new(stream, source)));
+        let tokens = self.chunks.iter().flatten().map(Range::len).sum();
+        let used = |shared: &FloatStream| shared.use_of(job, &spec, self.chunks.len(), tokens);
+        let shared = job.float_stream.map(|shared| (shared, used(shared)));
+        let shared = shared.filter(|(_, used)| *used != Use::Nothing);
+        let known = shared.is_some_and(|(_, used)| used == Use::Read);
+        let stream = if known {
+            None
+        } else {
+            let kept = (self.weights, self.kind);
+            Some(Self::embed(ctx, job.checkpoint, &spec, set, kept, spill)?)
+        };
+        self.native = Some(Box::new(Native::new(stream, spec, job.checkpoint, shared)));
         Ok(self)
     }
 

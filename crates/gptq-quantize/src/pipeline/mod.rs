@@ -2,6 +2,7 @@
 
 mod activations;
 mod distances;
+mod float_stream;
 mod fold;
 mod head;
 mod held_out;
@@ -28,6 +29,7 @@ use gptq_compute::Pool;
 use gptq_format::{Checkpoint, FormatError, Tokenizer};
 use gptq_model::{Block, Ctx, Embedder, HeadLayer, LinearRows, LinearSource, Spec, load_linear};
 
+pub use float_stream::FloatStream;
 pub use mixed::{
     MixedGroup, MixedReport, Sensitivity, apply as apply_target, check_target, sensitivity,
 };
@@ -89,6 +91,8 @@ pub struct Job<'a> {
     pub output: &'a Path,
     /// Draws the plots that are saved beside the weights.
     pub plots: Option<Plots>,
+    /// Where runs with a correction, of the same model and calibration, share what the float model computes.
+    pub float_stream: Option<&'a FloatStream>,
     /// The threads. Results do not depend on their number.
     pub pool: &'a Arc<Pool>,
 }
@@ -234,7 +238,7 @@ impl Run<'_> {
                 let model = self.output.checkpoint();
                 let directory = plan.spill.then(|| self.output.directory());
                 Some(self.phases.time("inputs", || {
-                    let (source, options) = (self.job.checkpoint, self.job.options);
+                    let options = self.job.options;
                     let kept = (options.token_weights, options.activation_dtype);
                     let activations =
                         Activations::embed(&mut ctx, model, self.spec, set, kept, directory)?
@@ -246,7 +250,7 @@ impl Run<'_> {
                     };
                     match options.correction {
                         Correction::None => Ok(activations),
-                        _ => activations.with_native(&mut ctx, source, set, directory),
+                        _ => activations.with_native(&mut ctx, self.job, set, directory),
                     }
                 })?)
             }

@@ -9,34 +9,48 @@ use std::sync::Arc;
 
 use gptq_compute::{Cross, Matrix, Tensor};
 use gptq_format::Checkpoint;
-use gptq_model::{Block, BlockState, Ctx, HeadLayer, LinearSource, Stage, load_linear};
+use gptq_model::{Block, BlockState, Ctx, HeadLayer, LinearSource, Spec, Stage, load_linear};
 
 use super::Phases;
 use super::activations::{Activations, run};
+use super::float_stream::{FloatStream, Use};
 use super::inputs::rounds;
 use crate::error::Result;
 use crate::token_weights::RowWeights;
 
 /// The stream of the float model.
 pub(super) struct Native<'a> {
-    stream: Activations<'a>,
+    /// `None` where `shared` has all that it would give.
+    stream: Option<Activations<'a>>,
+    spec: Arc<Spec>,
     source: &'a Checkpoint,
-    /// The block that it is in; it holds the linears of the stage at work alone.
+    /// Other runs' work, or work for them.
+    shared: Option<(&'a FloatStream, Use)>,
+    /// Index of the block that it is in.
+    layer: usize,
+    /// The same; it holds the linears of the stage at work alone. `None` without a stream.
     block: Option<Block>,
 }
 
 impl<'a> Native<'a> {
     /// `stream` as embedded by the float model `source`.
-    pub(super) fn new(stream: Activations<'a>, source: &'a Checkpoint) -> Self {
-        Self { stream, source, block: None }
+    pub(super) fn new(
+        stream: Option<Activations<'a>>,
+        spec: Arc<Spec>,
+        source: &'a Checkpoint,
+        shared: Option<(&'a FloatStream, Use)>,
+    ) -> Self {
+        Self { stream, spec, source, shared, layer: 0, block: None }
     }
 
     /// Computes the inputs of the first stage of block `layer`.
     pub(super) fn begin(&mut self, ctx: &mut Ctx, layer: usize, phases: &mut Phases) -> Result<()> {
-        let spec = Arc::clone(&self.stream.spec);
-        let block = phases
-            .time("inputs", || Block::load(self.source, &spec, layer, LinearSource::Unset))?;
-        self.stream.begin(ctx, &block, phases)?;
+        self.layer = layer;
+        let Some(stream) = &mut self.stream else { return Ok(()) };
+        let (source, spec) = (self.source, &self.spec);
+        let block =
+            phases.time("inputs", || Block::load(source, spec, layer, LinearSource::Unset))?;
+        stream.begin(ctx, &block, phases)?;
         self.block = Some(block);
         Ok(())
     }
@@ -48,10 +62,12 @@ impl<'a> Native<'a> {
         stage: Stage,
         phases: &mut Phases,
     ) -> Result<()> {
-        let Some(mut block) = self.block.take() else { return Ok(()) };
-        let linears = self.stream.spec.stage_linears(block.layer(), stage);
+        let Some((mut block, stream)) = self.block.take().zip(self.stream.as_mut()) else {
+            return Ok(());
+        };
+        let linears = self.spec.stage_linears(block.layer(), stage);
         for (index, linear) in linears.iter().enumerate() {
-            let (source, spec) = (self.source, &self.stream.spec);
+            let (source, spec) = (self.source, &self.spec);
             let mut linear = phases
                 .time("inputs", || load_linear(source, spec, linear, LinearSource::Copied))?;
             if rounds(ctx)
@@ -61,7 +77,7 @@ impl<'a> Native<'a> {
             }
             block.set_linear(stage, index, linear)?;
         }
-        self.stream.advance(ctx, &block, stage, phases)?;
+        stream.advance(ctx, &block, stage, phases)?;
         for index in 0..linears.len() {
             block.take_linear(stage, index);
         }
@@ -78,21 +94,37 @@ impl<'a> Native<'a> {
         stage: Stage,
         phases: &mut Phases,
     ) -> Result<Option<Cross>> {
-        let Some(block) = self.block.as_ref().filter(|_| is_corrected(stage)) else {
+        if !is_corrected(stage) {
             return Ok(None);
-        };
+        }
+        let order = self.spec.stage_order(self.layer);
+        let at = order.iter().position(|other| *other == stage).unwrap_or(order.len());
         let mut sum = ShiftSum::new(quantized.row_weights(stage));
-        let mut float = Tensor::default();
+        let mut float = BlockState::default();
         let buffers = &mut [BlockState::default(), BlockState::default()];
         for index in 0..quantized.chunks.len() {
             let [ours, theirs] = &mut *buffers;
             let ours = quantized.states.get(index, ours, phases)?;
-            let theirs = self.stream.states.get(index, theirs, phases)?;
-            phases.time("inputs", || {
-                block.input_as_routed(ctx, stage, theirs, ours, &mut float);
-            });
+            let place = (self.layer, at, index);
+            match (&self.stream, &self.block, self.shared) {
+                (Some(stream), Some(block), shared) => {
+                    let theirs = stream.states.get(index, theirs, phases)?;
+                    let float = &mut float.input;
+                    phases.time("inputs", || {
+                        block.input_as_routed(ctx, stage, theirs, ours, float);
+                    });
+                    if let Some((shared, Use::Write)) = shared {
+                        phases.time("scratch", || shared.put(place, float));
+                    }
+                }
+                (_, _, Some((shared, _))) => {
+                    phases.time("scratch", || shared.get(place, &mut float))?;
+                }
+                // Between blocks.
+                _ => return Ok(None),
+            }
             let windows = &quantized.chunks[index];
-            phases.time("hessian", || sum.add(ctx, &ours.input, &mut float, windows));
+            phases.time("hessian", || sum.add(ctx, &ours.input, &mut float.input, windows));
         }
         quantized.make_room(ctx);
         Ok(sum.cross)
@@ -107,6 +139,7 @@ impl<'a> Native<'a> {
         wanted: &[bool],
         phases: &mut Phases,
     ) -> Result<Vec<Option<Cross>>> {
+        let Some(stream) = &self.stream else { return Ok(Vec::new()) };
         let stages = block.stages();
         let sum = |(&stage, &wanted): (&Stage, &bool)| {
             (wanted && is_corrected(stage)).then(|| ShiftSum::new(quantized.row_weights(stage)))
@@ -120,7 +153,7 @@ impl<'a> Native<'a> {
                 let state = activations.states.get(index, &mut buffer, phases)?;
                 Ok(BlockState::new(state.hidden.clone()))
             };
-            let mut states = [copy(quantized)?, copy(&self.stream)?];
+            let mut states = [copy(quantized)?, copy(stream)?];
             for state in &mut states {
                 phases.time("inputs", || block.begin(ctx, state));
             }
@@ -149,11 +182,12 @@ impl<'a> Native<'a> {
         head: &HeadLayer,
         phases: &mut Phases,
     ) -> Result<Option<Cross>> {
+        let Some(stream) = &self.stream else { return Ok(None) };
         let mut sum = ShiftSum::new(RowWeights::Uniform);
         let (mut input, mut float) = (Tensor::default(), Tensor::default());
         let mut buffer = BlockState::default();
         for index in 0..quantized.chunks.len() {
-            for (activations, to) in [(&*quantized, &mut input), (&self.stream, &mut float)] {
+            for (activations, to) in [(&*quantized, &mut input), (stream, &mut float)] {
                 let state = activations.states.get(index, &mut buffer, phases)?;
                 phases.time("inputs", || head.normalize(ctx, &state.hidden, to));
             }

@@ -27,11 +27,14 @@ use texts::EvalSettings;
 /// Options with several values, as --bits 4,3,2, make a row for each combination; --rows FILE gives
 /// them as a list. A row is what `gptq quantize` with these options writes, to the bit, and `gptq eval
 /// --reference` says of it. What rows share is done once: the calibration windows, the original's run
-/// over the evaluation texts and the sensitivities that --target-bpw chooses from. Hessians are not: each stage sees what the row's own
-/// quantized stages before it compute, so that two rows have in common those of the first alone; nor is
-/// the original's run over the calibration windows, which --correction follows: the inputs of all its
-/// stages would fill a disk. A row that is finished is not run again; one that fails is told and left
-/// behind. Options that do not matter to a method make no rows of it.
+/// over the evaluation texts, the sensitivities that --target-bpw chooses from, and the original's run
+/// over the calibration windows, which --correction follows: its inputs lie in a scratch file of the
+/// results' disk, which takes no more than half of what is free there (SmolLM2-135M: 0.2 MB per token;
+/// rows compute them themselves where they do not fit, in mixtures of experts, with --lm-head and
+/// without --true-sequential). Hessians are not shared: each stage sees what the row's own quantized
+/// stages before it compute, so that two rows have in common those of the first alone. A row that is
+/// finished is not run again; one that fails is told and left behind. Options that do not matter to a
+/// method make no rows of it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Float model: directory, .gguf file or hub id.

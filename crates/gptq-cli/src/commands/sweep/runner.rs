@@ -11,11 +11,11 @@ use gptq_compute::Pool;
 use gptq_compute::arch::isa;
 use gptq_format::{Checkpoint, Tokenizer};
 use gptq_quantize::pipeline::{
-    Job, MixedReport, Sensitivity, apply_target, check_target, sensitivity,
+    FloatStream, Job, MixedReport, Sensitivity, apply_target, check_target, sensitivity,
 };
 use gptq_quantize::{
-    CalibrationReport, CalibrationSet, Method, ModuleRecord, QuantReport, QuantizeError,
-    QuantizeOptions, plan, quantize_as_planned,
+    CalibrationReport, CalibrationSet, Correction, Method, ModuleRecord, QuantReport,
+    QuantizeError, QuantizeOptions, plan, quantize_as_planned,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -106,7 +106,9 @@ pub(super) struct Runner<'a> {
     global: &'a Global,
     keep: bool,
     /// Windows that were made, and what they were asked for by; the last are those of the row.
-    calibration: Vec<(calibration::Request, CalibrationSet)>,
+    calibration: Vec<(calibration::Request, CalibrationSet, FloatStream)>,
+    /// Whether other rows need what the float model computes on these, too.
+    sharing: bool,
     /// What bits are chosen from, and the request and the options that it was measured with.
     sensitivities: Vec<(String, Sensitivity)>,
 }
@@ -128,6 +130,7 @@ impl<'a> Runner<'a> {
             global,
             keep,
             calibration: Vec::new(),
+            sharing: false,
             sensitivities: Vec::new(),
         }
     }
@@ -215,6 +218,8 @@ impl<'a> Runner<'a> {
             original.get_or_insert_with(|| made.original.clone());
             texts = Some(made);
         }
+        let pending: Vec<&Row> =
+            rows.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(r, _)| r).collect();
         let mut clock = Clock::default();
         let (mut failed, mut end) = (Vec::new(), Ok(()));
         for (index, row) in rows.iter().enumerate() {
@@ -234,6 +239,7 @@ impl<'a> Runner<'a> {
             if !self.global.quiet {
                 clock.announce(index, rows.len(), row, &left);
             }
+            self.sharing = pending.iter().filter(|other| same_float_stream(row, other)).count() > 1;
             let row_start = Instant::now();
             match self.row(row, id, texts) {
                 Ok(result) => found[index] = Some(result),
@@ -344,7 +350,7 @@ impl<'a> Runner<'a> {
         tokenizer: Option<&Tokenizer>,
         view: &ProgressView,
     ) -> anyhow::Result<QuantizeOptions> {
-        let request = self.calibration.last().map(|(request, _)| request);
+        let request = self.calibration.last().map(|(request, ..)| request);
         let key = format!("{} {request:?}", Sensitivity::key(options));
         let job = self.job(options, tokenizer, Path::new(""));
         let mut chosen = options.clone();
@@ -369,10 +375,11 @@ impl<'a> Runner<'a> {
             checkpoint: self.checkpoint,
             tokenizer,
             model: self.model,
-            calibration: windows.map(|(_, set)| set),
+            calibration: windows.map(|(_, set, _)| set),
             options,
             output,
             plots: Some(quantize::plots),
+            float_stream: windows.filter(|_| self.sharing).map(|(.., stream)| stream),
             pool: self.pool,
         }
     }
@@ -390,7 +397,7 @@ impl<'a> Runner<'a> {
             return Ok(());
         }
         let request = row.args.calibration(self.checkpoint)?;
-        if let Some(known) = self.calibration.iter().position(|(made, _)| *made == request) {
+        if let Some(known) = self.calibration.iter().position(|(made, ..)| *made == request) {
             let known = self.calibration.remove(known);
             self.calibration.push(known);
             return Ok(());
@@ -406,7 +413,7 @@ impl<'a> Runner<'a> {
             dry_run,
         };
         let set = calibration::load(&request, &target, view)?;
-        self.calibration.push((request, set));
+        self.calibration.push((request, set, FloatStream::new(self.store.directory())));
         Ok(())
     }
 
@@ -423,6 +430,18 @@ impl<'a> Runner<'a> {
         let words: Vec<String> = words.map(|word| quote(&word)).collect();
         format!("gptq quantize {} -o DIR", words.join(" "))
     }
+}
+
+/// Whether both rows are corrected by the same float model on the same tokens.
+fn same_float_stream(row: &Row, other: &Row) -> bool {
+    const OPTIONS: [&str; 6] =
+        ["calibration", "nsamples", "seqlen", "seed", "activations", "activation-dtype"];
+    let of = |row: &Row| -> Vec<(String, String)> {
+        let settings = row.settings.iter().filter(|(o, _)| OPTIONS.contains(&o.as_str()));
+        settings.cloned().collect()
+    };
+    let corrected = |row: &Row| row.args.options().is_ok_and(|o| o.correction != Correction::None);
+    corrected(row) && corrected(other) && of(row) == of(other)
 }
 
 /// Why a sweep ends in a row that it was stopped in, not failed: it goes on without being told to.

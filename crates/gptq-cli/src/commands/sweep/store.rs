@@ -57,6 +57,11 @@ impl Store {
         Ok(Self { directory: directory.to_owned(), model, evaluation })
     }
 
+    /// Where all is kept.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// Makes the directories.
     ///
     /// # Errors
