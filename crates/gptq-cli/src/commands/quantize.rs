@@ -143,7 +143,7 @@ pub(crate) struct Args {
     /// How linears make up for inputs that are not those of the float model any more: not at all, by
     /// weights that are moved before they are solved (qep), column by column in the sweep (gptaq), or by
     /// a best first column and a fresh start behind it (qronos). Down projections are left out. Unless none, the
-    /// model is run as floats, too, which takes two thirds of the time again and twice the memory for activations.
+    /// model is run as floats, too, which takes six to nine tenths of the time again and twice the memory for activations.
     /// [default: qep; none for the methods rtn, obq and awq and with --awq-scales]
     #[arg(long, value_enum)]
     correction: Option<CorrectionArg>,

@@ -26,7 +26,7 @@ use texts::EvalSettings;
 ///
 /// Options with several values, as --bits 4,3,2, make a row for each combination; --rows FILE gives
 /// them as a list. A row is what `gptq quantize` with these options writes, to the bit, and `gptq eval
-/// --reference` says of it. What rows share is done once: the calibration windows, the original's run
+/// --reference` says of it. What rows share is done once per call: the calibration windows, the original's run
 /// over the evaluation texts, the sensitivities that --target-bpw chooses from, and the original's run
 /// over the calibration windows, which --correction follows: its inputs lie in a scratch file of the
 /// results' disk, which takes no more than half of what is free there (SmolLM2-135M: 0.2 MB per token;

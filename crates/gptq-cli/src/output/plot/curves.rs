@@ -157,6 +157,24 @@ mod tests {
     }
 
     #[test]
+    fn many_series_look_different() {
+        let series = (0..84).map(|i| (i.to_string(), vec![point(3.0, f64::from(i) + 1.0)]));
+        let svg =
+            curves(&Curves { title: "t", x_label: "bits", series: series.collect(), level: None });
+        let lines: Vec<&str> = svg.lines().collect();
+        // A line, behind which comes its mark: what differs are colours, dashes and shapes.
+        let look = |pair: &[&str]| {
+            let (_, stroke) = pair[0].split_once(" fill=\"none\"")?;
+            let shape: String =
+                pair[1].chars().filter(char::is_ascii_alphabetic).take(14).collect();
+            Some((stroke.to_owned(), shape))
+        };
+        let looks: Vec<_> = lines.windows(2).filter_map(look).collect();
+        let unique: std::collections::BTreeSet<_> = looks.iter().collect();
+        assert_eq!((looks.len(), unique.len()), (84, 84));
+    }
+
+    #[test]
     fn numbers_are_short() {
         for (value, text) in
             [(20.0, "20"), (2.2e6, "2.2e6"), (0.05, "0.05"), (17.85, "17.9"), (3.25, "3.25")]

@@ -11,10 +11,11 @@ use super::svg::{BOTTOM, CHART_WIDTH, LEFT, Svg, TOP, chart_height, legend_width
 /// The loss over the layers, a line for each kind of module, with a logarithmic axis. Losses that
 /// are not positive and finite leave a gap.
 pub(crate) fn loss_by_layer(records: &[ModuleRecord]) -> String {
-    lines(&Kinds::of(records, |record| record.loss))
+    lines("Loss per layer", &Kinds::of(records, |record| record.loss))
 }
 
-/// The sum of the losses of each layer, a line for each run.
+/// The sum of the losses of each layer, a line for each run. Runs that weigh tokens differently, or move weights before
+/// they round them, have losses of different things, which the title says.
 pub(crate) fn loss_by_run(runs: &[(&str, &[ModuleRecord])]) -> String {
     let layers = |records: &[ModuleRecord]| records.iter().map(|r| r.layer + 1).max().unwrap_or(0);
     let values = runs.iter().map(|(name, records)| {
@@ -26,13 +27,14 @@ pub(crate) fn loss_by_run(runs: &[(&str, &[ModuleRecord])]) -> String {
         ((*name).to_owned(), sums.into_iter().map(|sum| Some(sum).filter(valid)).collect())
     });
     let values: Vec<(String, Vec<Option<f64>>)> = values.collect();
-    lines(&Kinds { layers: runs.iter().map(|(_, r)| layers(r)).max().unwrap_or(0), values })
+    let title = "Loss per layer, on the calibration tokens as each run weighs them";
+    lines(title, &Kinds { layers: runs.iter().map(|(_, r)| layers(r)).max().unwrap_or(0), values })
 }
 
-fn lines(kinds: &Kinds) -> String {
+fn lines(title: &str, kinds: &Kinds) -> String {
     let height = chart_height(kinds.values.len());
     let legend = legend_width(kinds.values.iter().map(|(kind, _)| kind.as_str()));
-    let mut svg = Svg::new("Loss per layer", LEFT + CHART_WIDTH + legend, TOP + height + BOTTOM);
+    let mut svg = Svg::new(title, LEFT + CHART_WIDTH + legend, TOP + height + BOTTOM);
     let Some((low, high)) = kinds.decades() else {
         return svg.empty();
     };

@@ -42,9 +42,10 @@ impl Svg {
         points: &[Option<(f64, f64, String)>],
     ) {
         let colour = LINE_COLOURS[index % LINE_COLOURS.len()];
-        // Beyond the colours, dashes tell the lines apart.
-        let dash = ["", " stroke-dasharray=\"5 3\"", " stroke-dasharray=\"2 2\""]
-            [(index / LINE_COLOURS.len()) % 3];
+        // Beyond the colours, dashes tell the lines apart, and beyond these marks.
+        let round = index / LINE_COLOURS.len();
+        let dash = DASHES[round % DASHES.len()];
+        let shape = Shape::ALL[round / DASHES.len() % Shape::ALL.len()];
         let (mut path, mut pen) = (String::new(), 'M');
         let mut dots = String::new();
         for point in points {
@@ -55,10 +56,7 @@ impl Svg {
             // Writing to a string cannot fail.
             let _ = write!(path, "{pen}{x:.1} {y:.1}");
             let label = escape(label);
-            let _ = writeln!(
-                dots,
-                "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"2.2\" fill=\"{colour}\"><title>{label}</title></circle>"
-            );
+            dots.push_str(&shape.at(*x, *y, colour, &label));
             pen = 'L';
         }
         self.push(&format!("<path d=\"{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.6\"{dash}/>\n{dots}"));
@@ -66,6 +64,9 @@ impl Svg {
         self.push(&format!(
             "<path d=\"M{left} {row}h18\" stroke=\"{colour}\" stroke-width=\"2.4\"{dash}/>\n"
         ));
+        if shape != Shape::Circle {
+            self.push(&shape.at(left + 9.0, row, colour, ""));
+        }
         self.text(left + 24.0, row + 4.0, "start", name);
     }
 
@@ -85,6 +86,30 @@ impl Svg {
     pub(super) fn finish(mut self) -> String {
         self.push("</svg>\n");
         self.body
+    }
+}
+
+/// The mark of a point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    Circle,
+    Square,
+    Triangle,
+    Diamond,
+}
+
+impl Shape {
+    const ALL: [Self; 4] = [Self::Circle, Self::Square, Self::Triangle, Self::Diamond];
+
+    /// The mark, with an escaped text on pointing.
+    fn at(self, x: f64, y: f64, colour: &str, label: &str) -> String {
+        let (element, end) = match self {
+            Self::Circle => (format!("circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"2.2\""), "circle"),
+            Self::Square => (format!("path d=\"M{x:.1} {y:.1}m-3-3h6v6h-6z\""), "path"),
+            Self::Triangle => (format!("path d=\"M{x:.1} {y:.1}m0-4l4 7h-8z\""), "path"),
+            Self::Diamond => (format!("path d=\"M{x:.1} {y:.1}m0-4l4 4l-4 4l-4-4z\""), "path"),
+        };
+        format!("<{element} fill=\"{colour}\"><title>{label}</title></{end}>\n")
     }
 }
 
@@ -123,6 +148,8 @@ const STYLE: &str = "<style>.paper{fill:#fff}.grid{stroke:#e4e4e4}text{fill:#333
 /// yellow is left out, being too light for lines, and black is grey.
 const LINE_COLOURS: [&str; 7] =
     ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c"];
+
+const DASHES: [&str; 3] = ["", " stroke-dasharray=\"5 3\"", " stroke-dasharray=\"2 2\""];
 
 pub(super) const LEFT: f64 = 64.0;
 pub(super) const TOP: f64 = 44.0;
