@@ -115,6 +115,7 @@ impl FloatStream {
             }
             Err(error) => {
                 tracing::warn!("{}: {error}; the float model is computed again", NAME);
+                // No run's settings: nobody uses it any more.
                 *kept = Kept { settings: Some(String::new()), ..Kept::default() };
             }
         }
