@@ -5,6 +5,7 @@
 //! a row are merged in order (online softmax, Milakov & Gimelshein 2018), by one task or, when a
 //! single token is decoded, after the chunks were computed by many: the arithmetic is the same.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::cache::{BLOCK, LayerKv, largest, value_rows};
@@ -117,48 +118,30 @@ impl Chunk<'_> {
 
     pub(super) fn compute(self) {
         match self.queries.kv.kind() {
-            KvType::Bf16 => dispatch_pairs(isa(), PairChunk(self)),
-            KvType::Int16 => dispatch_words(isa(), WordChunk(self)),
-            _ => dispatch(self),
+            KvType::F32 => dispatch(ChunkOf::<F32>::new(self)),
+            KvType::F16 => dispatch(ChunkOf::<F16>::new(self)),
+            KvType::Int8 => dispatch(ChunkOf::<Int8>::new(self)),
+            KvType::Bf16 => dispatch_pairs(isa(), ChunkOf::<Bf16>::new(self)),
+            KvType::Int16 => dispatch_words(isa(), ChunkOf::<Int16>::new(self)),
         }
     }
 }
 
-/// A chunk of pairs of bfloat16.
-struct PairChunk<'a>(Chunk<'a>);
+/// A chunk of one kind of elements.
+struct ChunkOf<'a, E>(Chunk<'a>, PhantomData<E>);
 
-impl Kernel for PairChunk<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        chunk::<S, Bf16>(self.0);
+impl<'a, E> ChunkOf<'a, E> {
+    fn new(chunk: Chunk<'a>) -> Self {
+        Self(chunk, PhantomData)
     }
 }
 
-/// A chunk of pairs of integers.
-struct WordChunk<'a>(Chunk<'a>);
-
-impl Kernel for WordChunk<'_> {
+impl<E: Element> Kernel for ChunkOf<'_, E> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        chunk::<S, Int16>(self.0);
-    }
-}
-
-impl Kernel for Chunk<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        match self.queries.kv.kind() {
-            KvType::F32 => chunk::<S, F32>(self),
-            KvType::F16 => chunk::<S, F16>(self),
-            KvType::Int8 => chunk::<S, Int8>(self),
-            KvType::Bf16 | KvType::Int16 => unreachable!("compute() takes their own chunks"),
-        }
+        chunk::<S, E>(self.0);
     }
 }
 

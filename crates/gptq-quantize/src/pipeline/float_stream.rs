@@ -114,7 +114,8 @@ impl FloatStream {
                 kept.end = end;
             }
             Err(error) => {
-                tracing::warn!("{}: {error}; the float model is computed again", NAME);
+                let path = self.directory.join(NAME);
+                tracing::warn!("{}: {error}; the float model is computed again", path.display());
                 // No run's settings: nobody uses it any more.
                 *kept = Kept { settings: Some(String::new()), ..Kept::default() };
             }
