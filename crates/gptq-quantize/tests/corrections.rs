@@ -233,6 +233,22 @@ fn runs_share_what_the_float_model_computes() {
     }
 }
 
+/// Where its file cannot be written, the float model is computed again.
+#[test]
+fn a_float_stream_that_cannot_be_written_costs_time_alone() {
+    let Some(source) = fixtures::dir("llama") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("float-stream.scratch")).unwrap();
+    let shared = FloatStream::new(folder.path());
+    let options = QuantizeOptions { bits: Bits::B3, ..Default::default() };
+    let outputs = ["alone", "first", "second"].map(|out| folder.path().join(out));
+    run(&source, &outputs[0], 2, options.clone());
+    for output in &outputs[1..] {
+        run_with(&source, output, 2, options.clone(), Some(&shared));
+        assert!(bytes(output) == bytes(&outputs[0]));
+    }
+}
+
 /// Where nothing but down projections is quantized, there is nothing to correct, whatever comes in.
 #[test]
 fn inputs_of_down_projections_are_not_corrected() {

@@ -10,10 +10,10 @@ use gptq_model::{
     ActivationType, Block, BlockState, Ctx, Embedder, HeadLayer, LinearSource, SeqSpan, Spec, Stage,
 };
 
-use super::float_stream::{FloatStream, Use};
+use super::float_stream::Use;
 use super::held_out::is_held_out;
 use super::inputs::{StageInputs, Sum, rounds};
-use super::native::Native;
+use super::native::{Inputs, Native};
 use super::scratch::Scratch;
 use super::states::{States, pack, unpack};
 use super::{Job, MoeFallback, Phases};
@@ -183,17 +183,20 @@ impl<'a> Activations<'a> {
     ) -> Result<Self> {
         let spec = Arc::clone(&self.spec);
         let tokens = self.chunks.iter().flatten().map(Range::len).sum();
-        let used = |shared: &FloatStream| shared.use_of(job, &spec, self.chunks.len(), tokens);
-        let shared = job.float_stream.map(|shared| (shared, used(shared)));
-        let shared = shared.filter(|(_, used)| *used != Use::Nothing);
-        let known = shared.is_some_and(|(_, used)| used == Use::Read);
-        let stream = if known {
-            None
-        } else {
-            let kept = (self.weights, self.kind);
-            Some(Self::embed(ctx, job.checkpoint, &spec, set, kept, spill)?)
+        let shared = job.float_stream;
+        let used = shared.map(|shared| shared.use_of(job, &spec, self.chunks.len(), tokens));
+        let inputs = match shared.zip(used) {
+            Some((kept, Use::Read)) => Inputs::Kept(kept),
+            other => {
+                let weights = (self.weights, self.kind);
+                Inputs::Computed {
+                    stream: Self::embed(ctx, job.checkpoint, &spec, set, weights, spill)?,
+                    block: None,
+                    keep: other.filter(|(_, used)| *used == Use::Write).map(|(keep, _)| keep),
+                }
+            }
         };
-        self.native = Some(Box::new(Native::new(stream, spec, job.checkpoint, shared)));
+        self.native = Some(Box::new(Native::new(spec, job.checkpoint, inputs)));
         Ok(self)
     }
 

@@ -84,9 +84,9 @@ impl FloatStream {
             let (count, width) =
                 widths.fold((0, 0), |(count, sum), width| (count + 1, sum + width));
             kept.whole = count * chunks;
-            // Half of the disk is left to others.
-            let bytes = (2 * width * tokens * size_of::<f32>()) as u64;
-            if let Err(error) = require_space(&self.directory, bytes) {
+            let bytes = (width * tokens * size_of::<f32>()) as u64;
+            // The disk is not filled for it.
+            if let Err(error) = require_space(&self.directory, bytes + bytes / 8) {
                 tracing::info!("the float model is computed for each run: {error}");
                 return Use::Nothing;
             }

@@ -13,46 +13,49 @@ use gptq_model::{Block, BlockState, Ctx, HeadLayer, LinearSource, Spec, Stage, l
 
 use super::Phases;
 use super::activations::{Activations, run};
-use super::float_stream::{FloatStream, Use};
+use super::float_stream::FloatStream;
 use super::inputs::rounds;
 use crate::error::Result;
 use crate::token_weights::RowWeights;
 
 /// The stream of the float model.
 pub(super) struct Native<'a> {
-    /// `None` where `shared` has all that it would give.
-    stream: Option<Activations<'a>>,
     spec: Arc<Spec>,
     source: &'a Checkpoint,
-    /// Other runs' work, or work for them.
-    shared: Option<(&'a FloatStream, Use)>,
     /// Index of the block that it is in.
     layer: usize,
-    /// The same; it holds the linears of the stage at work alone. `None` without a stream.
-    block: Option<Block>,
+    inputs: Inputs<'a>,
+}
+
+/// Where the inputs of its stages come from.
+#[expect(clippy::large_enum_variant, reason = "a `Native` is boxed as a whole")]
+pub(super) enum Inputs<'a> {
+    Computed {
+        /// As embedded by the float model.
+        stream: Activations<'a>,
+        /// The block that it is in, with the linears of the stage at work alone; `None` between blocks.
+        block: Option<Block>,
+        /// Where they are kept for other runs.
+        keep: Option<&'a FloatStream>,
+    },
+    /// Another run kept them.
+    Kept(&'a FloatStream),
 }
 
 impl<'a> Native<'a> {
-    /// `stream` as embedded by the float model `source`.
-    pub(super) fn new(
-        stream: Option<Activations<'a>>,
-        spec: Arc<Spec>,
-        source: &'a Checkpoint,
-        shared: Option<(&'a FloatStream, Use)>,
-    ) -> Self {
-        Self { stream, spec, source, shared, layer: 0, block: None }
+    /// Before the first block of the float model `source`.
+    pub(super) fn new(spec: Arc<Spec>, source: &'a Checkpoint, inputs: Inputs<'a>) -> Self {
+        Self { spec, source, layer: 0, inputs }
     }
 
     /// Computes the inputs of the first stage of block `layer`.
     pub(super) fn begin(&mut self, ctx: &mut Ctx, layer: usize, phases: &mut Phases) -> Result<()> {
         self.layer = layer;
-        let Some(stream) = &mut self.stream else { return Ok(()) };
+        let Inputs::Computed { stream, block, .. } = &mut self.inputs else { return Ok(()) };
         let (source, spec) = (self.source, &self.spec);
-        let block =
+        let loaded =
             phases.time("inputs", || Block::load(source, spec, layer, LinearSource::Unset))?;
-        stream.begin(ctx, &block, phases)?;
-        self.block = Some(block);
-        Ok(())
+        stream.begin(ctx, block.insert(loaded), phases)
     }
 
     /// Takes all tokens through `stage`.
@@ -62,7 +65,7 @@ impl<'a> Native<'a> {
         stage: Stage,
         phases: &mut Phases,
     ) -> Result<()> {
-        let Some((mut block, stream)) = self.block.take().zip(self.stream.as_mut()) else {
+        let Inputs::Computed { stream, block: Some(block), .. } = &mut self.inputs else {
             return Ok(());
         };
         let linears = self.spec.stage_linears(block.layer(), stage);
@@ -77,11 +80,10 @@ impl<'a> Native<'a> {
             }
             block.set_linear(stage, index, linear)?;
         }
-        stream.advance(ctx, &block, stage, phases)?;
+        stream.advance(ctx, block, stage, phases)?;
         for index in 0..linears.len() {
             block.take_linear(stage, index);
         }
-        self.block = Some(block);
         Ok(())
     }
 
@@ -106,22 +108,21 @@ impl<'a> Native<'a> {
             let [ours, theirs] = &mut *buffers;
             let ours = quantized.states.get(index, ours, phases)?;
             let place = (self.layer, at, index);
-            match (&self.stream, &self.block, self.shared) {
-                (Some(stream), Some(block), shared) => {
+            match &self.inputs {
+                Inputs::Computed { stream, block: Some(block), keep } => {
                     let theirs = stream.states.get(index, theirs, phases)?;
                     let float = &mut float.input;
                     phases.time("inputs", || {
                         block.input_as_routed(ctx, stage, theirs, ours, float);
                     });
-                    if let Some((shared, Use::Write)) = shared {
-                        phases.time("scratch", || shared.put(place, float));
+                    if let Some(keep) = keep {
+                        phases.time("scratch", || keep.put(place, float));
                     }
                 }
-                (_, _, Some((shared, _))) => {
-                    phases.time("scratch", || shared.get(place, &mut float))?;
+                Inputs::Kept(kept) => {
+                    phases.time("scratch", || kept.get(place, &mut float))?;
                 }
-                // Between blocks.
-                _ => return Ok(None),
+                Inputs::Computed { block: None, .. } => return Ok(None),
             }
             let windows = &quantized.chunks[index];
             phases.time("hessian", || sum.add(ctx, &ours.input, &mut float.input, windows));
@@ -139,7 +140,7 @@ impl<'a> Native<'a> {
         wanted: &[bool],
         phases: &mut Phases,
     ) -> Result<Vec<Option<Cross>>> {
-        let Some(stream) = &self.stream else { return Ok(Vec::new()) };
+        let Inputs::Computed { stream, .. } = &self.inputs else { return Ok(Vec::new()) };
         let stages = block.stages();
         let sum = |(&stage, &wanted): (&Stage, &bool)| {
             (wanted && is_corrected(stage)).then(|| ShiftSum::new(quantized.row_weights(stage)))
@@ -182,7 +183,7 @@ impl<'a> Native<'a> {
         head: &HeadLayer,
         phases: &mut Phases,
     ) -> Result<Option<Cross>> {
-        let Some(stream) = &self.stream else { return Ok(None) };
+        let Inputs::Computed { stream, .. } = &self.inputs else { return Ok(None) };
         let mut sum = ShiftSum::new(RowWeights::Uniform);
         let (mut input, mut float) = (Tensor::default(), Tensor::default());
         let mut buffer = BlockState::default();
