@@ -119,7 +119,7 @@ struct FoldedNorm {
     scales: Vec<f32>,
 }
 
-/// Divides a norm by `scales`. Where the quotient does not fit the type, the channel stays as it is.
+/// Divides a norm by `scales`. Where a quotient does not fit its type, the channel stays as it is.
 fn divide_norm(
     kind: NormKind,
     dtype: DType,
@@ -128,18 +128,21 @@ fn divide_norm(
     scales: &[f32],
 ) -> FoldedNorm {
     let plus = if kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 };
-    let stored = |x: f32| match dtype {
+    let stored = |dtype: DType, x: f32| match dtype {
         DType::BF16 => bf16::from_f32(x).to_f32(),
         _ => f16::from_f32(x).to_f32(),
     };
-    let divided: Vec<(f32, f32)> = weight
-        .iter()
-        .zip(scales)
-        .map(|(&w, &s)| {
-            let new = stored((w + plus) / s - plus);
+    let fits = |channel: usize, scale: f32| {
+        let bias = bias.map_or(0.0, |(bias, dtype)| stored(dtype, bias[channel] / scale));
+        scale.is_finite() && scale > 0.0 && bias.is_finite()
+    };
+    let channels = weight.iter().zip(scales).enumerate();
+    let divided: Vec<(f32, f32)> = channels
+        .map(|(channel, (&w, &s))| {
+            let new = stored(dtype, (w + plus) / s - plus);
             // What is left of the scale after rounding goes into the weights behind the norm.
             let left = (w + plus) / (new + plus);
-            if left.is_finite() && left > 0.0 { (new, left) } else { (stored(w), 1.0) }
+            if fits(channel, left) { (new, left) } else { (stored(dtype, w), 1.0) }
         })
         .collect();
     let scales: Vec<f32> = divided.iter().map(|(_, s)| *s).collect();

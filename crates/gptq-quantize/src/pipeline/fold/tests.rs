@@ -164,6 +164,17 @@ fn every_family_computes_the_same_after_folding() {
 }
 
 #[test]
+fn channels_whose_bias_would_overflow_stay_as_they_are() {
+    let (weight, bias) = ([1.0, 1.0], [600.0, 60.0]);
+    let bias = Some((bias.as_slice(), DType::F16));
+    let got = divide_norm(NormKind::Layer, DType::F16, &weight, bias, &[2f32.powi(-7); 2]);
+    assert_eq!(got.scales, [1.0, 2f32.powi(-7)]);
+    let bias = got.bias.unwrap();
+    let bias = bias.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32());
+    assert_eq!(bias.collect::<Vec<_>>(), [600.0, 7680.0]);
+}
+
+#[test]
 fn norms_are_divided_by_what_their_type_can_hold() {
     let weight = [1.0, 0.3, 0.0, 60_000.0, -2.0, 1e-7];
     let scales = [0.37, 1.9, 5.0, 0.001, 3.3, 1e4];
