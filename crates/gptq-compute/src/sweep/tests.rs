@@ -62,6 +62,7 @@ fn eleven_bits(x: f64) -> f64 {
 /// Scale and zero point of a group of weights with the costs `h` of their errors, in f64.
 fn find(grid: &Grid, w: &[f64], h: &[f64]) -> (f64, f64) {
     let (top, half) = (f64::from(grid.max_code()), f64::from(1u32 << (grid.bits - 1)));
+    let min = f64::from(grid.min_zero);
     let low = w.iter().copied().fold(0.0, f64::min);
     let high = w.iter().copied().fold(0.0, f64::max);
     let largest = high.max(-low);
@@ -73,7 +74,7 @@ fn find(grid: &Grid, w: &[f64], h: &[f64]) -> (f64, f64) {
         }
         let scale = stored(p * (high - low) / top);
         let zero = (-p * low / scale).round_ties_even().clamp(0.0, top);
-        if zero < 1.0 { (stored(p * high / (top - 1.0)), 1.0) } else { (scale, zero) }
+        if zero < min { (stored(p * high / (top - min)), min) } else { (scale, zero) }
     };
     let signed = grid.sym && grid.signed;
     let size = largest / half * if -low < high { -1.0 } else { 1.0 };
@@ -96,7 +97,7 @@ fn find(grid: &Grid, w: &[f64], h: &[f64]) -> (f64, f64) {
                 let scale = eleven_bits(scale * (1.0 - f64::from(step) / 100.0));
                 let shifts: &[f64] = if grid.sym { &[0.0] } else { &[0.0, -1.0, 1.0] };
                 candidates
-                    .extend(shifts.iter().map(|shift| (scale, (zero + shift).clamp(1.0, top))));
+                    .extend(shifts.iter().map(|shift| (scale, (zero + shift).clamp(min, top))));
             }
         }
     }
@@ -221,9 +222,11 @@ fn scales_orders_and_groups_equal_the_loop_in_f64() {
         let groups: Vec<u32> =
             (0..n).map(|p| if by_place { p as u32 / group } else { order[p] / group }).collect();
         for search in [ScaleSearch::MinMax, ScaleSearch::Power(2.4), ScaleSearch::Hessian] {
-            for (sym, signed) in [(true, false), (true, true), (false, false)] {
-                for bits in [2, 3, 4] {
-                    let grid = Grid { bits, sym, search, signed, ..GRID };
+            for (sym, signed, min_zero) in
+                [(true, false, 1), (true, true, 1), (false, false, 1), (false, false, 0)]
+            {
+                for bits in [2, 3, 4, 8] {
+                    let grid = Grid { bits, sym, search, signed, min_zero, ..GRID };
                     let sweep =
                         Sweep { factor: Some(&u), order, groups: &groups, static_groups, grid };
                     let (swept, want) = (sweep.run(&pool, &w, rows), oracle(&sweep, &w));
@@ -242,11 +245,19 @@ fn scales_orders_and_groups_equal_the_loop_in_f64() {
                         10 * same >= 9 * rows,
                         "{name} {grid:?}: {same} of {rows} rows are equal"
                     );
+                    let loss = |s: &Swept| s.losses.iter().sum::<f64>();
+                    let ratio = loss(&swept) / loss(&want);
+                    assert!((0.98..1.02).contains(&ratio), "{name} {grid:?}: {ratio}");
                     let rtn = Sweep { factor: None, ..sweep }.run(&pool, &w, rows);
                     let error =
                         |s: &Swept| output_error(&w, &dequantize(s, &groups, order, rows), &h, n);
                     assert!(error(&swept) < error(&rtn), "{name} {grid:?}");
-                    assert!(swept.zeros.iter().all(|z| (1..1 << bits).contains(z)));
+                    assert!(
+                        swept
+                            .zeros
+                            .iter()
+                            .all(|&z| z >= min_zero && u32::from(z) <= grid.max_code())
+                    );
                 }
             }
         }
