@@ -10,7 +10,7 @@ use gptq_format::{Bits, Checkpoint, Dynamic};
 use gptq_model::{Block, BlockState, Ctx, Embedder, LinearSource, Spec, Stage, load_linear};
 use gptq_quantize::pipeline::{FloatStream, Job};
 use gptq_quantize::{
-    CalibrationOptions, CalibrationReport, CalibrationSet, Correction, QuantReport,
+    CalibrationOptions, CalibrationReport, CalibrationSet, Correction, ModuleRecord, QuantReport,
     QuantizeOptions, TokenWeights, quantize,
 };
 use gptq_testkit::fixtures;
@@ -300,6 +300,18 @@ fn held_out_windows_choose_the_damping_of_each_stage() {
         run(&source, &folder.path().join("one"), 1, options.clone());
         assert!(bytes(&folder.path().join("one")) == bytes(&folder.path().join("two")));
         let options = QuantizeOptions { true_sequential: false, ..options };
-        run(&source, &folder.path().join("together"), 2, options);
+        run(&source, &folder.path().join("together"), 2, options.clone());
+        // A damping that a rule gives is that, with nothing that was chosen for another.
+        let rules = r#"{".*[qv]_proj$": {"damp_percent": 0.025}}"#;
+        let dynamic = Dynamic::from_map(&serde_json::from_str(rules).unwrap()).unwrap();
+        let options = QuantizeOptions { dynamic, ..options };
+        let report = run(&source, &folder.path().join("rules"), 2, options);
+        let of_rule = |record: &&ModuleRecord| {
+            record.module.ends_with("q_proj") || record.module.ends_with("v_proj")
+        };
+        assert!(report.modules.iter().filter(of_rule).count() > 0);
+        for record in report.modules.iter().filter(of_rule) {
+            assert_eq!((record.damp_percent, record.shrink), (0.025, 0.0), "{record:?}");
+        }
     }
 }

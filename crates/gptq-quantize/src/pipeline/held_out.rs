@@ -92,7 +92,7 @@ pub(super) fn split(
 }
 
 impl Run<'_> {
-    /// The damping and the shrink with the least error on the held-out inputs.
+    /// The damping and the shrink with the least error on the held-out inputs, for linears whose damping no rule sets.
     pub(super) fn choose_regularization(
         &mut self,
         linears: &[(usize, &LinearSpec, ModuleSettings)],
@@ -101,10 +101,11 @@ impl Run<'_> {
     ) -> Result<Regularization> {
         let options = self.job.options;
         let best = Regularization { damp_percent: options.damp_percent, shrink: 0.0 };
-        let Some((_, _, first)) = linears.first() else { return Ok(best) };
+        let free = || linears.iter().filter(|(_, _, settings)| settings.damp_percent.is_none());
+        let Some((_, _, first)) = free().next() else { return Ok(best) };
         let order = options.order_of(first, true);
         let mut samples = Vec::new();
-        for (_, linear, settings) in linears {
+        for (_, linear, settings) in free() {
             let rows = LinearRows::open(self.job.checkpoint, self.spec, linear)?;
             let mut weights = Vec::new();
             for range in spread(linear.out_features, ROWS, PIECES) {

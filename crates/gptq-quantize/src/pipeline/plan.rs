@@ -65,6 +65,10 @@ fn summarize(job: &Job<'_>, spec: &Spec, layout: &Layout) -> Result<Plan> {
     if seqlen > spec.max_positions && calibration.is_some() {
         return Err(QuantizeError::WindowTooLong { seqlen, max_positions: spec.max_positions });
     }
+    if job.options.damp_auto && calibration.is_some_and(|c| c.windows.len() < 2) {
+        let reason = "auto holds windows out and needs two or more (--nsamples)".to_owned();
+        return Err(QuantizeError::Option { option: "damp_percent", reason });
+    }
     let memory = Memory::new(job, spec, layout, tokens, seqlen);
     // What is resident already: the program, the tokenizer, the calibration text.
     let resident = rss::current_bytes().unwrap_or(0);

@@ -13,8 +13,15 @@ use crate::order::OrderOptions;
 use crate::solver::awq::unfactored;
 use crate::solver::{Corrected, Shift};
 
-/// What makes two linears of a stage share a factor: order, damping, and whether they read the same.
-type FactorKey = (OrderOptions, Damping, bool);
+/// What makes two linears of a stage share a factor.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct FactorKey {
+    order: OrderOptions,
+    damping: Damping,
+    shrink: f64,
+    /// They read distances beside the tokens.
+    special: bool,
+}
 
 impl Run<'_> {
     /// Solves the linears of `stage` and puts them into the block as packed codes.
@@ -77,14 +84,14 @@ impl Run<'_> {
             let special = with_distances.as_ref().filter(|(_, linears)| linears.contains(index));
             let inputs = special.map(|(hessian, _)| hessian).or(hessian.as_ref());
             if let Some(inputs) = inputs {
-                let key = self.factor_key(settings, chosen.damp_percent, special.is_some());
+                let key = self.factor_key(settings, chosen, special.is_some());
                 if factor.as_ref().is_none_or(|(made, ..)| *made != key) {
                     drop((factor.take(), passed_on.take()));
                     // Errors are measured with the inputs as they are.
-                    let solved = inputs.shrunk(chosen.shrink);
+                    let solved = inputs.shrunk(key.shrink);
                     let made = self.phases.time("factor", || match self.job.options.method {
                         Method::Awq => unfactored(&solved, settings.group_size),
-                        _ => solved.factor(key.0, key.1),
+                        _ => solved.factor(key.order, key.damping),
                     });
                     if let Some(shift) = &shift {
                         let pool = self.job.pool;
@@ -93,11 +100,8 @@ impl Run<'_> {
                     factor = Some((key, made, solved));
                 }
             }
-            let fitted = factor.as_ref().zip(inputs).map(|((_, factor, solved), inputs)| Fitted {
-                factor,
-                solved,
-                inputs,
-                shrink: chosen.shrink,
+            let fitted = factor.as_ref().zip(inputs).map(|((key, factor, solved), inputs)| {
+                Fitted { factor, solved, inputs, shrink: key.shrink }
             });
             let expert = expert.as_ref();
             let passed_on = passed_on.as_deref();
@@ -109,15 +113,23 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn factor_key(&self, settings: &ModuleSettings, percent: f64, special: bool) -> FactorKey {
+    fn factor_key(
+        &self,
+        settings: &ModuleSettings,
+        chosen: Regularization,
+        special: bool,
+    ) -> FactorKey {
         let options = self.job.options;
-        // OBQ chooses its own order within the row.
-        let ordered = options.method == Method::Gptq;
-        let order = options.order_of(settings, ordered);
-        let damping = Damping {
-            percent: settings.damp_percent.unwrap_or(percent),
-            auto_increment: options.damp_auto_increment,
-        };
-        (order, damping, special)
+        // The shrink was chosen for the damping.
+        let Regularization { damp_percent, shrink } = settings
+            .damp_percent
+            .map_or(chosen, |damp_percent| Regularization { damp_percent, shrink: 0.0 });
+        FactorKey {
+            // OBQ chooses its own order within the row.
+            order: options.order_of(settings, options.method == Method::Gptq),
+            damping: Damping { percent: damp_percent, auto_increment: options.damp_auto_increment },
+            shrink,
+            special,
+        }
     }
 }
