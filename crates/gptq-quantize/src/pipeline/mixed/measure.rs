@@ -55,7 +55,6 @@ impl Sensitivity {
             damp_auto: false,
             true_sequential: true,
             activations: defaults.activations,
-            format: defaults.format,
             max_shard_bytes: defaults.max_shard_bytes,
             refine: 0,
             tune_blocks: 0,
@@ -123,24 +122,42 @@ pub fn sensitivity(job: &Job<'_>, progress: &dyn Progress) -> Result<Sensitivity
 }
 
 /// The windows that the Hessians are summed over, and others whose logits are compared; the same
-/// where there are few.
+/// where there are few. Both come from all sources, whose windows lie one behind the other.
 fn split(set: &CalibrationSet) -> (CalibrationSet, Vec<Vec<u32>>) {
+    let windows: Vec<&Vec<u32>> =
+        scattered(set.windows.len()).map(|index| &set.windows[index]).collect();
     let (mut probes, mut tokens) = (Vec::new(), 0);
-    for window in &set.windows {
+    for window in &windows {
         let len = window.len().min(PROBE_WINDOW).min(PROBE_TOKENS - tokens);
         if len > 1 {
             probes.push(window[..len].to_vec());
             tokens += len;
         }
     }
-    let rest = if set.windows.len() >= 4 * probes.len() { probes.len() } else { 0 };
+    let rest = if windows.len() >= 4 * probes.len() { probes.len() } else { 0 };
     let mut left = FIT_TOKENS;
-    let fit = set.windows[rest..].iter().take_while(|window| {
+    let fit = windows[rest..].iter().take_while(|window| {
         let before = left;
         left = left.saturating_sub(window.len());
         before > 0
     });
-    (CalibrationSet::from_windows(fit.cloned().collect(), set.report.clone()), probes)
+    let fit = fit.map(|&window| window.clone()).collect();
+    (CalibrationSet::from_windows(fit, set.report.clone()), probes)
+}
+
+/// The numbers below `count`, each once, in steps of about the golden section: any run of them is spread over all.
+fn scattered(count: usize) -> impl Iterator<Item = usize> {
+    let common = |mut a: usize, mut b: usize| {
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    let mut step = (count * 618 / 1000).max(1);
+    while common(step, count) > 1 {
+        step += 1;
+    }
+    (0..count).map(move |index| index * step % count)
 }
 
 struct Pass<'a> {
@@ -394,6 +411,8 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use gptq_format::CheckpointFormat;
+
     use super::*;
     use crate::calibration::{CalibrationOptions, CalibrationReport};
 
@@ -407,14 +426,38 @@ mod tests {
     #[test]
     fn probes_are_not_fitted_to_where_there_is_enough() {
         let (fit, probes) = split(&set(32, 512));
-        assert_eq!(
-            probes.iter().map(|p| (p[0], p.len())).collect::<Vec<_>>(),
-            [(0, 256), (1, 256)]
-        );
-        assert_eq!((fit.windows.len(), fit.windows[0][0]), (30, 2));
+        let first: Vec<_> = probes.iter().map(|p| (p[0], p.len())).collect();
+        assert_eq!(first, [(0, 256), (19, 256)]);
+        assert_eq!(fit.windows.len(), 30);
+        assert!(fit.windows.iter().all(|window| probes.iter().all(|p| p[0] != window[0])));
         let (fit, probes) = split(&set(3, 64));
         assert_eq!((probes.len(), fit.windows.len()), (3, 3));
         let (fit, _) = split(&set(128, 2048));
         assert_eq!(fit.windows.len(), FIT_TOKENS / 2048);
+    }
+
+    #[test]
+    fn what_decides_the_grids_is_part_of_the_key() {
+        let key = Sensitivity::key(&QuantizeOptions::default());
+        let format = CheckpointFormat::GptqV2;
+        let other = QuantizeOptions { format, ..QuantizeOptions::default() };
+        assert_ne!(Sensitivity::key(&other), key);
+        assert_eq!(Sensitivity::key(&QuantizeOptions { refine: 2, ..Default::default() }), key);
+    }
+
+    #[test]
+    fn a_few_windows_come_from_all_sources() {
+        let (fit, probes) = split(&set(128, 2048));
+        // Four sources, of 32 windows each.
+        for source in 0..4 {
+            let of = |window: &&Vec<u32>| window[0] / 32 == source;
+            assert!(fit.windows.iter().filter(of).count() >= 3);
+        }
+        assert!(probes[0][0] / 64 != probes[1][0] / 64, "both halves are judged on");
+        for count in 0..40 {
+            let mut all: Vec<usize> = scattered(count).collect();
+            all.sort_unstable();
+            assert!(all.into_iter().eq(0..count));
+        }
     }
 }

@@ -53,8 +53,9 @@ fn pattern(spec: &Spec, family: Family, groups: &[&Group]) -> String {
     let mut text = format!("+:{}\\.{}\\.", escape(stem), any(&layers));
     let names = &groups[0].names;
     if family == Family::Experts {
-        // Writing to a string cannot fail.
-        let _ = write!(text, "{}\\.", any(&names.iter().map(|n| escape(n)).collect::<Vec<_>>()));
+        // Engines that fuse experts ask for what holds them. Writing to a string cannot fail.
+        let holders = any(&names.iter().map(|n| escape(n)).collect::<Vec<_>>());
+        let _ = write!(text, "{holders}(?:\\.|$)");
         return text;
     }
     // Siblings have the same parent; engines put the fused linear beside them.
@@ -131,5 +132,30 @@ mod tests {
             }
         }
         assert_eq!(dynamic.decide("lm_head"), Decision::Default);
+    }
+
+    #[test]
+    fn rules_of_experts_name_what_holds_them() {
+        let folder = tempfile::tempdir().unwrap();
+        TinyLlama { layers: 12, ..TinyLlama::default() }.write(folder.path(), 1);
+        let spec = Spec::for_checkpoint(&Checkpoint::open(folder.path()).unwrap()).unwrap();
+        let groups: Vec<Group> = (0..12)
+            .map(|layer| {
+                let mut group = Group::new(layer, Family::Experts);
+                group.names = vec!["mlp.experts".to_owned()];
+                group
+            })
+            .collect();
+        let widths: Vec<Bits> = (0..12).map(|i| [Bits::B4, Bits::B3][i % 2]).collect();
+        let dynamic = rules(&spec, &groups, &widths, Bits::B4, &Map::new());
+        let dynamic = Dynamic::from_map(&dynamic).unwrap();
+        for layer in 0..12 {
+            for (name, chosen) in [("experts", true), ("experts.7.up_proj", true), ("gate", false)]
+            {
+                let decided = dynamic.decide(&format!("model.layers.{layer}.mlp.{name}"));
+                let narrow = matches!(decided, Decision::Override(o) if o.bits == Some(Bits::B3));
+                assert_eq!(narrow, chosen && layer % 2 == 1, "{layer} {name}");
+            }
+        }
     }
 }
