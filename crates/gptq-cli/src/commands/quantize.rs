@@ -28,8 +28,9 @@ use crate::output::{json as json_output, plot, size};
 /// Quantize a float model to 8, 4, 3 or 2 bits and write a GPTQ checkpoint.
 ///
 /// The output appears under its name only when it is whole, with a report, a log of all layers and plots
-/// of their losses and errors (plots/loss.svg, plots/error.svg). Names and defaults are those of
-/// transformers and GPTQModel.
+/// of their losses and errors (plots/loss.svg, plots/error.svg). Options have the names that transformers and
+/// GPTQModel give them. Bits, group size, grid, order and damping have GPTQModel's defaults; scales, token weights and
+/// the correction of input errors go beyond it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Float model: directory, .gguf file or hub id.
@@ -129,8 +130,9 @@ pub(crate) struct Args {
     /// How much each calibration token counts: all the same as in the paper, or balanced: the first
     /// token of a window, to which all others attend, counts for a quarter of it in the inputs of
     /// q, k and v; inputs of the output and down projections count by direction, not by size.
-    #[arg(long, value_enum, default_value_t = TokenWeightsArg::Balanced)]
-    token_weights: TokenWeightsArg,
+    /// [default: balanced; uniform for the methods obq and awq]
+    #[arg(long, value_enum)]
+    token_weights: Option<TokenWeightsArg>,
     /// How linears that are quantized already take their inputs while the calibration tokens pass through
     /// them. Unless f32, the inputs of Hessians and both sides of attention's and of the float model's products
     /// are rounded to 16 bits, too, where the processor multiplies pairs of these.
@@ -172,7 +174,8 @@ pub(crate) struct Args {
     /// Self calibration: sample among so many most likely tokens; 0 for all.
     #[arg(long, default_value_t = 50, value_name = "K")]
     calibration_top_k: usize,
-    /// Zero-point convention: gptq (v1) opens everywhere, `gptq_v2` is exact for every zero point.
+    /// Zero-point convention: gptq (v1) is read by all engines (asymmetric not by GPTQModel), `gptq_v2` is exact
+    /// for every zero point, but not read by TGI.
     #[arg(long, value_enum, default_value_t = FormatArg::Gptq)]
     format: FormatArg,
     /// JSON file of overrides, regex of module names to settings: bits, group_size, sym, desc_act,
@@ -339,8 +342,9 @@ impl Args {
                 MoeFallbackArg::AllTokens => MoeFallback::AllTokens,
             },
             token_weights: match self.token_weights {
-                TokenWeightsArg::Uniform => TokenWeights::Uniform,
-                TokenWeightsArg::Balanced => TokenWeights::Balanced,
+                None => defaults.token_weights,
+                Some(TokenWeightsArg::Uniform) => TokenWeights::Uniform,
+                Some(TokenWeightsArg::Balanced) => TokenWeights::Balanced,
             },
             activations: self.activations.into(),
             activation_dtype: match self.activation_dtype {

@@ -175,7 +175,10 @@ impl QuantizeOptions {
             tune_blocks: 0,
             true_sequential: true,
             moe_fallback: MoeFallback::default(),
-            token_weights: TokenWeights::default(),
+            token_weights: match method {
+                Method::Gptq | Method::Rtn => TokenWeights::default(),
+                Method::Obq | Method::Awq => TokenWeights::Uniform,
+            },
             activations: Activations::Bf16,
             activation_dtype: ActivationType::default(),
             correction: if gptq { Correction::Qep } else { Correction::None },
@@ -230,6 +233,15 @@ impl QuantizeOptions {
         if matches!(self.scale_search, ScaleSearch::Power(norm) if !(norm > 0.0 && norm <= 8.0)) {
             return error("mse", "the exponent must be above 0 and at most 8; 2.4 is usual");
         }
+        if self.scale_search == ScaleSearch::Hessian && self.method != Method::Gptq {
+            return error(
+                "scale_search",
+                "hessian weighs columns as the sweep of the method gptq does; choose minmax or mse",
+            );
+        }
+        if self.scale_search != ScaleSearch::MinMax && self.method == Method::Awq {
+            return error("scale_search", "AWQ searches ranges itself; leave it at minmax");
+        }
         if self.damp_auto && self.method != Method::Gptq {
             return error("damp_percent", "auto is for the method gptq alone; give a number");
         }
@@ -254,8 +266,8 @@ impl QuantizeOptions {
         if self.awq_scales && self.method == Method::Rtn {
             return error("awq_scales", "rounding to nearest with them is --method awq");
         }
-        if self.method == Method::Awq && self.desc_act {
-            return error("desc_act", "AWQ rounds to nearest, in no order; leave desc_act off");
+        if matches!(self.method, Method::Rtn | Method::Awq) && self.desc_act {
+            return error("desc_act", "rounding to nearest has no order; leave desc_act off");
         }
         if self.folds() && self.correction != Correction::None {
             return error(
@@ -438,9 +450,26 @@ mod tests {
         assert!(bad(|o| o.act_order_static = true).starts_with("order"));
         assert!(bad(|o| o.refine = 101).starts_with("refine"));
         let corrected = |correction, method| {
-            let options = QuantizeOptions { method, correction, ..QuantizeOptions::default() };
+            let options = QuantizeOptions { correction, ..QuantizeOptions::for_method(method) };
             options.check().map_err(|error| error.to_string())
         };
+        let searched = |search, method| {
+            let scale_search = search;
+            let options = QuantizeOptions { scale_search, ..QuantizeOptions::for_method(method) };
+            options.check().map_err(|error| error.to_string())
+        };
+        let mse = ScaleSearch::Power(2.4);
+        for method in [Method::Rtn, Method::Obq, Method::Awq] {
+            let refused = searched(ScaleSearch::Hessian, method);
+            assert!(refused.is_err_and(|error| error.starts_with("scale_search")));
+            assert_eq!(searched(mse, method).is_ok(), method != Method::Awq);
+            let ordered = QuantizeOptions {
+                desc_act: true,
+                act_group_aware: false,
+                ..QuantizeOptions::for_method(method)
+            };
+            assert!(ordered.check().is_err_and(|error| error.to_string().starts_with("desc_act")));
+        }
         assert!(corrected(Correction::Qep, Method::Obq).is_ok());
         assert!(corrected(Correction::Qronos, Method::Gptq).is_ok());
         assert!(corrected(Correction::Gptaq, Method::Obq).is_err_and(|e| e.contains("qep")));
