@@ -132,6 +132,43 @@ fn a_checkpoint_that_was_not_measured_yet_is_not_made_again() {
 }
 
 #[test]
+fn what_does_not_fit_any_more_is_run_again() {
+    let world = world();
+    let line = format!("sweep model -o out --bits 4 {CALIBRATION} {EVAL} --keep");
+    let rows_run = || announced(&String::from_utf8_lossy(&world.gptq(&line).stderr));
+    let files = |directory: &str| {
+        let entries = std::fs::read_dir(world.path(directory)).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect::<Vec<_>>()
+    };
+    assert_eq!((rows_run(), rows_run()), (1, 0));
+    // A row that is no JSON.
+    let row = files("out/rows").into_iter().find(|p| p.to_string_lossy().contains("4bit")).unwrap();
+    let result = std::fs::read(&row).unwrap();
+    std::fs::write(&row, "{").unwrap();
+    assert_eq!((rows_run(), rows_run()), (1, 0));
+    // A run that was begun by another build.
+    let [checkpoint] = &files("out/checkpoints")[..] else { panic!("one row") };
+    let name = checkpoint.file_name().unwrap().to_str().unwrap();
+    std::fs::remove_dir_all(checkpoint).unwrap();
+    std::fs::remove_file(&row).unwrap();
+    let journal = r#"{"fingerprint": {"numerics": 0}, "blocks_done": 1, "records": []}"#;
+    let partial = format!("out/checkpoints/.{name}.partial");
+    std::fs::create_dir(world.path(&partial)).unwrap();
+    world.write(&format!("{partial}/journal.json"), journal);
+    assert_eq!((rows_run(), rows_run()), (1, 0));
+    let figures = |bytes: &[u8]| {
+        let row: Value = serde_json::from_slice(bytes).unwrap();
+        row["evaluations"][0]["perplexity"].as_f64().unwrap()
+    };
+    assert_eq!(figures(&std::fs::read(&row).unwrap()), figures(&result));
+    // A model that means something else.
+    let mut config = world.read_json("model/config.json");
+    config["rope_theta"] = 5000.0.into();
+    world.write("model/config.json", config.to_string());
+    assert_eq!((rows_run(), rows_run()), (1, 0));
+}
+
+#[test]
 fn rows_come_from_files_and_wrong_ones_are_named() {
     let world = world();
     world.write(

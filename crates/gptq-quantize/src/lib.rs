@@ -26,7 +26,7 @@ pub use calibration::{
 };
 pub use error::{QuantizeError, Result};
 pub use pipeline::{
-    Method, MoeFallback, Plan, QuantizeOptions, plan, quantize, quantize_as_planned,
+    Method, MoeFallback, NUMERICS, Plan, QuantizeOptions, plan, quantize, quantize_as_planned,
 };
 pub use progress::Progress;
 pub use report::{ModuleRecord, QuantReport, TuningRecord};

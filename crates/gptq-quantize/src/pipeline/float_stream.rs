@@ -40,6 +40,8 @@ struct Kept {
     end: u64,
     /// Inputs in all.
     whole: usize,
+    /// They could not be written: nobody uses it any more.
+    failed: bool,
 }
 
 /// What a run does with a [`FloatStream`].
@@ -77,6 +79,9 @@ impl FloatStream {
             set.report.fingerprint
         );
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.failed {
+            return Use::Nothing;
+        }
         if kept.settings.is_none() {
             let stages = (0..spec.layer_count()).flat_map(|layer| spec.stages(layer));
             let widths = stages.filter(|stage| is_corrected(stage.stage));
@@ -85,8 +90,9 @@ impl FloatStream {
                 widths.fold((0, 0), |(count, sum), width| (count + 1, sum + width));
             kept.whole = count * chunks;
             let bytes = (width * tokens * size_of::<f32>()) as u64;
-            // The disk is not filled for it.
-            if let Err(error) = require_space(&self.directory, bytes + bytes / 8) {
+            // The run has to write its result, and perhaps its activations, beside it.
+            let beside = bytes / 8 + job.checkpoint.tensors.total_bytes();
+            if let Err(error) = require_space(&self.directory, bytes + beside) {
                 tracing::info!("the float model is computed for each run: {error}");
                 return Use::Nothing;
             }
@@ -101,7 +107,7 @@ impl FloatStream {
     /// Keeps the inputs of a stage. Where the disk has no room any more, they are not.
     pub(super) fn put(&self, place: Place, input: &mut Tensor) {
         let kept = &mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.starts.contains_key(&place) {
+        if kept.failed || kept.starts.contains_key(&place) {
             return;
         }
         let mut state = BlockState::default();
@@ -116,8 +122,7 @@ impl FloatStream {
             Err(error) => {
                 let path = self.directory.join(NAME);
                 tracing::warn!("{}: {error}; the float model is computed again", path.display());
-                // No run's settings: nobody uses it any more.
-                *kept = Kept { settings: Some(String::new()), ..Kept::default() };
+                *kept = Kept { failed: true, ..Kept::default() };
             }
         }
     }

@@ -11,6 +11,7 @@ use std::time::UNIX_EPOCH;
 
 use gptq_format::FormatError;
 use gptq_format::fs::{read_json_if_exists, write_atomic};
+use gptq_model::Spec;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -86,7 +87,7 @@ impl Journal {
 }
 
 /// Raised with kernels that round otherwise than those before, or add up in another order.
-const NUMERICS: u32 = 2;
+pub const NUMERICS: u32 = 2;
 
 /// Everything that decides the bytes of the output.
 fn fingerprint(job: &Job<'_>) -> Result<Map<String, Value>> {
@@ -118,6 +119,8 @@ fn fingerprint(job: &Job<'_>) -> Result<Map<String, Value>> {
     set("model files", model_files(job)?);
     let mut config = DefaultHasher::new();
     config.write(json!(job.checkpoint.config.map()).to_string().as_bytes());
+    // What it means, by a table of families that may be the user's own.
+    config.write(format!("{:?}", Spec::for_checkpoint(job.checkpoint)?).as_bytes());
     set("model config", json!(format!("{:016x}", config.finish())));
     let calibration = job.calibration.filter(|_| options.method.needs_calibration());
     set("calibration", json!(calibration.map(|c| c.report.fingerprint.clone())));

@@ -181,7 +181,11 @@ fn axes(map: &Map<String, Value>) -> anyhow::Result<Vec<Axis>> {
     };
     let alternative = |value: &Value| match value {
         Value::Array(parts) => {
-            Ok(parts.iter().map(scalar).collect::<anyhow::Result<Vec<_>>>()?.join(MIX))
+            let parts = parts.iter().map(scalar).collect::<anyhow::Result<Vec<_>>>()?;
+            if let Some(odd) = parts.iter().find(|part| part.contains(MIX)) {
+                bail!("`{odd}` cannot be mixed with others: `{MIX}` stands between sources");
+            }
+            Ok(parts.join(MIX))
         }
         other => scalar(other),
     };
@@ -221,9 +225,13 @@ fn is_unused(settings: &[(String, String)], option: &str) -> bool {
         Some((_, correction)) => correction != "none",
         None => !is("method", "obq") && !is("awq-scales", "true"),
     };
-    let of_sweep = OF_COLUMNS.contains(&option);
-    is("method", "rtn") && (of_sweep || OF_DATA.contains(&option))
-        || is("method", "awq") && (of_sweep || OF_SCALES.contains(&option))
+    let rounds = is("method", "rtn") || is("method", "awq");
+    rounds && OF_SOLVERS.contains(&option)
+        || (rounds || is("method", "obq")) && OF_ORDER.contains(&option)
+        || is("method", "rtn") && OF_DATA.contains(&option)
+        || is("method", "awq") && OF_SCALES.contains(&option)
+        // Weighed by the sweep.
+        || (is("method", "rtn") || is("method", "obq")) && option == "scale-search" && is(option, "hessian")
         || is("sym", "false") && option == "signed-scales"
         || !corrects && option == "correction-strength"
 }
@@ -265,7 +273,7 @@ fn label(settings: &[(String, String)], varied: &BTreeSet<String>, named: bool) 
                     let share = if weight == 1.0 { String::new() } else { format!("@{weight}") };
                     format!("{stem}{share}")
                 };
-                value.split(MIX).map(stem).collect::<Vec<_>>().join("+")
+                sources(value).into_iter().map(stem).collect::<Vec<_>>().join(MIX)
             }
             other if value == "true" => other.to_owned(),
             other if value == "false" => format!("no-{other}"),
@@ -295,7 +303,7 @@ fn line(command: &clap::Command, settings: &[(String, String)]) -> anyhow::Resul
         let Some(arg) = find(option) else { bail!("`gptq quantize` has no option --{option}") };
         if arg.get_action().takes_values() {
             let many = matches!(arg.get_action(), ArgAction::Append);
-            let values: Vec<&str> = if many { value.split(MIX).collect() } else { vec![value] };
+            let values: Vec<&str> = if many { sources(value) } else { vec![value] };
             line.extend(values.into_iter().map(|value| format!("--{option}={value}")));
             continue;
         }
@@ -311,26 +319,30 @@ fn line(command: &clap::Command, settings: &[(String, String)]) -> anyhow::Resul
 }
 
 /// Between calibration sources that are mixed.
-pub(super) const MIX: &str = "+";
+const MIX: &str = "+";
 
-/// Options of the sweep over columns, which the methods `rtn` and `awq` do not make.
-const OF_COLUMNS: [&str; 8] = [
-    "order",
-    "desc-act",
-    "act-group-aware",
-    "damp-percent",
-    "damp-auto-increment",
-    "correction",
-    "correction-strength",
-    "awq-scales",
-];
+/// The sources of a mixture. A file whose name has a `+` is one, by itself.
+pub(super) fn sources(value: &str) -> Vec<&str> {
+    let file = gptq_quantize::calibration::split_weight(value).0;
+    if Path::new(file).exists() { vec![value] } else { value.split(MIX).collect() }
+}
+
+/// Options of the sweep over columns from left to right, which the methods `rtn`, `awq` and `obq` do not make.
+const OF_ORDER: [&str; 5] =
+    ["order", "desc-act", "act-group-aware", "no-act-group-aware", "static-groups"];
+
+/// Options of solvers, which the methods `rtn` and `awq` have no use for.
+const OF_SOLVERS: [&str; 5] =
+    ["damp-percent", "damp-auto-increment", "correction", "correction-strength", "awq-scales"];
 
 /// Options of the search for scales; that of the method `awq` is its own.
 const OF_SCALES: [&str; 2] = ["scale-search", "mse"];
 
 /// Options of calibration data, which the method `rtn` does not read.
-const OF_DATA: [&str; 11] = [
+const OF_DATA: [&str; 13] = [
     "token-weights",
+    "activations",
+    "activation-dtype",
     "no-true-sequential",
     "moe-fallback",
     "refine",
@@ -427,10 +439,16 @@ mod tests {
         );
         let searches = vec![
             axis("method", &["rtn", "awq"]),
-            axis("scale-search", &["minmax", "mse"]),
+            axis("scale-search", &["mse", "hessian"]),
             axis("token-weights", &["balanced", "uniform"]),
         ];
-        assert_eq!(names(searches), ["rtn-minmax", "rtn-mse", "awq-balanced", "awq-uniform"]);
+        assert_eq!(names(searches), ["rtn-mse", "rtn", "awq-balanced", "awq-uniform"]);
+        let orders = vec![
+            axis("method", &["gptq", "obq"]),
+            axis("static-groups", &["true", "false"]),
+            axis("activations", &["f32"]),
+        ];
+        assert_eq!(names(orders), ["gptq-static-groups", "gptq-no-static-groups", "obq"]);
         let signs =
             vec![axis("sym", &["true", "false"]), axis("signed-scales", &["true", "false"])];
         assert_eq!(names(signs), ["signed-scales-sym", "no-signed-scales-sym", "asym"]);
@@ -452,6 +470,23 @@ mod tests {
             (&*rows[1].name, &*rows[1].series),
             ("mine-no-signed-scales", "mine no-signed-scales")
         );
+    }
+
+    #[test]
+    fn a_plus_in_a_name_is_no_mixture() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a+b.txt");
+        std::fs::write(&file, "text").unwrap();
+        let name = file.to_str().unwrap();
+        let line = |value: &str| {
+            let axes = vec![axis("calibration", &[value])];
+            rows("model", &[Matrix { name: None, axes }]).unwrap().remove(0).line
+        };
+        assert_eq!(line(name), [format!("--calibration={name}")]);
+        assert_eq!(line(&format!("{name}@2")), [format!("--calibration={name}@2")]);
+        assert_eq!(line("a.txt+self").len(), 2);
+        let list = toml::from_str("[[row]]\ncalibration = [[\"a+b.txt\", \"self\"]]").unwrap();
+        assert!(format!("{:?}", parse(&list).unwrap_err()).contains("cannot be mixed"));
     }
 
     #[test]

@@ -154,7 +154,7 @@ impl<'a> Runner<'a> {
                 command: self.command(row),
                 bits_per_weight: row.args.target_bpw.is_none().then_some(plan.bits_per_weight),
                 plan: plan.summary,
-                done: self.store.read::<RowResult>(&id)?.is_some(),
+                done: self.store.read::<RowResult>(&id).is_some(),
             });
         }
         Ok(Planned { model: self.model.to_owned(), rows: planned })
@@ -203,12 +203,10 @@ impl<'a> Runner<'a> {
         let start = Instant::now();
         let ids: Vec<String> =
             rows.iter().map(|row| self.store.checkpoint_id(row)).collect::<Result<_, _>>()?;
-        let mut found: Vec<Option<RowResult>> = ids
-            .iter()
-            .map(|id| self.store.read(&self.store.result_id(id)))
-            .collect::<Result<_, _>>()?;
+        let mut found: Vec<Option<RowResult>> =
+            ids.iter().map(|id| self.store.read(&self.store.result_id(id))).collect();
         let original_id = self.store.result_id("");
-        let mut original: Option<Vec<TextResult>> = self.store.read(&original_id)?;
+        let mut original: Option<Vec<TextResult>> = self.store.read(&original_id);
         let mut texts = None;
         if original.is_none() || found.iter().any(Option::is_none) {
             let view = progress(self.global);
@@ -239,7 +237,8 @@ impl<'a> Runner<'a> {
             if !self.global.quiet {
                 clock.announce(index, rows.len(), row, &left);
             }
-            self.sharing = pending.iter().filter(|other| same_float_stream(row, other)).count() > 1;
+            let shares = |other: &&&Row| same_float_stream(row, other);
+            self.sharing = pending.iter().filter(shares).count() > 1;
             let row_start = Instant::now();
             match self.row(row, id, texts) {
                 Ok(result) => found[index] = Some(result),
@@ -254,6 +253,13 @@ impl<'a> Runner<'a> {
                 }
             }
             clock.stop(row, row_start.elapsed());
+            if self.sharing
+                && !left.iter().skip(1).any(|other| same_float_stream(row, other))
+                && let Some((.., stream)) = self.calibration.last_mut()
+            {
+                // The last that needs it; its space is free again.
+                *stream = FloatStream::new(self.store.directory());
+            }
         }
         if end.is_ok()
             && let Some(first) = failed.first()
@@ -312,9 +318,10 @@ impl<'a> Runner<'a> {
             modules: report.modules,
         };
         self.store.write(&row.name, &self.store.result_id(id), &result)?;
-        if !self.keep {
-            std::fs::remove_dir_all(&directory)
-                .with_context(|| format!("cannot remove {}", directory.display()))?;
+        if !self.keep
+            && let Err(error) = std::fs::remove_dir_all(&directory)
+        {
+            tracing::warn!("cannot remove {}: {error}", directory.display());
         }
         Ok(result)
     }
@@ -337,7 +344,14 @@ impl<'a> Runner<'a> {
         };
         let job = self.job(&options, tokenizer, directory);
         let plan = plan(&job)?;
-        let report = quantize_as_planned(&job, &plan, &view)?;
+        let report = match quantize_as_planned(&job, &plan, &view) {
+            Err(QuantizeError::ResumeDiffers { field, .. }) => {
+                tracing::info!("row {} starts again: it was begun with another {field}", row.name);
+                let options = QuantizeOptions { resume: false, ..options.clone() };
+                quantize_as_planned(&self.job(&options, tokenizer, directory), &plan, &view)
+            }
+            other => other,
+        }?;
         view.finish();
         Ok(report)
     }
@@ -426,7 +440,9 @@ impl<'a> Runner<'a> {
                 format!("'{}'", text.replace('\'', "'\\''"))
             }
         };
+        let family = self.global.family.iter().map(|file| format!("--family={}", file.display()));
         let words = [self.model.to_owned()].into_iter().chain(row.line.iter().cloned());
+        let words = words.chain(family);
         let words: Vec<String> = words.map(|word| quote(&word)).collect();
         format!("gptq quantize {} -o DIR", words.join(" "))
     }

@@ -7,12 +7,15 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::Context;
 use gptq_format::Checkpoint;
-use gptq_format::fs::{read_json_if_exists, write_atomic};
+use gptq_format::fs::{read_json, write_atomic};
+use gptq_model::Spec;
+use gptq_quantize::NUMERICS;
 use gptq_quantize::calibration::split_weight;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::json;
 
-use super::rows::{MIX, Row};
+use super::rows::{Row, sources};
 use super::texts::EvalSettings;
 
 /// Where results are kept.
@@ -37,7 +40,10 @@ impl Store {
         settings: &EvalSettings,
         texts: &[PathBuf],
     ) -> anyhow::Result<Self> {
-        let mut model = format!("{} {name}", env!("CARGO_PKG_VERSION"));
+        // What config.json says in the words of its family, whose table may be the user's own.
+        let spec = Spec::for_checkpoint(checkpoint)?;
+        let mut model = format!("{} {NUMERICS} {name}\n{spec:?}", env!("CARGO_PKG_VERSION"));
+        write!(model, "\n{}", json!(checkpoint.config.map()))?;
         let tensors = &checkpoint.tensors;
         let mut files: Vec<&Path> = Vec::new();
         for tensor in tensors.names() {
@@ -46,6 +52,14 @@ impl Store {
                 files.push(file);
             }
         }
+        // Beside them a tokenizer, which may be several files.
+        let beside = std::fs::read_dir(&checkpoint.path).into_iter().flatten();
+        let beside: Vec<PathBuf> = beside.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        let of_tokenizer = |path: &&PathBuf| {
+            let ends = |end: &str| path.extension().is_some_and(|extension| extension == end);
+            path.is_file() && ["json", "txt", "model"].into_iter().any(ends)
+        };
+        files.extend(beside.iter().filter(of_tokenizer).map(PathBuf::as_path));
         files.sort_unstable();
         for file in files {
             write_stamp(&mut model, file)?;
@@ -84,7 +98,9 @@ impl Store {
         let mut text = format!("{}\n{:?}\n{:?}", self.model, row.line, row.args.options()?);
         for (option, value) in &row.settings {
             let files: Vec<&str> = match option.as_str() {
-                "calibration" => value.split(MIX).map(|source| split_weight(source).0).collect(),
+                "calibration" => {
+                    sources(value).into_iter().map(|source| split_weight(source).0).collect()
+                }
                 "dynamic" => vec![value],
                 _ => continue,
             };
@@ -112,21 +128,18 @@ impl Store {
         known.min().unwrap_or_else(|| checkpoints.join(format!("{name}-{id}")))
     }
 
-    /// A finished result, whatever its row was called then.
-    ///
-    /// # Errors
-    /// If it is there and cannot be read.
-    pub(super) fn read<T: DeserializeOwned>(&self, id: &str) -> anyhow::Result<Option<T>> {
-        let rows = self.directory.join("rows");
-        let Ok(entries) = std::fs::read_dir(&rows) else { return Ok(None) };
+    /// A finished result, whatever its row was called then. One that cannot be read is none.
+    pub(super) fn read<T: DeserializeOwned>(&self, id: &str) -> Option<T> {
         let end = format!("-{id}.json");
-        let names = entries.filter_map(|entry| Some(entry.ok()?.path()));
-        let Some(path) = names.filter(|p| p.to_string_lossy().ends_with(&end)).min() else {
-            return Ok(None);
-        };
-        let Some(value) = read_json_if_exists(&path)? else { return Ok(None) };
-        let result = serde_json::from_value(value);
-        result.map(Some).with_context(|| format!("{} is not a result of a sweep", path.display()))
+        let names = std::fs::read_dir(self.directory.join("rows")).into_iter().flatten();
+        let names = names.filter_map(|entry| Some(entry.ok()?.path()));
+        let path = names.filter(|p| p.to_string_lossy().ends_with(&end)).min()?;
+        let read = || Ok::<T, anyhow::Error>(serde_json::from_value(read_json(&path)?)?);
+        read()
+            .inspect_err(|error| {
+                tracing::warn!("{}: {error:#}; the row is run again", path.display());
+            })
+            .ok()
     }
 
     /// Keeps a result: afterwards the file is there whole, or not at all.
