@@ -26,7 +26,8 @@ pub use calibration::{
 };
 pub use error::{QuantizeError, Result};
 pub use pipeline::{
-    Method, MoeFallback, NUMERICS, Plan, QuantizeOptions, plan, quantize, quantize_as_planned,
+    Method, MoeFallback, Plan, QuantizeOptions, model_fingerprint, plan, quantize,
+    quantize_as_planned,
 };
 pub use progress::Progress;
 pub use report::{ModuleRecord, QuantReport, TuningRecord};

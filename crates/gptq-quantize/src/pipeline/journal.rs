@@ -9,8 +9,8 @@ use std::hash::{DefaultHasher, Hasher};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use gptq_format::FormatError;
 use gptq_format::fs::{read_json_if_exists, write_atomic};
+use gptq_format::{Checkpoint, FormatError};
 use gptq_model::Spec;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -87,15 +87,31 @@ impl Journal {
 }
 
 /// Raised with kernels that round otherwise than those before, or add up in another order.
-pub const NUMERICS: u32 = 2;
+const NUMERICS: u32 = 2;
+
+/// What results depend on besides settings and calibration, by name: this program, its kernels, and the model as its files
+/// and its family describe it.
+///
+/// # Errors
+/// If a file of the model cannot be read or its architecture is not supported.
+pub fn model_fingerprint(checkpoint: &Checkpoint) -> Result<Map<String, Value>> {
+    let mut config = DefaultHasher::new();
+    config.write(json!(checkpoint.config.map()).to_string().as_bytes());
+    // What it means, by a table of families that may be the user's own.
+    config.write(format!("{:?}", Spec::for_checkpoint(checkpoint)?).as_bytes());
+    Ok(Map::from_iter([
+        ("gptq-rs version".to_owned(), json!(env!("CARGO_PKG_VERSION"))),
+        ("numerics".to_owned(), json!(NUMERICS)),
+        ("model files".to_owned(), model_files(checkpoint)?),
+        ("model config".to_owned(), json!(format!("{:016x}", config.finish()))),
+    ]))
+}
 
 /// Everything that decides the bytes of the output.
 fn fingerprint(job: &Job<'_>) -> Result<Map<String, Value>> {
     let options = job.options;
-    let mut map = Map::new();
+    let mut map = model_fingerprint(job.checkpoint)?;
     let mut set = |key: &str, value: Value| map.insert(key.to_owned(), value);
-    set("gptq-rs version", json!(env!("CARGO_PKG_VERSION")));
-    set("numerics", json!(NUMERICS));
     // Sums are rounded differently by different instruction sets.
     set("instruction set", json!(format!("{:?}", gptq_compute::arch::isa())));
     set("method", json!(options.method.name()));
@@ -116,12 +132,6 @@ fn fingerprint(job: &Job<'_>) -> Result<Map<String, Value>> {
     set("correction", json!(options.correction.name()));
     set("correction_strength", json!(options.correction_share()));
     set("max_shard_size", json!(options.max_shard_bytes));
-    set("model files", model_files(job)?);
-    let mut config = DefaultHasher::new();
-    config.write(json!(job.checkpoint.config.map()).to_string().as_bytes());
-    // What it means, by a table of families that may be the user's own.
-    config.write(format!("{:?}", Spec::for_checkpoint(job.checkpoint)?).as_bytes());
-    set("model config", json!(format!("{:016x}", config.finish())));
     let calibration = job.calibration.filter(|_| options.method.needs_calibration());
     set("calibration", json!(calibration.map(|c| c.report.fingerprint.clone())));
     // Windows go through a block in chunks, of which this decides the size.
@@ -130,8 +140,8 @@ fn fingerprint(job: &Job<'_>) -> Result<Map<String, Value>> {
 }
 
 /// Name, size and time of every file that holds tensors.
-fn model_files(job: &Job<'_>) -> Result<Value> {
-    let tensors = &job.checkpoint.tensors;
+fn model_files(checkpoint: &Checkpoint) -> Result<Value> {
+    let tensors = &checkpoint.tensors;
     let mut files: BTreeSet<PathBuf> = BTreeSet::new();
     let mut names = DefaultHasher::new();
     for name in tensors.names() {

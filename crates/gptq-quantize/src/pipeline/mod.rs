@@ -30,7 +30,7 @@ use gptq_format::{Checkpoint, FormatError, Tokenizer};
 use gptq_model::{Block, Ctx, Embedder, HeadLayer, LinearRows, LinearSource, Spec, load_linear};
 
 pub use float_stream::FloatStream;
-pub use journal::NUMERICS;
+pub use journal::model_fingerprint;
 pub use mixed::{
     MixedGroup, MixedReport, Sensitivity, apply as apply_target, check_target, sensitivity,
 };

@@ -30,8 +30,8 @@ use texts::EvalSettings;
 /// over the evaluation texts, the sensitivities that --target-bpw chooses from, and the original's run
 /// over the calibration windows, which --correction follows: its inputs lie in a scratch file of the
 /// results' disk (SmolLM2-135M: 0.2 MB per token; rows compute them themselves where it has no room for
-/// them, in mixtures of experts, with --lm-head and with --no-true-sequential). Hessians are not shared: each stage sees what the row's own quantized
-/// stages before it compute, so that two rows have in common those of the first alone. A row that is
+/// them, in mixtures of experts, with --lm-head and with --no-true-sequential). Hessians are not
+/// shared: each stage sees what the row's own quantized stages before it compute, so that two rows have in common those of the first alone. A row that is
 /// finished is not run again; one that fails is told and left behind. Options that do not matter to a
 /// method make no rows of it.
 #[derive(Debug, clap::Args)]

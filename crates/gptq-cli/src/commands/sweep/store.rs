@@ -8,9 +8,8 @@ use std::time::UNIX_EPOCH;
 use anyhow::Context;
 use gptq_format::Checkpoint;
 use gptq_format::fs::{read_json, write_atomic};
-use gptq_model::Spec;
-use gptq_quantize::NUMERICS;
 use gptq_quantize::calibration::split_weight;
+use gptq_quantize::model_fingerprint;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -40,29 +39,18 @@ impl Store {
         settings: &EvalSettings,
         texts: &[PathBuf],
     ) -> anyhow::Result<Self> {
-        // What config.json says in the words of its family, whose table may be the user's own.
-        let spec = Spec::for_checkpoint(checkpoint)?;
-        let mut model = format!("{} {NUMERICS} {name}\n{spec:?}", env!("CARGO_PKG_VERSION"));
-        write!(model, "\n{}", json!(checkpoint.config.map()))?;
-        let tensors = &checkpoint.tensors;
-        let mut files: Vec<&Path> = Vec::new();
-        for tensor in tensors.names() {
-            let file = tensors.info(tensor)?.file.as_path();
-            if !files.contains(&file) {
-                files.push(file);
-            }
-        }
-        // Beside them a tokenizer, which may be several files.
+        let mut model = format!("{name}\n{}", json!(model_fingerprint(checkpoint)?));
+        // The tokenizer, which may be several files.
         let beside = std::fs::read_dir(&checkpoint.path).into_iter().flatten();
-        let beside: Vec<PathBuf> = beside.filter_map(|entry| Some(entry.ok()?.path())).collect();
-        let of_tokenizer = |path: &&PathBuf| {
+        let of_tokenizer = |path: &PathBuf| {
             let ends = |end: &str| path.extension().is_some_and(|extension| extension == end);
             path.is_file() && ["json", "txt", "model"].into_iter().any(ends)
         };
-        files.extend(beside.iter().filter(of_tokenizer).map(PathBuf::as_path));
+        let files = beside.filter_map(|entry| Some(entry.ok()?.path())).filter(of_tokenizer);
+        let mut files: Vec<PathBuf> = files.collect();
         files.sort_unstable();
         for file in files {
-            write_stamp(&mut model, file)?;
+            write_stamp(&mut model, &file)?;
         }
         let mut evaluation = format!("{settings:?}");
         for text in texts {
@@ -158,7 +146,7 @@ impl Store {
     }
 }
 
-/// Name, size and time of a file of a model, which would take long to read.
+/// Name, size and time of a file, which may take long to read.
 fn write_stamp(text: &mut String, file: &Path) -> anyhow::Result<()> {
     let meta =
         std::fs::metadata(file).with_context(|| format!("cannot read {}", file.display()))?;
