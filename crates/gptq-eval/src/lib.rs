@@ -12,7 +12,5 @@ mod perplexity;
 mod recording;
 
 pub use divergence::DivergenceSummary;
-pub use perplexity::{
-    EvalError, EvalOptions, Evaluation, Protocol, Reference, evaluate, evaluate_against, record,
-};
+pub use perplexity::{EvalError, EvalOptions, Evaluation, Protocol, Reference, evaluate, record};
 pub use recording::Recording;

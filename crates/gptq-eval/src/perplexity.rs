@@ -242,38 +242,22 @@ pub fn record(
     Ok((evaluation, recorder.map(Recorder::finish)))
 }
 
-/// As [`evaluate`] against a [`Reference`] of either kind; the results are the same to the bit.
-///
-/// # Errors
-/// As [`evaluate`].
-///
-/// # Panics
-/// If the recording is of another text or of other windows.
-pub fn evaluate_against(
-    model: &Model,
-    session: &mut Session,
-    reference: Reference<'_>,
-    text: &[u32],
-    options: &EvalOptions,
-    progress: impl FnMut(usize, usize),
-) -> Result<Evaluation, EvalError> {
-    run(model, session, Some(reference), text, options, None, progress)
-}
-
-/// Scores `text` under `model`, and compares with a reference model where one is given. `progress`
-/// is told the windows done and their number.
+/// Scores `text` under `model`, and compares with a reference where one is given; of either kind, the results are the
+/// same to the bit. `progress` is told the windows done and their number.
 ///
 /// # Errors
 /// [`EvalError`]: a text or window too short or too long, or a model that does not run.
+///
+/// # Panics
+/// If the reference is a recording of another text or of other windows.
 pub fn evaluate(
     model: &Model,
     session: &mut Session,
-    reference: Option<(&Model, &mut Session)>,
+    reference: Option<Reference<'_>>,
     text: &[u32],
     options: &EvalOptions,
     progress: impl FnMut(usize, usize),
 ) -> Result<Evaluation, EvalError> {
-    let reference = reference.map(|(model, session)| Reference::Model(model, session));
     run(model, session, reference, text, options, None, progress)
 }
 
@@ -291,7 +275,7 @@ fn run(
     if seqlen <= first {
         return Err(EvalError::Window {
             seqlen,
-            least: if protocol == Protocol::Gptq { 2 } else { 4 },
+            least: if protocol == Protocol::Gptq { 2 } else { 3 },
         });
     }
     let max_positions = model.spec().max_positions;

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use gptq_compute::Activations;
-use gptq_eval::{EvalError, EvalOptions, Protocol, evaluate};
+use gptq_eval::{EvalError, EvalOptions, Protocol, Reference, evaluate};
 use gptq_format::Tokenizer;
 use gptq_model::{HeadBits, Session};
 use gptq_quantize::{Progress, rss};
@@ -115,7 +115,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let result = evaluate(
         &model,
         &mut session,
-        reference.as_ref().map(|(_, model)| (model, &mut reference_session)),
+        reference.as_ref().map(|(_, model)| Reference::Model(model, &mut reference_session)),
         &tokens,
         &options,
         |done, total| view.phase_progress(done, total),

@@ -51,7 +51,9 @@ fn a_model_does_not_diverge_from_itself() {
         (Session::new(Arc::new(Pool::new(1))), Session::new(Arc::new(Pool::new(2))));
     let options =
         EvalOptions { protocol: Protocol::Gptq, seqlen: 16, max_windows: Some(2), bos: None };
-    let e = evaluate(&model, &mut a, Some((&model, &mut b)), &ids, &options, |_, _| {}).unwrap();
+    let e =
+        evaluate(&model, &mut a, Some(Reference::Model(&model, &mut b)), &ids, &options, |_, _| {})
+            .unwrap();
     let d = e.divergence.unwrap();
     assert_eq!((d.kl_max, d.top1_agreement), (0.0, 1.0));
     assert_eq!(e.reference_perplexity, Some(e.perplexity));
@@ -66,9 +68,15 @@ fn a_recording_is_as_good_as_the_model() {
     for protocol in [Protocol::Gptq, Protocol::LlamaCpp] {
         let options = EvalOptions { protocol, seqlen: 16, max_windows: Some(2), bos: Some(3) };
         let (mut a, mut b) = (session(), session());
-        let beside =
-            evaluate(&model, &mut a, Some((&reference, &mut b)), &ids, &options, |_, _| {})
-                .unwrap();
+        let beside = evaluate(
+            &model,
+            &mut a,
+            Some(Reference::Model(&reference, &mut b)),
+            &ids,
+            &options,
+            |_, _| {},
+        )
+        .unwrap();
         let bytes = Recording::bytes_for(reference.spec(), ids.len(), &options);
         assert_eq!(bytes, 2 * 16 * reference.spec().hidden * 4);
         let (alone, recording) =
@@ -76,7 +84,7 @@ fn a_recording_is_as_good_as_the_model() {
         assert_eq!(Some(alone.perplexity), beside.reference_perplexity);
         let recording = recording.unwrap();
         let kept = Reference::Recording(&recording, reference.head(), &mut b.ctx);
-        let again = evaluate_against(&model, &mut a, kept, &ids, &options, |_, _| {}).unwrap();
+        let again = evaluate(&model, &mut a, Some(kept), &ids, &options, |_, _| {}).unwrap();
         assert_eq!(again, beside, "{protocol:?}");
         assert!(again.divergence.unwrap().kl_mean > 0.0);
         let none = record(&reference, &mut b, &ids, &options, bytes - 1, |_, _| {}).unwrap().1;
@@ -89,11 +97,12 @@ fn short_texts_and_windows_are_refused() {
     let Some((model, expected)) = load("llama") else { return };
     let ids = expected.tokens("input_ids").1;
     let mut session = Session::new(Arc::new(Pool::new(1)));
-    let mut run = |seqlen, text: &[u32]| {
-        let options =
-            EvalOptions { protocol: Protocol::Gptq, seqlen, max_windows: None, bos: None };
+    let mut run_as = |protocol, seqlen, text: &[u32]| {
+        let options = EvalOptions { protocol, seqlen, max_windows: None, bos: None };
         evaluate(&model, &mut session, None, text, &options, |_, _| {}).unwrap_err().to_string()
     };
+    assert!(run_as(Protocol::LlamaCpp, 2, &ids).contains("--seqlen 3"));
+    let mut run = |seqlen, text: &[u32]| run_as(Protocol::Gptq, seqlen, text);
     assert!(run(1, &ids).contains("--seqlen 2"));
     assert!(run(64, &ids).contains("48 tokens"));
     assert!(run(100_000, &ids).contains("positions"));
