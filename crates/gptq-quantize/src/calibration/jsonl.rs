@@ -5,16 +5,19 @@ use std::io::{BufRead, BufReader, Read};
 
 use gptq_format::chat::Message;
 use serde::Deserialize;
+use serde_json::value::RawValue;
 
 use super::CalibrationError;
 use super::collect::Collector;
 
-/// A line; the first of the three that is there counts.
+/// A line; the first of the three that is there counts, whatever the others are.
 #[derive(Deserialize)]
-struct Line {
+struct Line<'a> {
     text: Option<String>,
-    messages: Option<Vec<Message>>,
-    input_ids: Option<Vec<i64>>,
+    #[serde(borrow)]
+    messages: Option<&'a RawValue>,
+    #[serde(borrow)]
+    input_ids: Option<&'a RawValue>,
 }
 
 pub(super) fn read(file: File, collector: &mut Collector<'_>) -> Result<(), CalibrationError> {
@@ -54,12 +57,15 @@ pub(super) fn read(file: File, collector: &mut Collector<'_>) -> Result<(), Cali
         if content.starts_with('[') {
             return Err(bad("a JSON array; write one object per line".to_owned()));
         }
-        let parsed: Line = serde_json::from_str(content).map_err(|error| bad(reason(&error)))?;
+        let parsed: Line<'_> =
+            serde_json::from_str(content).map_err(|error| bad(reason(&error, 0)))?;
         if let Some(text) = parsed.text {
             collector.text(text, place)?;
         } else if let Some(messages) = parsed.messages {
+            let messages: Vec<Message> = value(messages, content).map_err(bad)?;
             collector.chat(&messages, place)?;
         } else if let Some(ids) = parsed.input_ids {
+            let ids: Vec<i64> = value(ids, content).map_err(bad)?;
             collector.ids(ids, place)?;
         } else {
             return Err(bad("none of the keys `text`, `messages`, `input_ids`".to_owned()));
@@ -68,11 +74,17 @@ pub(super) fn read(file: File, collector: &mut Collector<'_>) -> Result<(), Cali
     Ok(())
 }
 
-/// The parser's words without its line number, which is always 1 here.
-fn reason(error: &serde_json::Error) -> String {
+/// The value of a key of `line`.
+fn value<'a, T: Deserialize<'a>>(raw: &'a RawValue, line: &str) -> Result<T, String> {
+    let before = raw.get().as_ptr().addr() - line.as_ptr().addr();
+    serde_json::from_str(raw.get()).map_err(|error| reason(&error, before))
+}
+
+/// The parser's words without its line number, which is always 1 here, on what begins behind `before` bytes of the line.
+fn reason(error: &serde_json::Error, before: usize) -> String {
     let message = error.to_string();
     let words = message.rsplit_once(" at line ").map_or(message.as_str(), |(words, _)| words);
-    format!("not a valid object: {words} (column {})", error.column())
+    format!("not a valid object: {words} (column {})", before + error.column())
 }
 
 /// Longest line accepted, in bytes: memory must not follow a file without line ends.

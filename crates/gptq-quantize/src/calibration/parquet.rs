@@ -10,7 +10,7 @@ use std::path::Path;
 
 use gptq_format::chat::Message;
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
-use parquet::data_type::DataType;
+use parquet::data_type::{ByteArray, DataType};
 use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
 use parquet::schema::types::SchemaDescriptor;
@@ -53,14 +53,14 @@ fn read_groups(file: File, collector: &mut Collector<'_>) -> Result<(), Calibrat
             }
             let mut batch: Vec<_> = batch.into_iter().map(Vec::into_iter).collect();
             for row in rows_before + 1..=rows_before + rows {
+                if collector.is_full() {
+                    collector.cut();
+                    return Ok(());
+                }
                 let cells = batch.iter_mut().filter_map(Iterator::next).collect();
                 columns.feed(cells, row, collector)?;
             }
             rows_before += rows;
-            if collector.is_full() {
-                collector.cut();
-                return Ok(());
-            }
         }
     }
     Ok(())
@@ -117,11 +117,14 @@ impl Columns {
             reason: reason.to_owned(),
         };
         let text = |cell: Cell| match cell {
-            Cell::Bytes(bytes) => {
-                String::from_utf8(bytes).map_err(|_| bad("a string that is not UTF-8"))
-            }
+            Cell::Bytes(bytes) => std::str::from_utf8(bytes.data())
+                .map(str::to_owned)
+                .map_err(|_| bad("a string that is not UTF-8")),
             Cell::Int(_) => Err(bad("a number where a string was expected")),
         };
+        if leaves.iter().flatten().map(Cell::bytes).sum::<usize>() > MAX_ROW_BYTES {
+            return Err(bad(&format!("longer than {} MiB", MAX_ROW_BYTES >> 20)));
+        }
         let mut leaves = leaves.into_iter();
         let mut cells = || leaves.next().unwrap_or_default();
         match self {
@@ -152,10 +155,19 @@ impl Columns {
     }
 }
 
-/// A value that is not null.
+/// A value that is not null. Strings are shared with the dictionary that many rows may take the same from.
 enum Cell {
-    Bytes(Vec<u8>),
+    Bytes(ByteArray),
     Int(i64),
+}
+
+impl Cell {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Bytes(bytes) => bytes.len(),
+            Self::Int(_) => size_of::<i64>(),
+        }
+    }
 }
 
 /// One leaf column of one row group.
@@ -184,7 +196,7 @@ impl Leaf {
         let (definition, repeated) = (self.max_definition, self.repeated);
         match &mut self.reader {
             ColumnReader::ByteArrayColumnReader(reader) => {
-                rows(reader, definition, repeated, |value| Cell::Bytes(value.data().to_vec()))
+                rows(reader, definition, repeated, Cell::Bytes)
             }
             ColumnReader::Int32ColumnReader(reader) => {
                 rows(reader, definition, repeated, |value| Cell::Int(i64::from(value)))
@@ -235,6 +247,9 @@ fn malformed(path: &Path, reason: String) -> CalibrationError {
 
 const NO_COLUMN: &str = "it has no column `text` (string), `messages` (list of structs with `role` and `content`) \
                          or `input_ids` (list of integers)";
+
+/// Longest row accepted: a small file can hold a long string that one row lists many times.
+const MAX_ROW_BYTES: usize = 64 << 20;
 
 /// Rows decoded at once.
 const BATCH_ROWS: usize = 64;

@@ -101,7 +101,7 @@ fn a_text_file_is_one_document() {
 #[test]
 fn rows_of_text_are_joined_by_an_empty_line() {
     let bench = Bench::new();
-    let path = bench.file("a.jsonl", "\u{feff}{\"text\": \"one\"}\n\n{\"text\": \"zwei\\n\", \"id\": 3}\r\n{\"text\": \"\"}\n{\"text\":\"end\"}");
+    let path = bench.file("a.jsonl", "\u{feff}{\"text\": \"one\"}\n\n{\"text\": \"zwei\\n\", \"messages\": [{\"content\": []}]}\r\n{\"text\": \"\"}\n{\"text\":\"end\"}");
     assert_eq!(bench.text(&path), "one\n\nzwei\n\n\n\n\nend");
     assert_eq!(bench.load(&path, 1, 4).unwrap().report.sources[0].documents, 4);
 }
@@ -380,6 +380,15 @@ fn parquet_chats() -> Vec<u8> {
     parquet_file(schema, vec![column(vec!["Hi", "Yo"]), column(vec!["user", "assistant"])])
 }
 
+/// One chat of so many messages with the same content, which the file holds once.
+fn parquet_repeated(content: &'static str, messages: usize) -> Vec<u8> {
+    let schema = "message m { optional group messages (LIST) { repeated group list { optional group element {
+        optional binary content (STRING); optional binary role (STRING); } } } }";
+    let repetitions = || (0..messages).map(|index| i16::from(index > 0)).collect();
+    let column = |value| Column::Strings(vec![value; messages], vec![4; messages], repetitions());
+    parquet_file(schema, vec![column(content), column("user")])
+}
+
 fn parquet_ids(last: i64) -> Vec<u8> {
     let schema = "message m { required group input_ids (LIST) { repeated group list { required int64 element; } } }";
     parquet_file(
@@ -394,6 +403,9 @@ fn parquet_columns_are_read() {
     assert_eq!(bench.text(&bench.file("a.parquet", parquet_text())), "one\n\nthree");
     assert_eq!(bench.text(&bench.file("b.bin", parquet_chats())), "user: Hi\nassistant: Yo\n");
     assert_eq!(bench.tokens(&bench.file("c.parquet", parquet_ids(7))), [5, 6, 7]);
+    let long: &'static str = Box::leak("x".repeat(1 << 19).into_boxed_str());
+    let message = bench.message(&bench.file("long.parquet", parquet_repeated(long, 129)));
+    assert!(message.contains("row 1: longer than 64 MiB"), "{message}");
     let message = bench.message(&bench.file("d.parquet", parquet_ids(256)));
     assert!(message.contains("row 3: token 256 is outside"), "{message}");
     let other = parquet_file(
