@@ -1,11 +1,62 @@
 //! The README.md of a quantized checkpoint: what the hub reads (YAML front matter) and what people
 //! do.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use serde_json::Value;
 
+use crate::calibration::SELF;
 use crate::report::QuantReport;
+
+/// What the model is for, by which the hub files it and transformers opens it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Task {
+    /// Decoders write text.
+    #[default]
+    TextGeneration,
+    /// Encoders with their head fill gaps in it.
+    FillMask,
+    /// Encoders without one turn it into vectors.
+    FeatureExtraction,
+}
+
+impl Task {
+    /// Of a model whose config.json names this class.
+    pub fn new(causal: bool, architecture: &str) -> Self {
+        match (causal, architecture.ends_with("ForMaskedLM")) {
+            (true, _) => Self::TextGeneration,
+            (false, true) => Self::FillMask,
+            (false, false) => Self::FeatureExtraction,
+        }
+    }
+
+    fn pipeline_tag(self) -> &'static str {
+        match self {
+            Self::TextGeneration => "text-generation",
+            Self::FillMask => "fill-mask",
+            Self::FeatureExtraction => "feature-extraction",
+        }
+    }
+
+    /// The class of transformers.
+    fn class(self) -> &'static str {
+        match self {
+            Self::TextGeneration => "AutoModelForCausalLM",
+            Self::FillMask => "AutoModelForMaskedLM",
+            Self::FeatureExtraction => "AutoModel",
+        }
+    }
+
+    fn command(self) -> &'static str {
+        match self {
+            Self::TextGeneration => "generate this-repository-or-directory --chat \"Hello\"",
+            Self::FillMask | Self::FeatureExtraction => {
+                "embed this-repository-or-directory --text \"Hello\""
+            }
+        }
+    }
+}
 
 /// What the card says beyond the run's report.
 #[derive(Debug, Clone, Default)]
@@ -17,6 +68,8 @@ pub struct CardDetails<'a> {
     pub base_model: Option<&'a str>,
     /// The base model's licence as its own card spells it (see [`license_of_card`]).
     pub license: Option<&'a str>,
+    /// What the model is for.
+    pub task: Task,
     /// Measured quality; the table is left out where this is empty.
     pub results: &'a [CardResult],
 }
@@ -39,8 +92,9 @@ pub fn model_card(report: &QuantReport, details: &CardDetails<'_>) -> String {
     let meta = report.quantize_config.get("meta");
     let config =
         |key: &str| report.quantize_config.get(key).or_else(|| meta.and_then(|meta| meta.get(key)));
-    let bits = config("bits").map_or_else(|| "?".to_owned(), Value::to_string);
-    let mut card = front_matter(&bits, details);
+    let widths: BTreeSet<u32> = report.modules.iter().map(|module| module.bits).collect();
+    let widths: Vec<String> = widths.iter().map(u32::to_string).collect();
+    let mut card = front_matter(&widths, details);
     let mut line = |text: &str| {
         card.push_str(text);
         card.push('\n');
@@ -51,7 +105,8 @@ pub fn model_card(report: &QuantReport, details: &CardDetails<'_>) -> String {
     );
     line(&format!("# {}\n", details.name));
     line(&format!(
-        "{base}, quantized to {bits} bits with {} by gptq-rs {} ({:.2} bits per weight with scales and zeros, {} linears).\n",
+        "{base}, quantized to {} bits with {} by gptq-rs {} ({:.2} bits per weight with scales and zeros, {} linears).\n",
+        widths.join(", "),
         report.method.to_uppercase(),
         report.gptq_version,
         report.bits_per_weight,
@@ -69,7 +124,7 @@ pub fn model_card(report: &QuantReport, details: &CardDetails<'_>) -> String {
             .sources
             .iter()
             .map(|source| {
-                let name = if source.kind == "self" { SELF_TEXT } else { &cell(&source.name) };
+                let name = if source.kind == SELF { SELF_TEXT } else { &cell(&source.name) };
                 // Of one source the windows are those of the whole.
                 let mixed = calibration.sources.len() > 1;
                 let share = if mixed { format!(" ({})", source.windows) } else { String::new() };
@@ -103,7 +158,7 @@ pub fn model_card(report: &QuantReport, details: &CardDetails<'_>) -> String {
             ));
         }
     }
-    line(USAGE);
+    line(&usage(details.task));
     card
 }
 
@@ -116,7 +171,7 @@ pub fn license_of_card(card: &str) -> Option<String> {
     (!value.is_empty()).then(|| value.to_owned())
 }
 
-fn front_matter(bits: &str, details: &CardDetails<'_>) -> String {
+fn front_matter(widths: &[String], details: &CardDetails<'_>) -> String {
     let mut text = String::from("---\n");
     let mut entry = |key: &str, value: &str| {
         // Writing to a string cannot fail. A JSON string is a YAML string.
@@ -130,8 +185,12 @@ fn front_matter(bits: &str, details: &CardDetails<'_>) -> String {
         entry("license", license);
     }
     entry("library_name", "transformers");
-    entry("pipeline_tag", "text-generation");
-    let _ = write!(text, "tags:\n- gptq\n- {bits}-bit\n---\n\n");
+    entry("pipeline_tag", details.task.pipeline_tag());
+    text.push_str("tags:\n- gptq\n");
+    for bits in widths {
+        let _ = writeln!(text, "- {bits}-bit");
+    }
+    text.push_str("---\n\n");
     text
 }
 
@@ -170,22 +229,27 @@ const SETTINGS: [&str; 19] = [
 
 const SELF_TEXT: &str = "text sampled from the model itself";
 
-const USAGE: &str = r#"
+fn usage(task: Task) -> String {
+    let (class, command) = (task.class(), task.command());
+    format!(
+        r#"
 ## Use
 
 ```python
 # transformers (needs optimum and gptqmodel)
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {class}, AutoTokenizer
 
 path = "this-repository-or-directory"
 tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")
+model = {class}.from_pretrained(path, device_map="auto")
 ```
 
 ```sh
-vllm serve this-repository-or-directory
-gptq generate this-repository-or-directory --chat "Hello"
-```"#;
+gptq {command}
+gptq verify this-repository-or-directory   # which of vLLM, TGI, transformers, ExLlamaV2 and GPTQModel open it
+```"#
+    )
+}
 
 #[cfg(test)]
 mod tests {
@@ -224,6 +288,7 @@ mod tests {
             base_model: Some("org/Smol"),
             license: Some("apache-2.0"),
             results: &results,
+            task: Task::TextGeneration,
         };
         let card = model_card(&run, &details);
         let front = "---\nbase_model: \"org/Smol\"\nbase_model_relation: \"quantized\"\nlicense: \"apache-2.0\"\n\
@@ -236,7 +301,9 @@ mod tests {
             "wiki\\|text.txt: 2 windows of 8 tokens, seed 3",
             "| note | wiki\\|text.txt holds 8 tokens",
             "| perplexity, test | 17.834 | 19.500 | `gptq eval . --perplexity test.txt` |",
-            "vllm serve",
+            "quantized to 4 bits",
+            "AutoModelForCausalLM.from",
+            "gptq generate",
         ] {
             assert!(card.contains(part), "{part} is not in\n{card}");
         }
@@ -247,6 +314,26 @@ mod tests {
         let card = model_card(&report(), &CardDetails { name: "x", ..CardDetails::default() });
         assert!(card.starts_with("---\nlibrary_name: \"transformers\"\n"), "{card}");
         assert!(!card.contains("## Results"));
+    }
+
+    #[test]
+    fn encoders_and_mixed_bits_are_told_as_what_they_are() {
+        let mut run = report();
+        let mut other = run.modules[0].clone();
+        other.bits = 3;
+        run.modules.push(other);
+        let task = Task::new(false, "BertModel");
+        let card = model_card(&run, &CardDetails { name: "x", task, ..CardDetails::default() });
+        for part in [
+            "pipeline_tag: \"feature-extraction\"\ntags:\n- gptq\n- 3-bit\n- 4-bit\n---",
+            "quantized to 3, 4 bits",
+            "import AutoModel, AutoTokenizer",
+            "gptq embed",
+        ] {
+            assert!(card.contains(part), "{part} is not in\n{card}");
+        }
+        assert_eq!(Task::new(false, "BertForMaskedLM").class(), "AutoModelForMaskedLM");
+        assert_eq!(Task::new(true, ""), Task::TextGeneration);
     }
 
     #[test]

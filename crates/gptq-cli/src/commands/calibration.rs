@@ -7,7 +7,7 @@ use anyhow::bail;
 use gptq_compute::Pool;
 use gptq_format::{Checkpoint, Tokenizer};
 use gptq_model::{LoadOptions, Model, Session, Spec};
-use gptq_quantize::calibration::{SourceReport, shares, split_weight};
+use gptq_quantize::calibration::{SELF, SourceReport, shares, split_weight};
 use gptq_quantize::pipeline::Job;
 use gptq_quantize::{
     CalibrationOptions, CalibrationReport, CalibrationSet, CalibrationSource, Plan, Progress,
@@ -149,6 +149,3 @@ fn written(
     self_calibrate(&model, &mut session, tokenizer, &writer, view)
         .map_err(|error| explain(checkpoint, error))
 }
-
-/// The source that is no file.
-const SELF: &str = "self";

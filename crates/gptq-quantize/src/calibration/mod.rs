@@ -33,7 +33,7 @@ use std::ops::Range;
 use gptq_format::Tokenizer;
 
 pub use error::CalibrationError;
-pub(crate) use report::SELF;
+pub use report::SELF;
 pub use report::{CalibrationReport, SourceReport};
 pub use share::{shares, split_weight};
 pub use source::{CalibrationSource, SourceKind};

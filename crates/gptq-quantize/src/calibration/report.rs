@@ -125,4 +125,4 @@ fn note(sources: &[SourceReport], options: &CalibrationOptions) -> Option<String
 }
 
 /// Name and kind of text that the model wrote itself.
-pub(crate) const SELF: &str = "self";
+pub const SELF: &str = "self";

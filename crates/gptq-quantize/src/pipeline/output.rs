@@ -7,6 +7,7 @@ use gptq_format::{
     Checkpoint, CheckpointKind, DType, FormatError, GptqLinear, OutputDir, ShardWriter,
     copy_sentence_files,
 };
+use gptq_model::Spec;
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 
@@ -15,7 +16,7 @@ use super::journal::Journal;
 use super::layout::{Copied, Layout};
 use super::scratch::Scratch;
 use crate::error::Result;
-use crate::model_card::{CardDetails, license_of_card, model_card};
+use crate::model_card::{CardDetails, Task, license_of_card, model_card};
 use crate::report::{ModuleRecord, QuantReport, TuningRecord};
 
 /// Bytes that are converted at a time when a tensor is copied.
@@ -188,8 +189,12 @@ impl Output {
         let base_card = std::fs::read_to_string(job.checkpoint.path.join("README.md")).ok();
         let license = base_card.as_deref().and_then(license_of_card);
         let is_hub_id = !Path::new(job.model).exists() && job.model.split('/').count() == 2;
+        let causal = Spec::for_checkpoint(job.checkpoint)?.attention.causal;
+        let named = job.checkpoint.config.map().get("architectures");
+        let architecture = named.and_then(|names| names.get(0)?.as_str()).unwrap_or_default();
         let details = CardDetails {
             name: &name,
+            task: Task::new(causal, architecture),
             base_model: is_hub_id.then_some(job.model),
             license: license.as_deref(),
             results: &[],
