@@ -166,6 +166,40 @@ fn what_does_not_fit_any_more_is_run_again() {
     config["rope_theta"] = 5000.0.into();
     world.write("model/config.json", config.to_string());
     assert_eq!((rows_run(), rows_run()), (1, 0));
+    // Another chat template, which chats are calibrated through.
+    world.write("model/chat_template.jinja", "{{ messages[0].content }}");
+    assert_eq!((rows_run(), rows_run()), (1, 0));
+}
+
+#[test]
+fn checkpoints_that_were_kept_stay() {
+    let world = world();
+    let line = format!("sweep model -o out --bits 4 --method rtn {EVAL} -q");
+    world.ok(&format!("{line} --keep"));
+    world.write("other.txt", world.read("text.txt"));
+    world.ok(&format!("{line} --eval other.txt"));
+    assert_eq!(std::fs::read_dir(world.path("out/checkpoints")).unwrap().count(), 1);
+}
+
+#[test]
+fn rows_that_are_the_same_run_once() {
+    let world = world();
+    world.write(
+        "rows.toml",
+        "[[row]]\nname = \"a\"\n[[row]]\nname = \"b\"\nstatic-groups = false\n",
+    );
+    let line = format!("sweep model -o out --rows rows.toml --group-size 32 {CALIBRATION} {EVAL}");
+    assert_eq!(announced(&String::from_utf8_lossy(&world.gptq(&line).stderr)), 1);
+    assert_eq!(names(&world.read_json("out/results.json")), ["a", "b"]);
+}
+
+#[test]
+fn without_texts_nothing_needs_a_tokenizer() {
+    let world = world();
+    std::fs::remove_file(world.path("model/tokenizer.json")).unwrap();
+    let results = world.json("sweep model -o out --method rtn --bits 4,3 --keep --json -q");
+    assert_eq!(names(&results), ["rtn-4bit", "rtn-3bit"]);
+    assert!(results["original"].as_array().unwrap().is_empty());
 }
 
 #[test]
@@ -192,6 +226,7 @@ fn rows_come_from_files_and_wrong_ones_are_named() {
         ("sweep model -o bad --method rtn --eval missing.txt", "missing.txt"),
         ("sweep model -o bad --rows text.txt", "text.txt"),
         ("sweep model -o bad --method rtn --target-bpw 3.5", "target_bpw"),
+        ("sweep model -o bad --method awq --target-bpw 4 --calibration missing.txt", "target_bpw"),
         ("sweep model -o bad --target-bpw 4,1.5 --calibration missing.txt", "cannot be reached"),
     ] {
         let stderr = world.fails(&format!("{line} -q"));
@@ -327,9 +362,11 @@ fn bits_are_chosen_for_a_size() {
     let queries = modules.iter().filter(|m| m["module"] == "self_attn.q_proj");
     assert_eq!(queries.map(|m| m["bits"].as_u64().unwrap()).collect::<Vec<_>>(), [4, 4]);
 
-    for (settings, expected) in
-        [("--target-bpw 1.5", "cannot be reached"), ("--target-bpw 4 --method rtn", "gptq")]
-    {
+    for (settings, expected) in [
+        ("--target-bpw 1.5", "cannot be reached"),
+        ("--target-bpw 4 --method rtn", "--method gptq"),
+        ("--target-bpw 4 --method awq", "--method gptq"),
+    ] {
         let stderr = world.fails(&format!("{line} {settings} -o none"));
         assert!(stderr.contains(expected), "{settings}: {stderr}");
     }
@@ -366,6 +403,14 @@ fn the_float_stream_of_corrections_is_computed_once() {
     };
     assert!(!shares(alone) && !shares(row("3", "none")));
     assert!(shares(row("4", "qep")) && shares(row("3", "gptaq")));
+    // Other text; and a quantized head, which needs the stream itself.
+    for varied in ["calibration-temperature=0.7,1.0", "lm-head=true,false"] {
+        let line = format!("--set {varied} --bits 3 --group-size 32 --nsamples 4 --seqlen 64");
+        let results = world.json(&format!("sweep model -o varied {line} --keep --json -q"));
+        for row in results["rows"].as_array().unwrap() {
+            assert!(!shares(row["checkpoint"].as_str().unwrap()), "{varied}");
+        }
+    }
 }
 
 #[test]

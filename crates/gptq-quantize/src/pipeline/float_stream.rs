@@ -15,6 +15,7 @@ use gptq_model::{ActivationType, BlockState, Spec};
 use super::native::is_corrected;
 use super::{Job, QuantizeOptions};
 use crate::error::Result;
+use crate::solver::Correction;
 
 /// Its name until it is made.
 const NAME: &str = "float-stream.scratch";
@@ -61,23 +62,20 @@ impl FloatStream {
         Self { directory: directory.to_owned(), kept: Mutex::default() }
     }
 
+    /// What decides on the inputs beside model and calibration; `None` where runs have no use for it: without a
+    /// correction, and where the stream itself is needed, too, as without true-sequential order or with a quantized head.
+    pub fn settings(options: &QuantizeOptions) -> Option<String> {
+        let needed = options.correction != Correction::None;
+        (needed && options.true_sequential && !options.lm_head)
+            .then(|| format!("{} {}", options.activations.name(), options.activation_dtype.name()))
+    }
+
     /// What a run of `job` with `chunks` chunks of `tokens` tokens in all does with it. The experts of a mixture are
-    /// compared on the tokens that the quantized router sends to them, and without true-sequential order or with a
-    /// quantized head the stream itself is needed, too.
+    /// compared on the tokens that the quantized router sends to them.
     pub(super) fn use_of(&self, job: &Job<'_>, spec: &Spec, chunks: usize, tokens: usize) -> Use {
-        let QuantizeOptions { true_sequential, lm_head, .. } = *job.options;
-        let Some(set) =
-            job.calibration.filter(|_| spec.moe.is_none() && true_sequential && !lm_head)
-        else {
-            return Use::Nothing;
-        };
-        let settings = format!(
-            "{} {} {} {}",
-            job.options.activations.name(),
-            job.options.activation_dtype.name(),
-            set.report.seqlen,
-            set.report.fingerprint
-        );
+        let settings = Self::settings(job.options).filter(|_| spec.moe.is_none());
+        let (Some(settings), Some(set)) = (settings, job.calibration) else { return Use::Nothing };
+        let settings = format!("{settings} {} {}", set.report.seqlen, set.report.fingerprint);
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.failed {
             return Use::Nothing;

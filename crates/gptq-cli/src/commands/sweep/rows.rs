@@ -217,8 +217,8 @@ fn drop_unused(settings: &mut Settings) {
     settings.retain(|(option, _)| !is_unused(&all, option));
 }
 
-/// Whether a row has no use for an option: its method, asymmetric grids for the sign of scales, or no correction for its
-/// strength.
+/// Whether a row has no use for an option: its method, grids that are all asymmetric for the sign of scales, or no
+/// correction for its strength.
 fn is_unused(settings: &[(String, String)], option: &str) -> bool {
     let is = |option: &str, value: &str| settings.iter().any(|(o, v)| o == option && v == value);
     let corrects = match settings.iter().find(|(o, _)| o == "correction") {
@@ -232,7 +232,11 @@ fn is_unused(settings: &[(String, String)], option: &str) -> bool {
         || is("method", "awq") && OF_SCALES.contains(&option)
         // Weighed by the sweep.
         || (is("method", "rtn") || is("method", "obq")) && option == "scale-search" && is(option, "hessian")
-        || is("sym", "false") && option == "signed-scales"
+        // Rules may make grids symmetric; that of the head is.
+        || is("sym", "false")
+            && option == "signed-scales"
+            && !is("lm-head", "true")
+            && !settings.iter().any(|(o, _)| o == "dynamic")
         || !corrects && option == "correction-strength"
 }
 

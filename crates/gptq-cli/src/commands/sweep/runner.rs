@@ -14,8 +14,8 @@ use gptq_quantize::pipeline::{
     FloatStream, Job, MixedReport, Sensitivity, apply_target, check_target, sensitivity,
 };
 use gptq_quantize::{
-    CalibrationReport, CalibrationSet, Correction, Method, ModuleRecord, QuantReport,
-    QuantizeError, QuantizeOptions, plan, quantize_as_planned,
+    CalibrationReport, CalibrationSet, ModuleRecord, QuantReport, QuantizeError, QuantizeOptions,
+    plan, quantize_as_planned,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -168,14 +168,11 @@ impl<'a> Runner<'a> {
         for row in rows {
             let options = row.args.options()?;
             options.check().with_context(|| format!("row {}", row.name))?;
-            if row.args.target_bpw.is_some() && options.method != Method::Gptq {
-                bail!("row {}: target_bpw chooses bits for --method gptq", row.name);
-            }
         }
         Ok(())
     }
 
-    /// The same of sizes that no bits reach, which depends on the model.
+    /// The same of sizes that bits cannot be chosen for, which depends on the model.
     ///
     /// # Errors
     /// The message names the row.
@@ -208,25 +205,33 @@ impl<'a> Runner<'a> {
         let original_id = self.store.result_id("");
         let mut original: Option<Vec<TextResult>> = self.store.read(&original_id);
         let mut texts = None;
-        if original.is_none() || found.iter().any(Option::is_none) {
+        if !paths.is_empty() && (original.is_none() || found.iter().any(Option::is_none)) {
             let view = progress(self.global);
             let made = Texts::new(self.checkpoint, self.pool, paths, settings, &view)?;
-            self.store.write("original", &original_id, &made.original)?;
             // The figures are the same; the times are those of the first run.
-            original.get_or_insert_with(|| made.original.clone());
+            if original.is_none() {
+                self.store.write("original", &original_id, &made.original)?;
+                original = Some(made.original.clone());
+            }
             texts = Some(made);
         }
-        let pending: Vec<&Row> =
-            rows.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(r, _)| r).collect();
+        // What the pending rows need of the float model.
+        let streams: Vec<Option<(calibration::Request, String)>> = rows
+            .iter()
+            .zip(&found)
+            .map(|(row, found)| found.is_none().then(|| self.float_inputs(row)).flatten())
+            .collect();
         let mut clock = Clock::default();
         let (mut failed, mut end) = (Vec::new(), Ok(()));
         for (index, row) in rows.iter().enumerate() {
             let id = &ids[index];
+            // A row before may have been the same by another name.
+            found[index] =
+                found[index].take().or_else(|| self.store.read(&self.store.result_id(id)));
             if let Some(result) = &mut found[index] {
                 self.rename(row, id, result);
                 continue;
             }
-            let Some(texts) = &mut texts else { bail!("no texts for row {}", row.name) };
             let left: Vec<&Row> = rows
                 .iter()
                 .zip(&found)
@@ -237,10 +242,14 @@ impl<'a> Runner<'a> {
             if !self.global.quiet {
                 clock.announce(index, rows.len(), row, &left);
             }
-            let shares = |other: &&&Row| same_float_stream(row, other);
-            self.sharing = pending.iter().filter(shares).count() > 1;
+            let stream = streams[index].as_ref();
+            let shared_from = |first: usize| {
+                let others = streams.iter().skip(first).flatten();
+                others.filter(|other| Some(*other) == stream).count()
+            };
+            self.sharing = shared_from(0) > 1;
             let row_start = Instant::now();
-            match self.row(row, id, texts) {
+            match self.row(row, id, texts.as_mut()) {
                 Ok(result) => found[index] = Some(result),
                 Err(error) => {
                     if let Some(stopped) = stopped(row, &error) {
@@ -253,12 +262,11 @@ impl<'a> Runner<'a> {
                 }
             }
             clock.stop(row, row_start.elapsed());
-            if self.sharing
-                && !left.iter().skip(1).any(|other| same_float_stream(row, other))
-                && let Some((.., stream)) = self.calibration.last_mut()
-            {
+            if let Some((request, _)) = stream.filter(|_| shared_from(index + 1) == 0) {
                 // The last that needs it; its space is free again.
-                *stream = FloatStream::new(self.store.directory());
+                for (.., kept) in self.calibration.iter_mut().filter(|(of, ..)| of == request) {
+                    *kept = FloatStream::new(self.store.directory());
+                }
             }
         }
         if end.is_ok()
@@ -293,11 +301,17 @@ impl<'a> Runner<'a> {
         result.checkpoint = kept.or_else(|| checkpoint.exists().then_some(checkpoint));
     }
 
-    fn row(&mut self, row: &Row, id: &str, texts: &mut Texts<'_>) -> anyhow::Result<RowResult> {
+    fn row(
+        &mut self,
+        row: &Row,
+        id: &str,
+        texts: Option<&mut Texts<'_>>,
+    ) -> anyhow::Result<RowResult> {
         let directory = self.store.checkpoint(&row.name, id);
+        let keep = self.keep || self.store.keeps(&directory);
         let report = self.quantize(row, &directory)?;
         let view = progress(self.global);
-        let evaluations = texts.measure(&directory, &view)?;
+        let evaluations = texts.map_or_else(|| Ok(Vec::new()), |t| t.measure(&directory, &view))?;
         view.finish();
         let settings = row.settings.iter().map(|(o, v)| (o.clone(), json!(v))).collect();
         let result = RowResult {
@@ -311,16 +325,14 @@ impl<'a> Runner<'a> {
             seconds: report.seconds,
             machine: format!("{}, {}", gptq_quantize::report::platform(), isa().name()),
             warnings: report.warnings,
-            checkpoint: self.keep.then(|| directory.clone()),
+            checkpoint: keep.then(|| directory.clone()),
             evaluations,
             calibration: report.calibration,
             mixed_precision: report.mixed_precision,
             modules: report.modules,
         };
         self.store.write(&row.name, &self.store.result_id(id), &result)?;
-        if !self.keep
-            && let Err(error) = std::fs::remove_dir_all(&directory)
-        {
+        if !keep && let Err(error) = std::fs::remove_dir_all(&directory) {
             tracing::warn!("cannot remove {}: {error}", directory.display());
         }
         Ok(result)
@@ -431,6 +443,12 @@ impl<'a> Runner<'a> {
         Ok(())
     }
 
+    /// What the float model computes for a row; rows with the same can share it.
+    fn float_inputs(&self, row: &Row) -> Option<(calibration::Request, String)> {
+        let settings = FloatStream::settings(&row.args.options().ok()?)?;
+        Some((row.args.calibration(self.checkpoint).ok()?, settings))
+    }
+
     fn command(&self, row: &Row) -> String {
         let quote = |text: &String| {
             let plain = |c: char| c.is_ascii_alphanumeric() || "-_=./+@,:".contains(c);
@@ -446,18 +464,6 @@ impl<'a> Runner<'a> {
         let words: Vec<String> = words.map(|word| quote(&word)).collect();
         format!("gptq quantize {} -o DIR", words.join(" "))
     }
-}
-
-/// Whether both rows are corrected by the same float model on the same tokens.
-fn same_float_stream(row: &Row, other: &Row) -> bool {
-    const OPTIONS: [&str; 6] =
-        ["calibration", "nsamples", "seqlen", "seed", "activations", "activation-dtype"];
-    let of = |row: &Row| -> Vec<(String, String)> {
-        let settings = row.settings.iter().filter(|(o, _)| OPTIONS.contains(&o.as_str()));
-        settings.cloned().collect()
-    };
-    let corrected = |row: &Row| row.args.options().is_ok_and(|o| o.correction != Correction::None);
-    corrected(row) && corrected(other) && of(row) == of(other)
 }
 
 /// Why a sweep ends in a row that it was stopped in, not failed: it goes on without being told to.

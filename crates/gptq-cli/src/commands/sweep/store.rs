@@ -8,7 +8,7 @@ use std::time::UNIX_EPOCH;
 use anyhow::Context;
 use gptq_format::Checkpoint;
 use gptq_format::fs::{read_json, write_atomic};
-use gptq_quantize::calibration::split_weight;
+use gptq_quantize::calibration::{SELF, split_weight};
 use gptq_quantize::model_fingerprint;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -40,11 +40,11 @@ impl Store {
         texts: &[PathBuf],
     ) -> anyhow::Result<Self> {
         let mut model = format!("{name}\n{}", json!(model_fingerprint(checkpoint)?));
-        // The tokenizer, which may be several files.
+        // The tokenizer and its chat template, which may be several files.
         let beside = std::fs::read_dir(&checkpoint.path).into_iter().flatten();
         let of_tokenizer = |path: &PathBuf| {
             let ends = |end: &str| path.extension().is_some_and(|extension| extension == end);
-            path.is_file() && ["json", "txt", "model"].into_iter().any(ends)
+            path.is_file() && ["json", "txt", "model", "jinja"].into_iter().any(ends)
         };
         let files = beside.filter_map(|entry| Some(entry.ok()?.path())).filter(of_tokenizer);
         let mut files: Vec<PathBuf> = files.collect();
@@ -92,7 +92,7 @@ impl Store {
                 "dynamic" => vec![value],
                 _ => continue,
             };
-            for file in files.into_iter().filter(|file| *file != "self") {
+            for file in files.into_iter().filter(|file| *file != SELF) {
                 write_content(&mut text, Path::new(file))?;
             }
         }
@@ -119,15 +119,33 @@ impl Store {
     /// A finished result, whatever its row was called then. One that cannot be read is none.
     pub(super) fn read<T: DeserializeOwned>(&self, id: &str) -> Option<T> {
         let end = format!("-{id}.json");
-        let names = std::fs::read_dir(self.directory.join("rows")).into_iter().flatten();
-        let names = names.filter_map(|entry| Some(entry.ok()?.path()));
-        let path = names.filter(|p| p.to_string_lossy().ends_with(&end)).min()?;
-        let read = || Ok::<T, anyhow::Error>(serde_json::from_value(read_json(&path)?)?);
-        read()
-            .inspect_err(|error| {
-                tracing::warn!("{}: {error:#}; the row is run again", path.display());
-            })
-            .ok()
+        let of_id = |path: &PathBuf| path.to_string_lossy().ends_with(&end);
+        let read = |path: PathBuf| {
+            let value = read_json(&path).map_err(anyhow::Error::from);
+            value
+                .and_then(|value| Ok(serde_json::from_value(value)?))
+                .inspect_err(|error| {
+                    tracing::warn!("{}: {error:#}; it counts as none", path.display())
+                })
+                .ok()
+        };
+        self.results().into_iter().filter(of_id).find_map(read)
+    }
+
+    /// Whether a finished row has kept this checkpoint, under whatever name.
+    pub(super) fn keeps(&self, checkpoint: &Path) -> bool {
+        self.results().into_iter().filter_map(|path| read_json(&path).ok()).any(|result| {
+            let kept = result["checkpoint"].as_str().map(Path::new);
+            kept.is_some_and(|kept| kept.file_name() == checkpoint.file_name())
+        })
+    }
+
+    /// The files of results, in the order of their names.
+    fn results(&self) -> Vec<PathBuf> {
+        let files = std::fs::read_dir(self.directory.join("rows")).into_iter().flatten();
+        let mut files: Vec<PathBuf> = files.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        files.sort_unstable();
+        files
     }
 
     /// Keeps a result: afterwards the file is there whole, or not at all.

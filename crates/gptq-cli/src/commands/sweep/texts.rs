@@ -6,9 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use gptq_compute::Pool;
-use gptq_eval::{
-    EvalOptions, Evaluation, Protocol, Recording, Reference, evaluate_against, record,
-};
+use gptq_eval::{EvalOptions, Evaluation, Protocol, Recording, Reference, evaluate, record};
 use gptq_format::{Checkpoint, Tokenizer};
 use gptq_model::{Ctx, Embedder, HeadLayer, LinearSource, LoadOptions, Model, Session, Spec};
 use gptq_quantize::Progress;
@@ -140,9 +138,6 @@ impl<'a> Texts<'a> {
         view: &ProgressView,
     ) -> anyhow::Result<Vec<TextResult>> {
         let Self { inputs, head, ctx, model: original, options, pool, .. } = self;
-        if inputs.is_empty() {
-            return Ok(Vec::new());
-        }
         view.phase("load");
         let checkpoint = Checkpoint::open(directory)?;
         let model = load(&checkpoint, pool)?;
@@ -159,7 +154,7 @@ impl<'a> Texts<'a> {
             };
             let bar = |done, total| view.phase_progress(done, total);
             let result =
-                evaluate_against(&model, &mut session, reference, &text.tokens, options, bar)
+                evaluate(&model, &mut session, Some(reference), &text.tokens, options, bar)
                     .map_err(|error| explain(&checkpoint, error))?;
             let seconds = start.elapsed().as_secs_f64();
             let text = text.path.display().to_string();
