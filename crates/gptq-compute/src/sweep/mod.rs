@@ -77,25 +77,11 @@ impl Sweep<'_> {
     /// If lengths do not fit or an index is out of range.
     #[track_caller]
     pub fn run(&self, pool: &Pool, weights: &[f32], out_features: usize) -> Swept {
-        self.run_with_ranges(pool, weights, weights, out_features)
+        self.run_fed(pool, weights, weights, out_features, Feed::default())
     }
 
-    /// [`Sweep::run`] with static scales found on other weights `ranges` `[out, in]`.
-    ///
-    /// # Panics
-    /// As [`Sweep::run`].
-    #[track_caller]
-    pub fn run_with_ranges(
-        &self,
-        pool: &Pool,
-        weights: &[f32],
-        ranges: &[f32],
-        out_features: usize,
-    ) -> Swept {
-        self.run_fed(pool, weights, ranges, out_features, Feed::default())
-    }
-
-    /// [`Sweep::run_with_ranges`] that makes up for other inputs too; needs a factor to have an effect.
+    /// [`Sweep::run`] with static scales found on other weights `ranges` `[out, in]`, that makes up for other inputs too;
+    /// that needs a factor to have an effect.
     ///
     /// # Panics
     /// As [`Sweep::run`].
