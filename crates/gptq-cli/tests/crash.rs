@@ -240,6 +240,10 @@ fn a_changed_command_is_refused_by_the_name_of_the_field() {
     // A finished directory is finished.
     let files = world.files();
     world.ok(&format!("{LINE} out --resume"));
+    for (extra, field) in [("--bits 3", "bits"), ("--no-sym", "sym"), ("--method rtn", "method")] {
+        let stderr = world.fails(&format!("{LINE} out --resume {extra}"));
+        assert!(stderr.contains(&format!("is finished, with {field} =")), "{field}: {stderr}");
+    }
     assert_eq!(world.files(), files);
 }
 

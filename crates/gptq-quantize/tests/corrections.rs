@@ -5,6 +5,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use gptq_compute::sweep::ScaleSearch;
 use gptq_compute::{Activations, Pool, Scratch, Tensor, linear};
 use gptq_format::{Bits, Checkpoint, Dynamic};
 use gptq_model::{Block, BlockState, Ctx, Embedder, LinearSource, Spec, Stage, load_linear};
@@ -145,19 +146,24 @@ fn solve(a: &[Vec<f64>], b: &[f64]) -> Vec<f64> {
 }
 
 /// Behind a block of 2 bits, 8 bits are next to nothing: what the next stage becomes is W + α W D H⁻¹, with D and H of
-/// both models' own inputs, in f64.
+/// both models' own inputs, in f64, in which the first token of a window counts for a quarter of it.
 #[test]
 fn weights_move_for_the_inputs_of_the_float_model() {
     let Some(source) = fixtures::dir("llama") else { return };
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("out");
     let rules = r#"{"-:model\\.layers\\.1\\.(self_attn\\.o_proj|mlp)": {}, "model\\.layers\\.1": {"bits": 8}}"#;
-    for true_sequential in [true, false] {
+    let weighted = TokenWeights::Balanced;
+    for (true_sequential, token_weights, first_counts) in [
+        (true, TokenWeights::Uniform, 1.0),
+        (true, weighted, LENGTH as f64 / 4.0),
+        (false, weighted, LENGTH as f64 / 4.0),
+    ] {
         let options = QuantizeOptions {
             bits: Bits::B2,
             dynamic: Dynamic::from_map(&serde_json::from_str(rules).unwrap()).unwrap(),
             activations: Activations::F32,
-            token_weights: TokenWeights::Uniform,
+            token_weights,
             correction: Correction::Qep,
             correction_strength: Some(0.5),
             true_sequential,
@@ -171,7 +177,9 @@ fn weights_move_for_the_inputs_of_the_float_model() {
         let (mut h, mut d) = (vec![vec![0.0; n]; n], vec![vec![0.0; n]; n]);
         for (x, y) in float.iter().zip(&quantized) {
             for t in 0..x.rows() {
-                let f64s = |x: &Tensor| x.row(t).iter().map(|v| f64::from(*v)).collect::<Vec<_>>();
+                let size = if t == 0 { f64::sqrt(first_counts) } else { 1.0 };
+                let f64s =
+                    |x: &Tensor| x.row(t).iter().map(|v| size * f64::from(*v)).collect::<Vec<_>>();
                 let (x, y) = (f64s(x), f64s(y));
                 for i in 0..n {
                     for j in 0..n {
@@ -194,7 +202,7 @@ fn weights_move_for_the_inputs_of_the_float_model() {
                 }
             }
             // Rounding to 8 bits; the opposite sign would be 4.
-            assert!(off < 0.01 * moved, "{index}: {off} {moved}");
+            assert!(off < 0.01 * moved, "{token_weights:?} {index}: {off} {moved}");
         }
     }
 }
@@ -273,6 +281,34 @@ fn inputs_of_down_projections_are_not_corrected() {
             run(&source, &output("qep"), 2, options);
             assert!(bytes(&output("plain")) == bytes(&output("qep")), "{name} {true_sequential}");
         }
+    }
+}
+
+/// Refined codes come nearer to what the correction aims at, not back to the weights that it started from.
+#[test]
+fn refinement_has_the_aim_of_the_correction() {
+    let Some(source) = fixtures::dir("llama") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    for damp_auto in [false, true] {
+        let error = |refine| {
+            let options = QuantizeOptions {
+                bits: Bits::B2,
+                correction_strength: Some(1.0),
+                scale_search: ScaleSearch::MinMax,
+                signed_scales: false,
+                damp_auto,
+                refine,
+                ..Default::default()
+            };
+            let report = run(&source, &folder.path().join("out"), 2, options);
+            let corrected = report.modules.iter().filter(|record| {
+                record.layer > 0
+                    && ["q_proj", "k_proj", "v_proj"].iter().any(|end| record.module.ends_with(end))
+            });
+            corrected.map(|record| record.relative_output_error.unwrap()).sum::<f64>()
+        };
+        let (before, after) = (error(0), error(2));
+        assert!(after < 0.9 * before, "{damp_auto}: {after} {before}");
     }
 }
 

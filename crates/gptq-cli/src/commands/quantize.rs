@@ -448,6 +448,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     // With --overwrite it may be the output that is to be replaced.
     let resume = args.resume && !args.overwrite;
     if let Some(output) = args.output.as_deref().filter(|o| resume && is_finished(o)) {
+        check_finished(output, &options, args.target_bpw.is_some())?;
         tracing::warn!("{} is finished already", output.display());
         return Ok(());
     }
@@ -504,6 +505,10 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         job.options = &chosen;
     }
     let mut plan = plan(&job)?;
+    // What the model needed to write its text was planned.
+    if announced.get().is_none() {
+        plan = plan.after_reading(options.max_memory)?;
+    }
     view.finish();
     match announced.get().filter(|_| args.target_bpw.is_none()) {
         // Whether the activations spill is decided by what is resident now.
@@ -545,6 +550,25 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
 pub(super) fn is_finished(output: &Path) -> bool {
     output.join("quant_report.json").exists()
         && !gptq_format::OutputDir::partial_path(output).is_ok_and(|partial| partial.exists())
+}
+
+/// Refuses to take a finished run for that of `options` where it has another format; `chosen`: its bits were chosen for
+/// a size.
+fn check_finished(output: &Path, options: &QuantizeOptions, chosen: bool) -> anyhow::Result<()> {
+    let report = gptq_format::fs::read_json(&output.join("quant_report.json"))?;
+    let wanted = options.config().to_json();
+    let method = json!(options.method.name());
+    let keys = ["bits", "group_size", "sym", "desc_act", "checkpoint_format"];
+    let fields = keys.into_iter().map(|key| (key, &report["quantize_config"][key], &wanted[key]));
+    for (key, then, now) in fields.chain([("method", &report["method"], &method)]) {
+        if then != now && !(chosen && key == "bits") {
+            bail!(
+                "{} is finished, with {key} = {then} and not {now}; choose another --output, or --overwrite it",
+                output.display()
+            );
+        }
+    }
+    Ok(())
 }
 
 #[allow(clippy::print_stderr)] // The plan is for people, not data.

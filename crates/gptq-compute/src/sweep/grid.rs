@@ -190,7 +190,8 @@ impl Grid {
         self.params::<S>(S::mul(low, p), S::mul(high, p))
     }
 
-    /// The range that a grid without signs covers; never empty.
+    /// The range that a grid without signs covers; never empty. A symmetric group without negative weights keeps half of its
+    /// codes unused, as in IST's quant.py.
     #[inline(always)]
     unsafe fn widened<S: Simd>(&self, mut low: S::F, mut high: S::F) -> (S::F, S::F) {
         let zero = S::splat(0.0);

@@ -102,8 +102,6 @@ impl Run<'_> {
         let options = self.job.options;
         let best = Regularization { damp_percent: options.damp_percent, shrink: 0.0 };
         let free = || linears.iter().filter(|(_, _, settings)| settings.damp_percent.is_none());
-        let Some((_, _, first)) = free().next() else { return Ok(best) };
-        let order = options.order_of(first, true);
         let mut samples = Vec::new();
         for (_, linear, settings) in free() {
             let rows = LinearRows::open(self.job.checkpoint, self.spec, linear)?;
@@ -113,14 +111,22 @@ impl Run<'_> {
                 self.folded.scale(&linear.module, range, &mut part);
                 weights.extend(part);
             }
-            samples.push(Sample { weights, grid: options.grid_of(settings) });
+            let (order, grid) = (options.order_of(settings, true), options.grid_of(settings));
+            samples.push(Sample { weights, order, grid });
+        }
+        if samples.is_empty() {
+            return Ok(best);
         }
         let pool = self.job.pool;
         let increment = options.damp_auto_increment;
         Ok(least(best, |candidate| {
             self.phases.time("damping", || {
-                let factor = candidate.factor(fitted, order, increment);
-                samples.iter().map(|sample| sample.error(pool, &factor, held)).sum()
+                // Rules may give linears of a stage other groups and orders.
+                let error = |same: &[Sample]| -> f64 {
+                    let factor = candidate.factor(fitted, same[0].order, increment);
+                    same.iter().map(|sample| sample.error(pool, &factor, held)).sum()
+                };
+                samples.chunk_by(|a, b| a.order == b.order).map(error).sum()
             })
         }))
     }
@@ -137,6 +143,7 @@ impl Regularization {
 struct Sample {
     /// `[rows, in]`
     weights: Vec<f32>,
+    order: OrderOptions,
     grid: Grid,
 }
 
@@ -236,7 +243,7 @@ mod tests {
             let search = ScaleSearch::MinMax;
             let grid =
                 Grid { bits, sym: true, search, signed: false, min_zero: 1, f16_scales: true };
-            let sample = Sample { weights: r.normals(19 * n, 1.0), grid };
+            let sample = Sample { weights: r.normals(19 * n, 1.0), order: ORDER, grid };
             let mut errors = Vec::new();
             for damp_percent in DAMPINGS {
                 for shrink in [0.0].into_iter().chain(SHRINKS) {

@@ -49,19 +49,20 @@ impl Journal {
     pub(crate) fn read(directory: &Path, job: &Job<'_>) -> Result<Option<Self>> {
         let path = directory.join(NAME);
         let Some(value) = read_json_if_exists(&path)? else { return Ok(None) };
-        let journal: Self = serde_json::from_value(value)
-            .map_err(|error| FormatError::io("understand", &path)(error.into()))?;
-        let now = fingerprint(job)?;
-        for field in journal.fingerprint.keys().chain(now.keys()) {
+        let (now, empty) = (fingerprint(job)?, Map::new());
+        // First: the journal of another version may hold other things.
+        let before = value["fingerprint"].as_object().unwrap_or(&empty);
+        for field in before.keys().chain(now.keys()) {
             let of =
                 |map: &Map<String, Value>| map.get(field).map_or("none".into(), Value::to_string);
-            let (then, now) = (of(&journal.fingerprint), of(&now));
+            let (then, now) = (of(before), of(&now));
             if then != now {
                 let (path, field) = (directory.to_owned(), field.clone());
                 return Err(QuantizeError::ResumeDiffers { path, field, then, now });
             }
         }
-        Ok(Some(journal))
+        let journal = serde_json::from_value(value);
+        Ok(Some(journal.map_err(|error| FormatError::io("understand", &path)(error.into()))?))
     }
 
     /// The journal with all blocks up to `layer` finished.
@@ -123,6 +124,8 @@ fn fingerprint(job: &Job<'_>) -> Result<Map<String, Value>> {
     // Of rules that name the same module the first counts.
     set("dynamic", json!(json!(options.dynamic.source()).to_string()));
     set("tune_blocks", json!(options.tune_blocks));
+    // The checkpoint says it of symmetric runs; single modules may be symmetric in others.
+    set("signed_scales", json!(options.signed_scales));
     set("damp_auto", json!(options.damp_auto));
     set("damp_auto_increment", json!(options.damp_auto_increment));
     set("moe_fallback", json!(format!("{:?}", options.moe_fallback)));

@@ -58,6 +58,8 @@ struct Shared {
     inputs: u64,
     /// How their inputs are corrected.
     correction: Correction,
+    /// Whether groups are formed along the order of some of them.
+    desc_act: bool,
     /// The most that solving one of them takes beside Hessian and factor.
     solving: u64,
 }
@@ -299,8 +301,7 @@ impl<'a> Memory<'a> {
             sum.push(("sum of input errors", shift));
         }
         // Between passes no chunk of spilled activations is in memory, nor its temporaries.
-        let between = if spill { kept } else { self.with_activations(false, kept) };
-        let mut between = between;
+        let mut between = if spill { kept } else { self.with_activations(false, kept) };
         if corrects > 0 {
             between.push(("sum of input errors", shift));
         }
@@ -321,8 +322,7 @@ impl<'a> Memory<'a> {
             Method::Gptq | Method::Rtn | Method::Awq => 0,
         };
         // Refining groups along the order takes a copy of H in that order.
-        let options = self.job.options;
-        let ordered = if options.refine > 0 && options.desc_act { matrix } else { 0 };
+        let ordered = if self.job.options.refine > 0 && stage.desc_act { matrix } else { 0 };
         // With held-out windows it is solved with a Hessian and judged by another.
         solved.extend([("Hessian and factor", 2 * matrix + held + inverse + ordered), solve]);
         [sum, factor, solved]
@@ -345,7 +345,8 @@ impl<'a> Memory<'a> {
         let settings = |l: &LinearSpec| self.layout.settings(&l.module);
         let solving = |l: &LinearSpec| Some(self.linear(l, settings(l)?, correction));
         let solving = linears.iter().filter_map(solving).max()?;
-        Some(Shared { inputs: linears.first()?.in_features as u64, correction, solving })
+        let desc_act = linears.iter().filter_map(settings).any(|settings| settings.desc_act);
+        Some(Shared { inputs: linears.first()?.in_features as u64, correction, desc_act, solving })
     }
 
     /// The most that solving one linear takes.

@@ -154,7 +154,8 @@ impl QuantizeOptions {
     /// perplexities in and out of domain at the same size: scales by the solver's weights and of either sign, and
     /// weights moved for the errors of their inputs (docs/concepts/options.md). The order makes no difference to such
     /// scales. Refinement is off: it lowered the loss on the calibration text by a few percent and the perplexity of
-    /// other text not at all. The other methods are baselines, as they were published.
+    /// other text not at all. The other methods are baselines, as they were published (but
+    /// for the symmetric grid of groups without negative weights, which is that of GPTQ).
     pub fn for_method(method: Method) -> Self {
         let gptq = method == Method::Gptq;
         Self {
@@ -266,8 +267,9 @@ impl QuantizeOptions {
         if self.awq_scales && self.method == Method::Rtn {
             return error("awq_scales", "rounding to nearest with them is --method awq");
         }
-        if matches!(self.method, Method::Rtn | Method::Awq) && self.desc_act {
-            return error("desc_act", "rounding to nearest has no order; leave desc_act off");
+        let ordered = self.desc_act || self.act_order_static;
+        if matches!(self.method, Method::Rtn | Method::Awq) && ordered {
+            return error("desc_act", "rounding to nearest has no order; leave --order alone");
         }
         if self.folds() && self.correction != Correction::None {
             return error(
@@ -275,8 +277,8 @@ impl QuantizeOptions {
                 "does not go with AWQ's scales, as the float model is not folded; choose none",
             );
         }
-        if self.method == Method::Obq && self.desc_act {
-            return error("desc_act", "OBQ chooses its own order; leave desc_act off");
+        if self.method == Method::Obq && ordered {
+            return error("desc_act", "OBQ chooses its own order; leave --order alone");
         }
         Ok(())
     }
@@ -463,12 +465,16 @@ mod tests {
             let refused = searched(ScaleSearch::Hessian, method);
             assert!(refused.is_err_and(|error| error.starts_with("scale_search")));
             assert_eq!(searched(mse, method).is_ok(), method != Method::Awq);
-            let ordered = QuantizeOptions {
-                desc_act: true,
-                act_group_aware: false,
-                ..QuantizeOptions::for_method(method)
-            };
-            assert!(ordered.check().is_err_and(|error| error.to_string().starts_with("desc_act")));
+            for desc_act in [true, false] {
+                let ordered = QuantizeOptions {
+                    desc_act,
+                    act_order_static: !desc_act,
+                    act_group_aware: false,
+                    ..QuantizeOptions::for_method(method)
+                };
+                let refused = ordered.check().map_err(|error| error.to_string());
+                assert!(refused.is_err_and(|error| error.starts_with("desc_act")));
+            }
         }
         assert!(corrected(Correction::Qep, Method::Obq).is_ok());
         assert!(corrected(Correction::Qronos, Method::Gptq).is_ok());

@@ -47,6 +47,19 @@ pub struct Plan {
     pub(crate) spill: bool,
 }
 
+impl Plan {
+    /// Counts what the process has needed so far, where that was to read the model and the text for this run alone.
+    ///
+    /// # Errors
+    /// [`QuantizeError::Memory`] if it was more than `limit`.
+    pub fn after_reading(mut self, limit: Option<u64>) -> Result<Self> {
+        let so_far = rss::peak_bytes().unwrap_or(0);
+        check_limit(limit, so_far, "reading the model and the calibration text", "")?;
+        self.summary.peak_rss_bytes = self.summary.peak_rss_bytes.max(so_far);
+        Ok(self)
+    }
+}
+
 /// Plans a run without starting it.
 ///
 /// # Errors
@@ -97,14 +110,10 @@ fn summarize(job: &Job<'_>, spec: &Spec, layout: &Layout) -> Result<Plan> {
             "; a text file given with --calibration needs less",
         )?;
     }
-    // Reading model and text may have needed more than the run will; text that the model wrote was
-    // planned before.
-    let so_far = if writing > 0 { 0 } else { rss::peak_bytes().unwrap_or(0) };
-    check_limit(limit, so_far, "reading the model and the calibration text", "")?;
     let time = Time::new(job, spec, layout, tokens, seqlen);
     Ok(Plan {
         summary: PlanSummary {
-            peak_rss_bytes: peak.max(so_far),
+            peak_rss_bytes: peak,
             output_bytes: layout.plan.total_bytes(),
             scratch_bytes: if spill { memory.scratch_bytes() } else { 0 },
             seconds: time.seconds,

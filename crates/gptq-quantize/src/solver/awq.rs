@@ -136,12 +136,14 @@ pub fn clipped(
 }
 
 /// What a stage that is rounded has in place of a factor: columns from left to right and the diagonal
-/// of H as it is.
+/// of H as it is. Inputs that never fire get next to nothing, so that refining divides by no 0.
 pub(crate) fn unfactored(hessian: &Hessian, group_size: i64) -> Factor {
     let inputs = hessian.width();
     let order =
         OrderOptions { group_size, desc_act: false, act_group_aware: false, static_groups: true };
-    let diagonal = hessian.diagonal().map(|d| if d > 0.0 { d } else { 1.0 });
+    let mean = hessian.diagonal().sum::<f32>() / inputs.max(1) as f32;
+    let least = if mean > 0.0 { (1e-6 * mean).max(f32::MIN_POSITIVE) } else { 1.0 };
+    let diagonal = hessian.diagonal().map(|d| d.max(least));
     Factor {
         columns: ColumnOrder::new(&vec![0.0; inputs], order),
         upper: Vec::new(),
@@ -293,5 +295,39 @@ mod tests {
         let search = RatioSearch::new(&[0.0; 4]);
         assert_eq!(search.best(), Ratio { alpha: 0.0, scales: vec![1.0; 4], loss: 1.0 });
         assert!(search.scales(19).iter().all(|s| *s == 1.0));
+    }
+
+    /// Refining what was clipped never harms, and inputs that never fire do not count, however small the others are.
+    #[test]
+    fn refinement_does_not_see_inputs_that_never_fire() {
+        let (inputs, outputs, pool) = (64, 24, Pool::new(2));
+        let weights = random(inputs * outputs, 9);
+        for size in [1.0, 1e-3, 0.0] {
+            let full = hessian(inputs, 200);
+            let dead = |k: usize| k % 10 == 5;
+            let element = |(index, h): (usize, &f32)| {
+                if dead(index / inputs) || dead(index % inputs) { 0.0 } else { size * h }
+            };
+            let matrix = full.matrix().iter().enumerate().map(element).collect();
+            let hessian = Hessian::from_matrix(matrix, inputs, 200);
+            let error = |solution: &Solution| {
+                let mut error = crate::hessian::OutputError::default();
+                hessian.add_error(&pool, &weights, solution.dequantize(), &mut error);
+                error.relative()
+            };
+            let before = clipped(&pool, &weights, &hessian, 32, GRID);
+            let factor = unfactored(&hessian, 32);
+            let after =
+                crate::solver::refine(&pool, &weights, &hessian, &factor, GRID, 3, before.clone());
+            assert!(after.scales.iter().all(|scale| scale.is_finite()));
+            if size > 0.0 {
+                assert!(
+                    error(&after) < error(&before),
+                    "{size}: {} {}",
+                    error(&after),
+                    error(&before)
+                );
+            }
+        }
     }
 }

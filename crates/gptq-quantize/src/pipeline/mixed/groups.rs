@@ -51,6 +51,8 @@ pub(super) struct Group {
     pub(super) bits_at_run: f64,
     /// Relative output error at the widths, weighted by the sizes of the linears.
     pub(super) errors: [f64; 4],
+    /// Weights of the linears that these are of: not those of experts that saw too few tokens.
+    pub(super) measured: u64,
     /// Divergence with this group alone at the width of [`Group::probe`], in nats per token.
     pub(super) kl: f64,
 }
@@ -79,8 +81,8 @@ impl Group {
 
     pub(super) fn report(&self, bits: Bits) -> MixedGroup {
         let error = |index: usize| {
-            let mean = self.errors[index] / self.weights.max(1) as f64;
-            self.sizes[index].map(|_| mean)
+            let known = self.sizes[index].is_some() && self.measured > 0;
+            known.then(|| self.errors[index] / self.measured as f64)
         };
         MixedGroup {
             layer: self.layer,
@@ -131,6 +133,7 @@ impl Group {
             sizes,
             bits_at_run: 0.0,
             errors: [0.0; 4],
+            measured: 0,
             kl: 0.0,
         }
     }

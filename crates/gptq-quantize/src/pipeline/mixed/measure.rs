@@ -273,9 +273,11 @@ impl Pass<'_> {
             let bias = rows.take_bias();
             if let Some(fitted) = factor.as_ref().zip(hessian) {
                 let errors = self.sampled(linear, &rows, &settings, fitted)?;
-                let weights = (linear.in_features * linear.out_features) as f64;
-                for (sum, error) in self.groups[place].errors.iter_mut().zip(errors) {
-                    *sum += weights * error;
+                let weights = (linear.in_features * linear.out_features) as u64;
+                let group = &mut self.groups[place];
+                group.measured += weights;
+                for (sum, error) in group.errors.iter_mut().zip(errors) {
+                    *sum += weights as f64 * error;
                 }
             }
             let settings = ModuleSettings { bits: probe, ..settings };

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 pub use measure::{Sensitivity, sensitivity};
 
 use super::layout::Layout;
-use super::{Job, QuantizeOptions};
+use super::{Job, Method, QuantizeOptions};
 use crate::error::{QuantizeError, Result};
 use choice::{Candidate, choose};
 use gptq_model::Spec;
@@ -68,7 +68,8 @@ pub struct MixedGroup {
     pub bits: u32,
     /// Divergence of the model with this group alone at `probe_bits`, in nats per token.
     pub kl: f64,
-    /// Relative output error at 2, 3, 4 and 8 bits; `null` where the shape does not allow the width.
+    /// Relative output error at 2, 3, 4 and 8 bits, of experts that saw enough tokens; `null` where the shape does not
+    /// allow the width or no expert did.
     pub relative_output_error: Vec<Option<f64>>,
 }
 
@@ -122,11 +123,16 @@ pub fn apply(
     Ok(())
 }
 
-/// Refuses a size that no bits reach, before anything is measured. `options` are those that [`apply`] enters bits into.
+/// Refuses a method without a choice of bits and a size that none reach, before anything is measured. `options` are those
+/// that [`apply`] enters bits into.
 ///
 /// # Errors
 /// [`QuantizeError::Option`], or that the model cannot be read.
 pub fn check_target(checkpoint: &Checkpoint, options: &QuantizeOptions, target: f64) -> Result<()> {
+    if options.method != Method::Gptq {
+        let reason = "chooses bits for --method gptq".to_owned();
+        return Err(QuantizeError::Option { option: "target_bpw", reason });
+    }
     let spec = Spec::for_checkpoint(checkpoint)?;
     let layout = Layout::new(checkpoint, &spec, options)?;
     let weights = layout.quantized_weights() as f64;
