@@ -12,7 +12,14 @@ prompt="Why is the sky blue?"
 
 # Shows a command before it runs; what it prints on stdout goes where the caller sends it.
 run() {
-    printf '\n$ gptq %s\n' "$*" >&2
+    printf '\n$ gptq' >&2
+    for word in "$@"; do
+        case $word in
+        *[!A-Za-z0-9_=./@,:+-]*) printf " '%s'" "$word" >&2 ;;
+        *) printf ' %s' "$word" >&2 ;;
+        esac
+    done
+    echo >&2
     target/release/gptq "$@"
 }
 

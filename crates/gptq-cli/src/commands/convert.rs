@@ -46,7 +46,7 @@ pub(crate) struct Args {
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum TargetArg {
-    /// GPTQ v1, zero points stored less one; read by all engines (asymmetric not by GPTQModel)
+    /// GPTQ v1, zero points stored less one; known to all engines (asymmetric not to GPTQModel)
     Gptq,
     /// GPTQ v2, zero points as they are
     #[value(name = "gptq_v2")]

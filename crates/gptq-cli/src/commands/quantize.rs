@@ -120,7 +120,8 @@ pub(crate) struct Args {
     /// larger, and the norm or linear before them smaller by as much. Costs nothing at inference.
     #[arg(long)]
     awq_scales: bool,
-    /// Let all stages of a block see the float activations of that block, not only of the blocks before.
+    /// Let all stages of a block see what its float linears compute behind the quantized blocks before, instead of what
+    /// those of its own stages that are quantized already compute.
     #[arg(long)]
     no_true_sequential: bool,
     /// What to do with an expert of a mixture that fewer calibration tokens were routed to than a
@@ -145,15 +146,16 @@ pub(crate) struct Args {
     /// How linears make up for inputs that are not those of the float model any more: not at all, by
     /// weights that are moved before they are solved (qep), column by column in the sweep (gptaq), or by
     /// a best first column and a fresh start behind it (qronos). Down projections are left out. Unless none, the
-    /// model is run as floats, too, which takes six to nine tenths of the time again and twice the memory for activations.
+    /// model is run as floats, too, which takes six to eight tenths of the time again and twice the memory for activations.
     /// [default: qep; none for the methods rtn, obq and awq and with --awq-scales]
     #[arg(long, value_enum)]
     correction: Option<CorrectionArg>,
     /// Share of the input error that is corrected, above 0 and at most 1. [default: qep 0.5, gptaq
-    /// 0.25, qronos 1]
+    /// 0.25, qronos 1 as published; with the default scales and token weights 0.5 is better]
     #[arg(long, value_name = "A")]
     correction_strength: Option<f64>,
-    /// Calibration text (.txt, .jsonl, .parquet), or `self`: the model writes it. Given several
+    /// Calibration text, or `self`: the model writes it. A .txt file is one text; lines of .jsonl and rows of .parquet
+    /// have `text`, `messages` (which go through the chat template) or `input_ids`. Given several
     /// times, windows are drawn from each in proportion to the weights: `--calibration a.txt
     /// --calibration self@0.5` takes two thirds from the file. Encoders take each line (of .txt) or
     /// row as a window of its own, with its special tokens.
@@ -174,12 +176,14 @@ pub(crate) struct Args {
     /// Self calibration: sample among so many most likely tokens; 0 for all.
     #[arg(long, default_value_t = 50, value_name = "K")]
     calibration_top_k: usize,
-    /// Zero-point convention: gptq (v1) is read by all engines (asymmetric not by GPTQModel), `gptq_v2` is exact
-    /// for every zero point, but not read by TGI.
+    /// Zero-point convention: gptq (v1), which all engines know (asymmetric not GPTQModel; which bits and grids each
+    /// reads: `gptq verify`), or `gptq_v2`, exact for every zero point, but not read by TGI.
     #[arg(long, value_enum, default_value_t = FormatArg::Gptq)]
     format: FormatArg,
     /// JSON file of overrides, regex of module names to settings: bits, group_size, sym, desc_act,
-    /// act_group_aware, static_groups, damp_percent, mse; `-:regex` leaves modules as floats.
+    /// act_group_aware, static_groups, damp_percent, mse; `-:regex` leaves modules as floats:
+    /// `{"-:model\\.layers\\.0\\.": {}, ".*down_proj": {"bits": 8}}`. Patterns match from the start of the name. Those with
+    /// `-:` come first, then the others as they stand; the first that matches holds.
     #[arg(long, value_name = "FILE")]
     dynamic: Option<PathBuf>,
     /// Largest weight file.
@@ -199,7 +203,8 @@ pub(crate) struct Args {
     /// Go on with what an interrupted run of the same command left behind.
     #[arg(long)]
     resume: bool,
-    /// Show what the run would need and stop.
+    /// Show what the run would need and stop. With --target-bpw the bits are chosen first: that takes the calibration
+    /// text, which the model may have to write, and minutes of measuring.
     #[arg(long)]
     dry_run: bool,
     /// Print the report as JSON.
