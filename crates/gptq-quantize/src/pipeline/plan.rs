@@ -19,9 +19,11 @@ use crate::rss;
 use crate::self_calibration::{self, SelfCalibration};
 use crate::solver::Correction;
 
-/// What writing a text token by token reaches of the f32 rate, from floats and from the codes of GGUF's blocks.
+/// What writing a text token by token reaches of the f32 rate, from floats and from the codes of GGUF's blocks, but for its
+/// attention, which reads all keys and values before the token: so many bytes per second and thread.
 const WRITING: f64 = 0.35;
-const WRITING_FROM_CODES: f64 = 0.9;
+const WRITING_FROM_CODES: f64 = 1.25;
+const KV_BYTES_PER_SECOND: f64 = 8e9;
 
 /// What tuning reaches of the f32 rate.
 const TUNING: f64 = 0.8;
@@ -233,6 +235,8 @@ impl Time {
         let weight = first.map(|linear| format!("{}.weight", linear.module));
         let codes = weight.and_then(|weight| block_parts(job.checkpoint, &weight)).is_some();
         let writing = if codes { WRITING_FROM_CODES } else { WRITING };
+        let kv_read = (spec.kv_bytes_per_token(self_calibration::KV) * seqlen / 2) as f64;
+        let kv_rate = KV_BYTES_PER_SECOND * job.pool.threads() as f64;
         // How often the tokens of a stream pass through a block.
         let walks = match (job.options.true_sequential, corrects) {
             (true, _) => 1 + usize::from(job.options.runs_blocks_again()) + usize::from(corrects),
@@ -254,7 +258,7 @@ impl Time {
             seconds: solving
                 + operations / (efficiency(job.options.activations) * rate)
                 + tuning / (TUNING * rate),
-            per_written: (forward + logits) / (writing * rate),
+            per_written: (forward + logits) / (writing * rate) + kv_read / kv_rate,
             operations: operations + tuning,
             rate,
         }
@@ -266,7 +270,7 @@ fn efficiency(activations: Activations) -> f64 {
     match (activations, isa()) {
         (Activations::Bf16, Isa::Avx512Bf16) => 1.35,
         (Activations::Int8, Isa::Avx512Bf16) => 1.5,
-        (Activations::Bf16, Isa::Avx512Vnni | Isa::AvxVnni) => 0.95,
+        (Activations::Bf16, Isa::Avx512Vnni | Isa::AvxVnni) => 1.0,
         (Activations::Int8, Isa::Avx512Vnni | Isa::AvxVnni) => 1.05,
         _ => 0.75,
     }
