@@ -225,9 +225,10 @@ impl<'a> Runner<'a> {
         let (mut failed, mut end) = (Vec::new(), Ok(()));
         for (index, row) in rows.iter().enumerate() {
             let id = &ids[index];
-            // A row before may have been the same by another name.
-            found[index] =
-                found[index].take().or_else(|| self.store.read(&self.store.result_id(id)));
+            if found[index].is_none() && ids[..index].contains(id) {
+                // The same by another name.
+                found[index] = self.store.read(&self.store.result_id(id));
+            }
             if let Some(result) = &mut found[index] {
                 self.rename(row, id, result);
                 continue;
