@@ -120,16 +120,13 @@ impl Store {
     pub(super) fn read<T: DeserializeOwned>(&self, id: &str) -> Option<T> {
         let end = format!("-{id}.json");
         let of_id = |path: &PathBuf| path.to_string_lossy().ends_with(&end);
-        let read = |path: PathBuf| {
-            let value = read_json(&path).map_err(anyhow::Error::from);
-            value
-                .and_then(|value| Ok(serde_json::from_value(value)?))
-                .inspect_err(|error| {
-                    tracing::warn!("{}: {error:#}; it counts as none", path.display())
-                })
-                .ok()
-        };
-        self.results().into_iter().filter(of_id).find_map(read)
+        let read = |path: &Path| Ok::<T, anyhow::Error>(serde_json::from_value(read_json(path)?)?);
+        self.results().into_iter().filter(of_id).find_map(|path| {
+            let ignored = |error: &anyhow::Error| {
+                tracing::warn!("{}: {error:#}; it counts as none", path.display());
+            };
+            read(&path).inspect_err(ignored).ok()
+        })
     }
 
     /// Whether a finished row has kept this checkpoint, under whatever name.
