@@ -20,10 +20,10 @@ use crate::self_calibration::{self, SelfCalibration};
 use crate::solver::Correction;
 
 /// What writing a text token by token reaches of the f32 rate, from floats and from the codes of GGUF's blocks, but for its
-/// attention, which reads all keys and values before the token: so many bytes per second and thread.
+/// attention, which reads all keys and values before the token: a byte takes as long as so many operations.
 const WRITING: f64 = 0.35;
 const WRITING_FROM_CODES: f64 = 1.25;
-const KV_BYTES_PER_SECOND: f64 = 8e9;
+const OPERATIONS_PER_KV_BYTE: f64 = 17.0;
 
 /// What tuning reaches of the f32 rate.
 const TUNING: f64 = 0.8;
@@ -236,7 +236,7 @@ impl Time {
         let codes = weight.and_then(|weight| block_parts(job.checkpoint, &weight)).is_some();
         let writing = if codes { WRITING_FROM_CODES } else { WRITING };
         let kv_read = (spec.kv_bytes_per_token(self_calibration::KV) * seqlen / 2) as f64;
-        let kv_rate = KV_BYTES_PER_SECOND * job.pool.threads() as f64;
+        let per_written = (forward + logits) / writing + OPERATIONS_PER_KV_BYTE * kv_read;
         // How often the tokens of a stream pass through a block.
         let walks = match (job.options.true_sequential, corrects) {
             (true, _) => 1 + usize::from(job.options.runs_blocks_again()) + usize::from(corrects),
@@ -258,7 +258,7 @@ impl Time {
             seconds: solving
                 + operations / (efficiency(job.options.activations) * rate)
                 + tuning / (TUNING * rate),
-            per_written: (forward + logits) / (writing * rate) + kv_read / kv_rate,
+            per_written: per_written / rate,
             operations: operations + tuning,
             rate,
         }
