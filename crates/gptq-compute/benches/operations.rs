@@ -73,7 +73,7 @@ fn silu_and_product(bencher: Bencher, tokens: usize) {
 fn rotation(bencher: Bencher, tokens: usize) {
     let pool = Pool::with_all_cores();
     let frequencies: Vec<f32> = (0..HEAD / 2).map(|i| 0.8f32.powi(i as i32)).collect();
-    let table = RopeTable::new(&frequencies, 1.0, RopeStyle::Half, tokens);
+    let table = RopeTable::new(&frequencies, 1.0, RopeStyle::Half, 0..tokens);
     let positions: Vec<u32> = (0..tokens as u32).collect();
     let mut q = tensor(tokens, HIDDEN);
     let count = bytes(2 * tokens * HIDDEN);

@@ -1,5 +1,7 @@
 //! Rotary position embedding.
 
+use std::ops::Range;
+
 use crate::pool::Pool;
 use crate::tensor::{RawSlice, Tensor};
 
@@ -12,9 +14,11 @@ pub enum RopeStyle {
     Interleaved,
 }
 
-/// Cosines and sines of every position, `[positions, rotary_dim / 2]` each.
+/// Cosines and sines of a range of positions, `[positions, rotary_dim / 2]` each.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
+    /// The first position.
+    start: usize,
     cos: Vec<f32>,
     sin: Vec<f32>,
     pairs: usize,
@@ -22,18 +26,19 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// Tables for positions `0..positions`. `inv_freq`: `[rotary_dim / 2]` radians per position;
-    /// cosines and sines are multiplied by `attention_factor` (YaRN).
+    /// The table of `positions`. `inv_freq`: `[rotary_dim / 2]` radians per position; cosines and
+    /// sines are multiplied by `attention_factor` (YaRN).
     pub fn new(
         inv_freq: &[f32],
         attention_factor: f32,
         style: RopeStyle,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Self {
         let pairs = inv_freq.len();
-        let (mut cos, mut sin) =
-            (Vec::with_capacity(positions * pairs), Vec::with_capacity(positions * pairs));
-        for position in 0..positions {
+        let start = positions.start;
+        let room = positions.len() * pairs;
+        let (mut cos, mut sin) = (Vec::with_capacity(room), Vec::with_capacity(room));
+        for position in positions {
             for &f in inv_freq {
                 // The product is rounded to f32 as in transformers; the functions are exact.
                 let angle = f64::from(position as f32 * f);
@@ -41,12 +46,13 @@ impl RopeTable {
                 sin.push((angle.sin() as f32) * attention_factor);
             }
         }
-        Self { cos, sin, pairs, style }
+        Self { start, cos, sin, pairs, style }
     }
 
-    /// Number of positions covered.
-    pub fn positions(&self) -> usize {
-        self.cos.len().checked_div(self.pairs).unwrap_or(usize::MAX)
+    /// The positions covered.
+    pub fn positions(&self) -> Range<usize> {
+        let count = self.cos.len().checked_div(self.pairs).unwrap_or(usize::MAX - self.start);
+        self.start..self.start + count
     }
 
     /// Columns of each head that rotate.
@@ -94,12 +100,13 @@ fn turn(
     let (rows, cols, pairs) = (x.rows(), x.cols(), table.pairs);
     assert_eq!(positions.len(), rows, "one position per row");
     assert!(cols.is_multiple_of(head_dim) && 2 * pairs <= head_dim, "head of {head_dim}");
-    assert!(positions.iter().all(|&p| (p as usize) < table.positions()), "position out of range");
+    let covered = table.positions();
+    assert!(positions.iter().all(|&p| covered.contains(&(p as usize))), "position out of range");
     let raw = RawSlice::new(x.as_mut_slice());
     let step = (8 * 1024 / cols.max(1)).max(1);
     pool.run(rows.div_ceil(step), &|task| {
         for row in task * step..((task + 1) * step).min(rows) {
-            let at = positions[row] as usize * pairs;
+            let at = (positions[row] as usize - covered.start) * pairs;
             let (cos, sin) = (&table.cos[at..at + pairs], &table.sin[at..at + pairs]);
             // SAFETY: each row belongs to one task.
             for head in unsafe { raw.range(row * cols, cols) }.chunks_exact_mut(head_dim) {
@@ -132,8 +139,8 @@ mod tests {
     fn both_styles_rotate_the_same_pairs() {
         let pool = Pool::new(2);
         let freq = [1.0, 0.1];
-        let half = RopeTable::new(&freq, 1.0, RopeStyle::Half, 8);
-        let inter = RopeTable::new(&freq, 1.0, RopeStyle::Interleaved, 8);
+        let half = RopeTable::new(&freq, 1.0, RopeStyle::Half, 0..8);
+        let inter = RopeTable::new(&freq, 1.0, RopeStyle::Interleaved, 7..8);
         // Head of 5: four rotate, one passes. Pairs (1,3), (2,4).
         let mut a = Tensor::from_vec(1, 5, vec![1.0, 2.0, 3.0, 4.0, 9.0]);
         let mut b = Tensor::from_vec(1, 5, vec![1.0, 3.0, 2.0, 4.0, 9.0]);
@@ -158,7 +165,7 @@ mod tests {
         let pool = Pool::new(2);
         for style in [RopeStyle::Half, RopeStyle::Interleaved] {
             // An attention factor stays one and is not inverted.
-            let table = RopeTable::new(&[1.0, 0.1], 1.5, style, 8);
+            let table = RopeTable::new(&[1.0, 0.1], 1.5, style, 0..8);
             let (mut x, mut dy) = (Tensor::zeros(1, 10), Tensor::zeros(1, 10));
             for i in 0..10 {
                 (x.as_mut_slice()[i], dy.as_mut_slice()[i]) = (i as f32 - 3.0, 2.0 - i as f32);

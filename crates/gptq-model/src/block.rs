@@ -604,10 +604,11 @@ fn rotate(
     let Ctx { pool, ropes, q, k, out, positions, .. } = ctx;
     positions.clear();
     positions.extend(seqs.iter().flat_map(|seq| seq.positions().map(|position| position as u32)));
+    let start = seqs.iter().map(|seq| seq.positions().start).min().unwrap_or(0);
     let end = seqs.iter().map(|seq| seq.positions().end).max().unwrap_or(0);
     let keys = || seqs.iter().map(|seq| scheme.length_key(seq.positions().end));
     if keys().all(|key| key == scheme.length_key(end)) {
-        let table = ropes.get(index, scheme, end);
+        let table = ropes.get(index, scheme, start..end);
         turn(pool, q, head_dim, table, positions);
         turn(pool, k, head_dim, table, positions);
         return;
@@ -615,8 +616,7 @@ fn rotate(
     // Frequencies that depend on the length, and lengths that differ: sequence by sequence, so that the result of one does
     // not depend on the others.
     for seq in seqs {
-        let end = seq.positions().end;
-        let table = ropes.get(index, scheme, end);
+        let table = ropes.get(index, scheme, seq.positions());
         for x in [&mut *q, &mut *k] {
             let cols = x.cols();
             let part = seq.rows.start * cols..seq.rows.end * cols;

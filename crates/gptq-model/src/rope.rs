@@ -6,6 +6,7 @@
 //! error of 1e-7 in a frequency is an angle error of 1e-3 at position 10000.
 
 use std::f64::consts::PI;
+use std::ops::Range;
 
 use gptq_compute::{RopeStyle, RopeTable};
 
@@ -149,6 +150,11 @@ impl Rope {
         }
     }
 
+    /// Whether a sequence of `length` tokens has frequencies that one of another length has not.
+    fn changes_with_each_token(&self, length: usize) -> bool {
+        matches!(self.scaling, RopeScaling::Dynamic { max_positions, .. } if length > max_positions)
+    }
+
     /// First and last dimension of YaRN's ramp.
     fn yarn_ramp(
         &self,
@@ -199,22 +205,31 @@ struct Slot {
 }
 
 impl RopeTables {
-    /// The table of rope number `index` for sequences of `length` tokens, with positions up to `length`.
-    pub(crate) fn get(&mut self, index: usize, rope: &Rope, length: usize) -> &RopeTable {
+    /// The table of rope number `index` for `positions`, of sequences that end with them.
+    pub(crate) fn get(&mut self, index: usize, rope: &Rope, positions: Range<usize>) -> &RopeTable {
         const SMALLEST: usize = 64;
+        let length = positions.end;
         if self.slots.len() <= index {
             self.slots.resize_with(index + 1, || None);
         }
         let slot = &mut self.slots[index];
         let key = rope.length_key(length);
-        slot.take_if(|old| old.key != key || old.table.positions() < length || old.rope != *rope);
+        slot.take_if(|old| {
+            let covered = old.table.positions();
+            let covers = covered.start <= positions.start && length <= covered.end;
+            old.key != key || !covers || old.rope != *rope
+        });
         let fill = || {
             let (inv_freq, factor) = rope.frequencies(length);
-            let room = length.next_power_of_two().max(SMALLEST);
+            let covered = if rope.changes_with_each_token(length) {
+                positions
+            } else {
+                0..length.next_power_of_two().max(SMALLEST)
+            };
             Slot {
                 rope: rope.clone(),
                 key,
-                table: RopeTable::new(&inv_freq, factor, rope.style, room),
+                table: RopeTable::new(&inv_freq, factor, rope.style, covered),
             }
         };
         &slot.get_or_insert_with(fill).table
@@ -308,11 +323,22 @@ mod tests {
     #[test]
     fn tables_follow_the_rope_and_the_length() {
         let mut tables = RopeTables::default();
-        assert_eq!(tables.get(0, &rope(RopeScaling::None), 65).positions(), 128);
-        assert_eq!(tables.get(0, &rope(RopeScaling::None), 3).positions(), 128);
+        assert_eq!(tables.get(0, &rope(RopeScaling::None), 60..65).positions(), 0..128);
+        assert_eq!(tables.get(0, &rope(RopeScaling::None), 0..3).positions(), 0..128);
         let narrow = Rope { rotary_dim: 4, ..rope(RopeScaling::None) };
-        assert_eq!(tables.get(0, &narrow, 3).rotary_dim(), 4);
-        assert_eq!(tables.get(1, &rope(RopeScaling::None), 3).rotary_dim(), 8);
-        assert_eq!(tables.get(0, &narrow, 3).rotary_dim(), 4);
+        assert_eq!(tables.get(0, &narrow, 0..3).rotary_dim(), 4);
+        assert_eq!(tables.get(1, &rope(RopeScaling::None), 0..3).rotary_dim(), 8);
+        assert_eq!(tables.get(0, &narrow, 0..3).rotary_dim(), 4);
+    }
+
+    #[test]
+    fn a_table_that_serves_one_length_has_the_positions_asked_for() {
+        let mut tables = RopeTables::default();
+        let dynamic = rope(RopeScaling::Dynamic { factor: 2.0, max_positions: 16 });
+        assert_eq!(tables.get(0, &dynamic, 15..16).positions(), 0..64);
+        assert_eq!(tables.get(0, &dynamic, 19..20).positions(), 19..20);
+        // Another sequence of the same length, with more rows.
+        assert_eq!(tables.get(0, &dynamic, 4..20).positions(), 4..20);
+        assert_eq!(tables.get(0, &dynamic, 20..21).positions(), 20..21);
     }
 }
