@@ -91,14 +91,6 @@ fn sentencepiece_is_rebuilt_from_scores() {
     for text in ["ab ba  a", "é\n日本", "  x"] {
         assert_eq!(t.decode(&t.encode(text, true).unwrap(), true).unwrap(), text);
     }
-    let mut stream = t.decode_stream();
-    let pieces: Vec<String> = t
-        .encode("ab a日", true)
-        .unwrap()
-        .into_iter()
-        .filter_map(|id| stream.push(id).unwrap())
-        .collect();
-    assert_eq!(pieces.concat(), "ab a日");
     let plain = build(
         &sentencepiece()
             .bool("tokenizer.ggml.add_space_prefix", false)
@@ -106,6 +98,33 @@ fn sentencepiece_is_rebuilt_from_scores() {
     );
     assert_eq!(plain.encode("ab", true).unwrap(), [262]);
     assert_eq!(plain.decode(&[264], true).unwrap(), " ab");
+}
+
+#[test]
+fn a_stream_of_single_bytes_is_the_text() {
+    let t = build(&sentencepiece());
+    let streamed = |ids: &[u32]| {
+        let mut stream = t.decode_stream();
+        let mut pieces: Vec<String> =
+            ids.iter().filter_map(|id| stream.push(*id).unwrap()).collect();
+        pieces.extend(stream.flush().unwrap());
+        pieces
+    };
+    for text in ["ab a日", "日本", "🦀🦀 ❤️b", "é日🦀a"] {
+        let pieces = streamed(&t.encode(text, true).unwrap());
+        assert_eq!(pieces.concat(), text);
+        assert!(pieces.iter().all(|p| !p.contains('\u{FFFD}')), "{pieces:?}");
+    }
+    let byte = |b: u32| 3 + b;
+    // Two of three bytes of a character behind a whole one, which stays; then text, or the end.
+    let broken = [0xE6, 0x97, 0xA5, 0xE6, 0x9C].map(byte);
+    assert_eq!(streamed(&broken).concat(), "日\u{FFFD}\u{FFFD}");
+    assert_eq!(streamed(&[&broken[..], &[260]].concat()).concat(), "日\u{FFFD}\u{FFFD}a");
+    // Bytes that never become a character do not pile up.
+    assert!(streamed(&[byte(0x9F); 100]).len() >= 20);
+    // A token without text does not take the space in front of the next.
+    assert_eq!(streamed(&[263, 2, 263]).concat(), "a a");
+    assert_eq!(t.decode(&[263, 2, 263], true).unwrap(), "a a");
 }
 
 #[test]
