@@ -226,13 +226,16 @@ impl GgufFile {
             if !matches!(kind, None | Some("none" | "llama3")) {
                 return Err(self.unsupported_key("rope.scaling.type"));
             }
+            let unsupported = || GgufError::Unsupported {
+                path: self.path().into(),
+                feature: "`rope_freqs.weight` with factors other than Llama 3's".into(),
+            };
+            // Before it is read: nothing else bounds its size.
+            if freqs.dims != [(head_dim / 2) as u64] {
+                return Err(unsupported());
+            }
             let factors = self.read_f32(freqs)?;
-            return llama3_scaling(&factors, theta, head_dim, original).ok_or_else(|| {
-                GgufError::Unsupported {
-                    path: self.path().into(),
-                    feature: "`rope_freqs.weight` with factors other than Llama 3's".into(),
-                }
-            });
+            return llama3_scaling(&factors, theta, head_dim, original).ok_or_else(unsupported);
         }
         let factor = match number("factor")? {
             Some(f) => Some(f),
@@ -288,9 +291,6 @@ fn llama3_scaling(
     head_dim: usize,
     original: Option<u64>,
 ) -> Option<Value> {
-    if factors.len() != head_dim / 2 {
-        return None;
-    }
     let factor = f64::from(*factors.last()?);
     let (low, high) = (1.0, 4.0);
     let fits = |original: u64| {

@@ -1,7 +1,5 @@
 //! `tokenizer.ggml.model` = `llama`: SentencePiece BPE with scores and byte fallback.
 
-use std::cmp::Ordering;
-
 use serde_json::json;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::{DecoderWrapper, NormalizerWrapper};
@@ -23,9 +21,14 @@ pub(super) fn build(
     let invalid = |reason: String| TokenizerError::Invalid { path: gguf.path().into(), reason };
     let key = "tokenizer.ggml.scores";
     let scores = match gguf.value(key) {
-        Some(GgufValue::Array(GgufArray::F32(s))) if s.len() == vocabulary.tokens.len() => s,
+        Some(GgufValue::Array(GgufArray::F32(s)))
+            if s.len() == vocabulary.tokens.len() && s.iter().all(|score| score.is_finite()) =>
+        {
+            s
+        }
         _ => {
-            let expected = format!("an array of {} floats, one per token", vocabulary.tokens.len());
+            let count = vocabulary.tokens.len();
+            let expected = format!("an array of {count} finite floats, one per token");
             return Err(gguf.bad_value(key, expected).into());
         }
     };
@@ -112,9 +115,9 @@ pub(super) fn merges_from_scores(
     }
     // Stable: what is equal stays in the order of ids.
     merges.sort_by(|a, b| {
-        b.score
-            .partial_cmp(&a.score)
-            .unwrap_or(Ordering::Equal)
+        // Zeros of both signs are the same score.
+        (b.score + 0.0)
+            .total_cmp(&(a.score + 0.0))
             .then(b.left_chars.cmp(&a.left_chars))
             .then(b.right_chars.cmp(&a.right_chars))
     });

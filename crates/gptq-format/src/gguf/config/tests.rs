@@ -145,6 +145,10 @@ fn llama3_scaling_is_recovered_from_its_factors() {
         assert_eq!(file.hf_config().unwrap()["rope_scaling"], expected);
         assert!(file.hf_tensors().unwrap().iter().all(|t| !t.name.contains("rope")));
 
+        let long = [factors.clone(), factors.clone()].concat();
+        let file = b.clone().f32_tensor("rope_freqs.weight", &[32], &long).write(dir.path());
+        assert!(file.hf_config().unwrap_err().to_string().contains("rope_freqs.weight"));
+
         let mut other = factors;
         other[9] *= 1.01;
         let file = b.f32_tensor("rope_freqs.weight", &[16], &other).write(dir.path());
