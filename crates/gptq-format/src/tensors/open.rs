@@ -25,7 +25,8 @@ pub(super) fn directory(directory: &Path) -> Result<TensorStore> {
     let index = only(&names, |n| n == "model.safetensors.index.json")
         .or_else(|| only(&names, |n| n.ends_with(INDEX_SUFFIX)));
     let other = only(&names, |n| n.ends_with(".safetensors") && n != ADAPTER)
-        .or_else(|| only(&names, |n| n.starts_with("gptq_model-") && n.ends_with(".safetensors")));
+        .or_else(|| only(&names, |n| n.starts_with("gptq_model-") && n.ends_with(".safetensors")))
+        .filter(|n| !is_shard(n));
     match (single, index, other) {
         (Some(name), _, _) | (None, None, Some(name)) => {
             let mut store = TensorStore::open_file(&directory.join(name))?;
@@ -39,6 +40,15 @@ pub(super) fn directory(directory: &Path) -> Result<TensorStore> {
     }
 }
 
+/// Whether a file is one of several: `model-00001-of-00002.safetensors`.
+fn is_shard(name: &str) -> bool {
+    let stem = name.strip_suffix(".safetensors").unwrap_or(name);
+    let Some((rest, of)) = stem.rsplit_once("-of-") else { return false };
+    let number = |text: &str| text.parse::<u32>().ok();
+    let first = rest.rsplit_once('-').and_then(|(_, first)| number(first));
+    first.is_some() && number(of).is_some_and(|of| of > 1)
+}
+
 /// The one name that matches; `None` if none or several do.
 fn only(names: &[String], matches: impl Fn(&str) -> bool) -> Option<&str> {
     let mut found = names.iter().map(String::as_str).filter(|n| matches(n));
@@ -50,6 +60,14 @@ fn describe(names: &[String]) -> String {
         |e: &str| names.iter().filter(|n| n.ends_with(e)).map(String::as_str).collect::<Vec<_>>();
     let safetensors = extension(".safetensors");
     let gguf = extension(".gguf");
+    if let [only] = safetensors[..]
+        && is_shard(only)
+    {
+        return format!(
+            "`{only}` is one of several files, and there is no `model.safetensors.index.json` that joins them; download \
+             the others"
+        );
+    }
     if safetensors.len() > 1 {
         return format!(
             "several safetensors files ({}) but no `model.safetensors.index.json` that joins them",

@@ -59,6 +59,22 @@ fn open_message(dir: &TempDir) -> String {
 }
 
 #[test]
+fn one_of_several_shards_is_no_checkpoint() {
+    let dir = sharded();
+    for name in ["model.safetensors.index.json", SHARDS[1]] {
+        fs::remove_file(dir.path().join(name)).unwrap();
+    }
+    let message = open_message(&dir);
+    assert!(message.contains(SHARDS[0]) && message.contains("download the others"), "{message}");
+    // One of one, and names that look alike.
+    for name in ["model-00001-of-00001.safetensors", "best-of-2.safetensors"] {
+        let only = tempfile::tempdir().unwrap();
+        fs::copy(dir.path().join(SHARDS[0]), only.path().join(name)).unwrap();
+        TensorStore::open_dir(only.path()).unwrap();
+    }
+}
+
+#[test]
 fn every_float_type_is_read() {
     let values = [0.0f32, -1.5, 65504.0, 6.1e-5, 0.25, 3.0];
     let bf = values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect();
