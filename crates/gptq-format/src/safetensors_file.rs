@@ -93,6 +93,12 @@ impl<'de> Deserialize<'de> for Header {
                         map.next_value::<IgnoredAny>()?;
                         continue;
                     }
+                    // Names are shown; these would forge lines or command a terminal.
+                    if name.contains(char::is_control) {
+                        return Err(A::Error::custom(format_args!(
+                            "the name of tensor {name:?} has control characters"
+                        )));
+                    }
                     let info = map
                         .next_value()
                         .map_err(|e| A::Error::custom(format_args!("tensor `{name}`: {e}")))?;
@@ -208,6 +214,13 @@ mod tests {
         let header = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},
             "a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
         assert!(message(&file(header, 8)).contains("`a` occurs twice"));
+    }
+
+    #[test]
+    fn name_that_commands_a_terminal() {
+        let header = r#"{"a\u001b[2J":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+        let message = message(&file(header, 8));
+        assert!(message.contains("control characters") && !message.contains('\u{1b}'), "{message}");
     }
 
     #[test]
