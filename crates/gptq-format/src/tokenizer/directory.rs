@@ -1,6 +1,6 @@
 //! The tokenizer of a checkpoint directory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::panic::catch_unwind;
 use std::path::Path;
@@ -137,11 +137,16 @@ fn add_missing(
         .filter_map(|role| specials.get(*role).map(String::as_str))
         .chain(more)
         .map(|token| AddedToken::from(token, true));
-    for token in listed.into_iter().map(|(_, token)| token).chain(special) {
-        if !inner.get_added_vocabulary().get_vocab().contains_key(&token.content) {
-            inner.add_tokens([token])?;
-        }
-    }
+    let mut known: HashSet<String> =
+        inner.get_added_vocabulary().get_vocab().keys().cloned().collect();
+    let missing: Vec<AddedToken> = listed
+        .into_iter()
+        .map(|(_, token)| token)
+        .chain(special)
+        .filter(|token| known.insert(token.content.clone()))
+        .collect();
+    // All at once: each call builds what searches for all of them.
+    inner.add_tokens(missing)?;
     Ok(())
 }
 
