@@ -110,7 +110,9 @@ pub struct OutputDir {
 
 const LOCK_NAME: &str = ".lock";
 /// What follows the name of a directory that is being replaced.
-const REPLACED: &str = ".old";
+const REPLACED: &str = ".replaced-by-gptq";
+/// What follows the name of an unfinished one that is being deleted, before the number of the process.
+const DROPPED: &str = ".dropped-by-gptq-";
 
 impl OutputDir {
     /// Starts afresh: what an interrupted run left behind is deleted.
@@ -234,7 +236,7 @@ impl Drop for OutputDir {
         }
         // Renamed first, so that a run starting now does not lock a directory that is being deleted. Errors cannot be
         // reported from here; a leftover is deleted by the next run.
-        let Ok(doomed) = sibling(&self.target, &format!(".dropped-{}", std::process::id())) else {
+        let Ok(doomed) = sibling(&self.target, &format!("{DROPPED}{}", std::process::id())) else {
             return;
         };
         if fs::rename(&self.partial, &doomed).is_ok() {
@@ -244,8 +246,16 @@ impl Drop for OutputDir {
 }
 
 /// Ends what a run left that was stopped while it replaced `target`: the old directory gets its name back, or goes if the
-/// new one has it.
+/// new one has it. What a run was deleting when it was stopped goes, too.
 fn recover(target: &Path) -> Result<()> {
+    let dropped = sibling(target, DROPPED)?;
+    let dropped = dropped.file_name().unwrap_or_default().as_encoded_bytes();
+    for entry in fs::read_dir(parent(target)).into_iter().flatten().flatten() {
+        if entry.file_name().as_encoded_bytes().starts_with(dropped) {
+            // Another run may be at it.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
     let replaced = sibling(target, REPLACED)?;
     if !replaced.is_dir() {
         return Ok(());
@@ -412,6 +422,16 @@ mod tests {
     }
 
     #[test]
+    fn what_a_stopped_run_was_deleting_goes_with_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [".out.dropped-by-gptq-7/x", ".outer.dropped-by-gptq-7"] {
+            fs::create_dir_all(dir.path().join(name)).unwrap();
+        }
+        OutputDir::create(&dir.path().join("out"), false).unwrap().commit().unwrap();
+        assert_eq!(names(dir.path()), [".outer.dropped-by-gptq-7", "out"]);
+    }
+
+    #[test]
     fn second_run_into_one_directory_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("out");
@@ -438,7 +458,7 @@ mod tests {
     #[test]
     fn a_replacement_that_was_stopped_is_ended() {
         let dir = tempfile::tempdir().unwrap();
-        let (target, old) = (dir.path().join("out"), dir.path().join(".out.old"));
+        let (target, old) = (dir.path().join("out"), dir.path().join(".out.replaced-by-gptq"));
         // Stopped between the two renames: the old content is back, and not overwritten unless allowed.
         fs::create_dir(&old).unwrap();
         fs::write(old.join("old"), "1").unwrap();

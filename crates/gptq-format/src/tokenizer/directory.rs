@@ -84,7 +84,9 @@ pub(super) fn copy(from: &Path, to: &Path) -> Result<(), TokenizerError> {
         let source = from.join(name);
         if source.exists() {
             let target = to.join(name);
-            fs::copy(&source, &target).map_err(FormatError::io("copy to", &target))?;
+            fs::copy(&source, &target)
+                .and_then(|_| fs::File::open(&target)?.sync_all())
+                .map_err(FormatError::io("copy to", &target))?;
         }
     }
     Ok(())
