@@ -368,6 +368,8 @@ fn configs_and_tensors_that_disagree_are_refused() {
     refused(&remove(format!("{q}.scales")), "scales");
     refused(&remove("model.layers.1.input_layernorm.weight".into()), "input_layernorm");
     refused(&remove("lm_head.weight".into()), "lm_head");
+    refused(&remove("model.norm.weight".into()), "model.norm");
+    refused(&|e| e.config["hidden_act"] = json!("relu"), "SiLU");
     refused(
         &|e| {
             let bias = (DType::F16, vec![64], vec![0; 128]);

@@ -145,7 +145,9 @@ pub(super) fn write(
             let row = &tile[slot * inputs..(slot + 1) * inputs];
             for (block, codes) in row.as_chunks::<BLOCK>().0.iter().enumerate() {
                 let at = linear.g_idx[block * BLOCK] as usize * outputs + n;
-                put_block(encoding, codes, linear.scales[at], linear.zeros[at], &mut bytes);
+                let (scale, zero) = (linear.scales[at], linear.zeros[at]);
+                let first = outputs_here[slot] * inputs + block * BLOCK;
+                put_block(encoding, codes, scale, zero, (module, first), &mut bytes)?;
             }
         }
         sink(&bytes)?;
@@ -153,21 +155,29 @@ pub(super) fn write(
     Ok(())
 }
 
-/// One block of codes with their scale and zero point.
-fn put_block(encoding: Encoding, codes: &[u8; BLOCK], scale: f16, zero: u8, out: &mut Vec<u8>) {
+/// One block of codes with their scale and zero point, from index `first` of a module.
+fn put_block(
+    encoding: Encoding,
+    codes: &[u8; BLOCK],
+    scale: f16,
+    zero: u8,
+    (module, first): (&str, usize),
+    out: &mut Vec<u8>,
+) -> Result<()> {
     out.extend(scale.to_le_bytes());
     if encoding == Encoding::Q8_0 {
         // At most 8 bits about the middle, or 3 bits about anything: a signed byte.
         out.extend(codes.iter().map(|&code| code.wrapping_sub(zero)));
-        return;
+        return Ok(());
     }
     if encoding == Encoding::Q4_1 {
-        let minimum = f16::from_f32(-scale.to_f32() * f32::from(zero));
-        out.extend(minimum.to_le_bytes());
+        let minimum = -scale.to_f32() * f32::from(zero);
+        out.extend(encode(module, DType::F16, first, &[minimum])?);
     }
     // The first half in the low nibbles, the second in the high ones.
     let (low, high) = codes.split_at(BLOCK / 2);
     out.extend(low.iter().zip(high).map(|(low, high)| low | (high << 4)));
+    Ok(())
 }
 
 /// Rounds a row to `Q8_0` as ggml's reference does: `d = max |x| / 127`, codes from the unrounded scale.
@@ -182,4 +192,21 @@ fn nearest_q8_0(module: &str, row: &[f32], first: usize) -> Result<Vec<u8>> {
         out.extend(values.iter().map(|x| ((x * inverse).round() as i8).cast_unsigned()));
     }
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_minimum_beyond_f16_is_refused() {
+        let mut out = Vec::new();
+        let mut put = |scale: f32| {
+            let (scale, place) = (f16::from_f32(scale), ("m", 64));
+            put_block(Encoding::Q4_1, &[0; BLOCK], scale, 15, place, &mut out)
+        };
+        put(4000.0).unwrap();
+        let error = put(5000.0).unwrap_err();
+        assert!(matches!(error, CheckpointError::Overflow { index: 64, .. }), "{error}");
+    }
 }

@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
+use gptq_compute::Activation;
 use gptq_format::Checkpoint;
 use gptq_format::gguf::GgufValue;
 use gptq_model::Spec;
 use gptq_model::rope::{Rope, RopeScaling};
-use gptq_model::spec::Positions;
+use gptq_model::spec::{Mlp, Positions};
 use serde_json::Value;
 
 use crate::error::{CheckpointError, Result};
@@ -39,6 +40,11 @@ impl Architecture {
         };
         if architecture == Self::Qwen3 && spec.attention.qkv_bias {
             return Err(unsupported("llama.cpp's qwen3 has no biases on q, k and v".into()));
+        }
+        if !matches!(spec.mlp, Mlp::Gated { activation: Activation::Silu, .. }) {
+            return Err(unsupported(
+                "llama.cpp's blocks of this architecture have SiLU as activation".into(),
+            ));
         }
         let rope =
             rope(spec).ok_or_else(|| unsupported("its blocks differ in their rope".into()))?;

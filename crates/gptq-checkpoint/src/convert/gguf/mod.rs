@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use gptq_format::gguf::{GgmlType, GgufWriter, PlannedTensor, RowMap, gguf_name};
 use gptq_format::{Checkpoint, CheckpointKind, DType, GptqLinear, QuantizeConfig};
-use gptq_model::{Block, LinearSource, ModelError, Spec};
+use gptq_model::{Block, HeadLayer, LinearSource, ModelError, Spec};
 
 use super::{ConvertOptions, Converted, ConvertedModule, Progress, copy};
 use crate::error::{CheckpointError, Result};
@@ -118,6 +118,7 @@ fn check_shapes(checkpoint: &Checkpoint, spec: &Spec) -> Result<()> {
         // Reads the norms.
         Block::load(checkpoint, &spec, layer, LinearSource::Unset)?;
     }
+    HeadLayer::load_without_projection(checkpoint, &spec)?;
     Ok(())
 }
 
