@@ -43,3 +43,4 @@ pub use sentence_files::copy_sentence_files;
 pub use shards::{ShardPlan, ShardWriter, TensorSpec};
 pub use tensors::{SharedBytes, TensorInfo, TensorStore};
 pub use tokenizer::Tokenizer;
+pub use tokenizer_gguf::GgufTokenizer;

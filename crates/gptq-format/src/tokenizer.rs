@@ -13,8 +13,8 @@ use tokenizers::{PostProcessor, TruncationDirection};
 use crate::chat::{ChatError, ChatTemplate, Message};
 use crate::error::FormatError;
 use crate::fs::write_atomic;
-use crate::gguf::{GgufError, GgufFile, GgufValue};
-use crate::tokenizer_gguf::{self, ExportError};
+use crate::gguf::{GgufError, GgufFile};
+use crate::tokenizer_gguf::{self, ExportError, GgufTokenizer};
 
 pub use long::Parts;
 pub use stream::DecodeStream;
@@ -277,12 +277,12 @@ impl Tokenizer {
     ///
     /// # Errors
     /// [`TokenizerError::NotGguf`] if llama.cpp could not be told how the tokenizer works, so that it would give other
-    /// tokens.
+    /// tokens for any text.
     pub fn gguf_metadata(
         &self,
         rows: usize,
         ends: &[u32],
-    ) -> Result<Vec<(String, GgufValue)>, TokenizerError> {
+    ) -> Result<GgufTokenizer, TokenizerError> {
         let json = self.inner.to_string(false).map_err(|e| self.failed(&*e))?;
         let json: Value = serde_json::from_str(&json).map_err(|e| self.failed(&e))?;
         tokenizer_gguf::metadata(self, &json, rows, ends).map_err(|error| match error {

@@ -5,6 +5,7 @@ mod bytelevel;
 mod export;
 mod sentencepiece;
 
+pub use export::GgufTokenizer;
 pub(crate) use export::{ExportError, metadata};
 
 use std::collections::BTreeMap;

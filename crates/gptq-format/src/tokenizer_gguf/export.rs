@@ -39,13 +39,22 @@ const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
 
-/// Keys and values, in the order in which llama.cpp's converter writes them. `json` is the tokenizer.json of `tokenizer`.
+/// A tokenizer as a GGUF file describes it.
+#[derive(Debug)]
+pub struct GgufTokenizer {
+    /// Keys and values.
+    pub metadata: Vec<(String, GgufValue)>,
+    /// Where llama.cpp gives other tokens nevertheless.
+    pub differs: Option<&'static str>,
+}
+
+/// The metadata, in the order in which llama.cpp's converter writes them. `json` is the tokenizer.json of `tokenizer`.
 pub(crate) fn metadata(
     tokenizer: &Tokenizer,
     json: &Value,
     rows: usize,
     ends: &[u32],
-) -> Result<Vec<(String, GgufValue)>> {
+) -> Result<GgufTokenizer> {
     let model = &json["model"];
     if model["type"] != "BPE" {
         return Err(
@@ -59,13 +68,14 @@ pub(crate) fn metadata(
     }
     let vocabulary = Vocabulary::read(json, rows)?;
     let merges = merges(model)?;
-    let mut out: Vec<(String, GgufValue)> = Vec::new();
+    let (mut out, mut differs) = (Vec::<(String, GgufValue)>::new(), None);
     let mut set = |key: &str, value: GgufValue| out.push((format!("tokenizer.{key}"), value));
     let text = |text: &str| GgufValue::String(text.to_owned());
     let strings = |texts| GgufValue::Array(GgufArray::String(texts));
 
     if model["byte_fallback"] == true {
-        let prefix = space_prefix(json)?;
+        let prefix;
+        (prefix, differs) = space_prefix(json)?;
         let scores = scores(&vocabulary, &merges)?;
         set("ggml.model", text("llama"));
         set("ggml.pre", text("default"));
@@ -116,7 +126,7 @@ pub(crate) fn metadata(
     if let Some(template) = tokenizer.chat_template() {
         set("chat_template", text(template.source()));
     }
-    Ok(out)
+    Ok(GgufTokenizer { metadata: out, differs })
 }
 
 /// One token and its type for every row of the embedding.
@@ -193,8 +203,9 @@ fn merges(model: &Value) -> Result<Vec<[String; 2]>> {
     Ok(read.collect::<std::result::Result<_, _>>()?)
 }
 
-/// Whether a SentencePiece-like tokenizer puts a space before the text.
-fn space_prefix(json: &Value) -> Result<bool> {
+/// Whether a SentencePiece-like tokenizer puts a space before the text, and where llama.cpp, which puts one before every
+/// text between special tokens, does otherwise.
+fn space_prefix(json: &Value) -> Result<(bool, Option<&'static str>)> {
     let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"});
     let prepend = json!({"type": "Prepend", "prepend": "\u{2581}"});
     let normalizers = match &json["normalizer"] {
@@ -204,10 +215,23 @@ fn space_prefix(json: &Value) -> Result<bool> {
     };
     let pre = &json["pre_tokenizer"];
     match (normalizers.as_slice(), pre) {
-        ([first, second], Value::Null) if *first == prepend && *second == replace => Ok(true),
-        ([only], Value::Null) if *only == replace => Ok(false),
+        ([first, second], Value::Null) if *first == prepend && *second == replace => Ok((true, None)),
+        ([only], Value::Null) if *only == replace => Ok((false, None)),
         ([], pre) if pre["type"] == "Metaspace" && pre["replacement"] == "\u{2581}" && pre["split"] == false => {
-            Ok(pre["prepend_scheme"] != "never")
+            Ok(match pre["prepend_scheme"].as_str() {
+                Some("never") => (false, None),
+                Some("first") => (
+                    true,
+                    Some(
+                        "llama.cpp puts a space also behind special tokens and before a text that begins with one, its \
+                         tokenizer does not",
+                    ),
+                ),
+                _ => (
+                    true,
+                    Some("llama.cpp puts a space also before a text that begins with one, its tokenizer does not"),
+                ),
+            })
         }
         _ => Err(format!(
             "it is SentencePiece-like, but its normalizer ({}) or pre-tokenizer ({}) is not that of Llama 2",

@@ -139,6 +139,8 @@ pub(super) fn all(
     architecture: Architecture,
     file_type: u32,
     output: &Path,
+    lossy: bool,
+    notes: &mut Vec<String>,
 ) -> Result<Vec<(String, GgufValue)>> {
     let mut out: Vec<(String, GgufValue)> = Vec::new();
     let mut set = |key: &str, value: GgufValue| out.push((key.to_owned(), value));
@@ -195,7 +197,18 @@ pub(super) fn all(
         }
     }
     let tokenizer = checkpoint.tokenizer()?;
-    out.extend(tokenizer.gguf_metadata(spec.vocab, &ends(checkpoint))?);
+    let described = tokenizer.gguf_metadata(spec.vocab, &ends(checkpoint))?;
+    if let Some(reason) = described.differs {
+        if !lossy {
+            return Err(CheckpointError::Lossy {
+                subject: "tokenizer".to_owned(),
+                reason: reason.to_owned(),
+                lossy: "leave that so".to_owned(),
+            });
+        }
+        notes.push(reason.to_owned());
+    }
+    out.extend(described.metadata);
     Ok(out)
 }
 

@@ -44,7 +44,15 @@ pub(super) fn convert(
             shape: vec![factors.len()],
         });
     }
-    let metadata = metadata::all(checkpoint, &spec, architecture, file_type(&sources), output)?;
+    let metadata = metadata::all(
+        checkpoint,
+        &spec,
+        architecture,
+        file_type(&sources),
+        output,
+        options.lossy,
+        &mut notes,
+    )?;
     let mut writer = GgufWriter::create(output, options.overwrite, &metadata, &tensors)?;
     if let Some(factors) = &factors {
         let bytes = copy::encode("rope_freqs.weight", DType::F32, 0, factors)?;

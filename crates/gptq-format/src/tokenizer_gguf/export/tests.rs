@@ -11,7 +11,7 @@ fn through_gguf(tokenizer: &Tokenizer, rows: usize) -> (GgufFile, Tokenizer) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("t.gguf");
     let mut metadata = vec![("general.architecture".to_owned(), GgufValue::String("llama".into()))];
-    metadata.extend(tokenizer.gguf_metadata(rows, &[]).unwrap());
+    metadata.extend(tokenizer.gguf_metadata(rows, &[]).unwrap().metadata);
     GgufWriter::create(&path, false, &metadata, &[]).unwrap().finish().unwrap();
     let gguf = GgufFile::open(&path).unwrap();
     let rebuilt = Tokenizer::from_gguf(&gguf).unwrap();
@@ -22,6 +22,12 @@ fn from_json(json: &Value) -> Tokenizer {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
     Tokenizer::from_dir(dir.path()).unwrap()
+}
+
+fn to_json(tokenizer: &Tokenizer) -> Value {
+    let dir = tempfile::tempdir().unwrap();
+    tokenizer.save(dir.path()).unwrap();
+    serde_json::from_slice(&fs::read(dir.path().join("tokenizer.json")).unwrap()).unwrap()
 }
 
 fn refused(json: &Value, part: &str) {
@@ -110,7 +116,7 @@ fn the_tokenizer_of_the_fixtures_is_gpt2s() {
 #[test]
 fn ends_of_a_turn_get_their_keys() {
     let tokenizer = Tokenizer::from_gguf(&tiny_llama("llama").open()).unwrap();
-    let metadata = tokenizer.gguf_metadata(8, &[7, 5]).unwrap();
+    let metadata = tokenizer.gguf_metadata(8, &[7, 5]).unwrap().metadata;
     let id = |key: &str| {
         metadata
             .iter()
@@ -145,12 +151,42 @@ fn what_llama_cpp_would_do_otherwise_is_refused() {
 }
 
 #[test]
+fn a_space_that_llama_cpp_puts_elsewhere_is_told() {
+    let tokenizer = Tokenizer::from_gguf(&sentencepiece().open()).unwrap();
+    let json = to_json(&tokenizer);
+    let differs = |scheme: Option<&str>| {
+        let mut json = json.clone();
+        if let Some(scheme) = scheme {
+            json["normalizer"] = Value::Null;
+            json["pre_tokenizer"] = json!({
+                "type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": scheme, "split": false
+            });
+        }
+        let dir = tempfile::tempdir().unwrap();
+        tokenizer.save(dir.path()).unwrap();
+        fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+        let found = tokenizer.gguf_metadata(tokenizer.vocab_size(), &[]).unwrap();
+        let (_, again) = through_gguf(&tokenizer, tokenizer.vocab_size());
+        let same = ["<s>ab", " ab", "ab"].map(|text| {
+            tokenizer.encode(text, false).unwrap() == again.encode(text, false).unwrap()
+        });
+        (found.differs, same)
+    };
+    assert_eq!(differs(None), (None, [true; 3]));
+    assert_eq!(differs(Some("never")), (None, [true; 3]));
+    let (told, same) = differs(Some("first"));
+    assert!(told.unwrap().contains("behind special tokens"));
+    assert_eq!(same, [false, false, true]);
+    let (told, same) = differs(Some("always"));
+    assert!(told.unwrap().contains("begins with one"));
+    assert_eq!(same, [true, false, true]);
+}
+
+#[test]
 fn merges_that_scores_cannot_say_are_refused() {
     let tokenizer = Tokenizer::from_gguf(&sentencepiece().open()).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    tokenizer.save(dir.path()).unwrap();
-    let text = fs::read_to_string(dir.path().join("tokenizer.json")).unwrap();
-    let json: Value = serde_json::from_str(&text).unwrap();
+    let json = to_json(&tokenizer);
     let merges = json["model"]["merges"].as_array().unwrap().clone();
     assert_eq!(merges.len(), 4);
     let with = |merges: Vec<Value>| {
