@@ -1,4 +1,4 @@
-//! Floats: quantized weights as f16, everything else as it is, where its type allows.
+//! Floats: quantized weights and matrices of more than 16 bits as f16, everything else as it is.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -29,6 +29,7 @@ pub(super) fn convert(
         }
     };
     let mut specs = Vec::new();
+    let mut rounded = 0;
     for name in store.names().filter(|name| !is_buffer(name)) {
         let info = store.info(name)?;
         let (dtype, shape) = match modules::quantized_part(store, name) {
@@ -36,7 +37,12 @@ pub(super) fn convert(
             Some((_, "bias")) | None => (float_type(info.dtype, &info.shape), info.shape.clone()),
             Some(_) => continue,
         };
+        rounded +=
+            usize::from(matches!(info.dtype, DType::F32 | DType::F64) && dtype == DType::F16);
         specs.push(TensorSpec { name: name.to_owned(), dtype, shape });
+    }
+    if rounded > 0 {
+        notes.push(format!("{rounded} tensors of 32-bit floats are rounded to f16"));
     }
     let copied: Vec<(String, DType)> = specs.iter().map(|s| (s.name.clone(), s.dtype)).collect();
     let packed = modules::quantized(checkpoint, &[]);

@@ -16,8 +16,8 @@ use crate::output::{json as json_output, size};
 
 /// Write a checkpoint in another format.
 ///
-/// To gptq and gptq_v2 only the zero points change. hf has quantized weights as f16, also from a
-/// .gguf file. gguf is for llama.cpp: symmetric 4 bits become Q4_0 and symmetric 8 bits Q8_0 to the
+/// To gptq and gptq_v2 only the zero points change. hf has quantized weights and matrices of 32-bit
+/// floats as f16, also from a .gguf file. gguf is for llama.cpp: symmetric 4 bits become Q4_0 and symmetric 8 bits Q8_0 to the
 /// bit, where groups are multiples of 32 without activation order; other settings are refused
 /// unless --lossy is given.
 #[derive(Debug, clap::Args)]
