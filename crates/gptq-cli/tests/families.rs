@@ -120,6 +120,30 @@ fn vectors_do_not_depend_on_the_batch_and_obey_the_pooling() {
 }
 
 #[test]
+fn prompts_stand_before_each_text() {
+    let world = World::new();
+    if world.encoder("bert").is_none() {
+        return;
+    }
+    let (plain, query) = (world.embed("encoder --text word"), world.embed("encoder --text q:word"));
+    assert_ne!(plain, query);
+    let prompts = json!({ "prompts": { "query": "q:" }, "default_prompt_name": "query" });
+    world.write("encoder/config_sentence_transformers.json", &prompts);
+    assert_eq!(world.embed("encoder --text word"), query);
+    assert_eq!(world.embed("encoder --text word --prompt="), plain);
+    assert_eq!(world.embed("encoder --text ord --prompt q:w"), query);
+    assert_eq!(world.embed("encoder --text word --prompt-name query"), query);
+    let error = world.fails("embed encoder --text word --prompt-name document");
+    assert!(error.contains("document") && error.contains("query"), "{error}");
+    // Prompts whose tokens the model leaves out of its vectors.
+    world.describe_pooling();
+    let pooling = json!({ "pooling_mode_cls_token": true, "include_prompt": false });
+    world.write("encoder/1_Pooling/config.json", &pooling);
+    assert!(world.fails("embed encoder --text word").contains("include_prompt"));
+    world.ok("embed encoder --text word --prompt=");
+}
+
+#[test]
 fn encoders_are_calibrated_line_by_line_and_embed_nearly_as_before() {
     let world = World::new();
     if world.encoder("bert").is_none() {

@@ -1,6 +1,7 @@
 //! From the tokens' hidden states to one vector per text, as sentence-transformers describes it beside a checkpoint:
 //! `modules.json` lists the steps, `1_Pooling/config.json` says how tokens are pooled.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Component, Path};
 
@@ -40,14 +41,39 @@ pub struct SentencePooling {
     pub max_tokens: Option<usize>,
     /// Texts are put into lower case.
     pub lower_case: bool,
+    /// What stands before each text unless another prompt is asked for: that of `default_prompt_name`.
+    pub prompt: String,
+    /// Texts by the names of what they are put before (`query`, `document`).
+    pub prompts: BTreeMap<String, String>,
+    /// A prompt's tokens are pooled, too.
+    pub include_prompt: bool,
 }
 
 impl Default for SentencePooling {
     /// The mean, not normalised: what sentence-transformers does with a bare encoder.
     fn default() -> Self {
-        Self { modes: vec![Pooling::Mean], normalize: false, max_tokens: None, lower_case: false }
+        Self {
+            modes: vec![Pooling::Mean],
+            normalize: false,
+            max_tokens: None,
+            lower_case: false,
+            prompt: String::new(),
+            prompts: BTreeMap::new(),
+            include_prompt: true,
+        }
     }
 }
+
+/// Where the settings of the transformer may be; the first that exists counts.
+const TRANSFORMER_CONFIGS: [&str; 7] = [
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+];
 
 /// Keys of a pooling config, in the order in which sentence-transformers concatenates, and the newer single value.
 const MODES: [(&str, &str, Pooling); 6] = [
@@ -60,14 +86,43 @@ const MODES: [(&str, &str, Pooling); 6] = [
 ];
 
 impl SentencePooling {
-    /// Reads `modules.json` of a checkpoint directory and the files that it names; the default where there is none.
+    /// Reads `modules.json` of a checkpoint directory, the files that it names and those of settings; the default where
+    /// there are none.
     ///
     /// # Errors
     /// A file that cannot be read or is not what it should be, or a step that is not implemented (`Dense`, for example).
     pub fn from_dir(directory: &Path) -> Result<Self> {
-        let file = directory.join("modules.json");
-        let Some(modules) = read(&file)? else { return Ok(Self::default()) };
         let mut found = Self::default();
+        found.read_modules(directory)?;
+        let settings = |name: &str| -> Result<_> {
+            let file = directory.join(name);
+            Ok(read(&file)?.and_then(|value| Some((file, value.as_object()?.clone()))))
+        };
+        for name in TRANSFORMER_CONFIGS {
+            if let Some((file, map)) = settings(name)? {
+                let fields = Fields::new(&file, &map);
+                found.max_tokens = fields.opt_count("max_seq_length")?;
+                found.lower_case = fields.flag_or("do_lower_case", false)?;
+                break;
+            }
+        }
+        if found.max_tokens.is_none()
+            && let Some((_, map)) = settings("tokenizer_config.json")?
+        {
+            // Where there is no limit it is 1e30, which is no u64.
+            let limit = map.get("model_max_length").and_then(Value::as_u64);
+            found.max_tokens = limit.and_then(|limit| usize::try_from(limit).ok());
+        }
+        if let Some((file, map)) = settings("config_sentence_transformers.json")? {
+            found.read_prompts(&Fields::new(&file, &map))?;
+        }
+        Ok(found)
+    }
+
+    /// The steps of `modules.json`.
+    fn read_modules(&mut self, directory: &Path) -> Result<()> {
+        let file = directory.join("modules.json");
+        let Some(modules) = read(&file)? else { return Ok(()) };
         let bad = |value: &Value, expected: &str| ModelError::BadField {
             file: file.clone(),
             key: "modules".to_owned(),
@@ -82,18 +137,59 @@ impl SentencePooling {
             }
             match text("type").rsplit('.').next() {
                 Some("Transformer" | "Dropout") => {}
-                Some("Pooling") => found.modes = modes(&directory.join(inside))?,
-                Some("Normalize") => found.normalize = true,
+                Some("Pooling") => self.read_pooling(&directory.join(inside))?,
+                Some("Normalize") => self.normalize = true,
                 _ => return Err(bad(module, "Transformer, Pooling or Normalize")),
             }
         }
-        let file = directory.join("sentence_bert_config.json");
-        if let Some(Value::Object(map)) = read(&file)? {
-            let fields = Fields::new(&file, &map);
-            found.max_tokens = fields.opt_count("max_seq_length")?;
-            found.lower_case = fields.flag_or("do_lower_case", false)?;
+        Ok(())
+    }
+
+    /// The poolings of one pooling directory.
+    fn read_pooling(&mut self, directory: &Path) -> Result<()> {
+        let file = directory.join("config.json");
+        let empty = Map::new();
+        let value = read(&file)?;
+        let map = value.as_ref().and_then(Value::as_object).unwrap_or(&empty);
+        let fields = Fields::new(&file, map);
+        let named = fields.opt_text("pooling_mode")?;
+        self.modes.clear();
+        for (key, name, mode) in MODES {
+            if fields.flag_or(key, false)? || named == Some(name) {
+                self.modes.push(mode);
+            }
         }
-        Ok(found)
+        if self.modes.is_empty() {
+            return Err(fields.missing("pooling_mode_mean_tokens"));
+        }
+        self.include_prompt = fields.flag_or("include_prompt", true)?;
+        Ok(())
+    }
+
+    /// The texts that can stand before others, and the one that does.
+    fn read_prompts(&mut self, fields: &Fields<'_>) -> Result<()> {
+        if let Some(prompts) = fields.opt_object("prompts")? {
+            for name in prompts.keys() {
+                let prompt = prompts.opt_text(name)?.unwrap_or_default();
+                self.prompts.insert(name.to_owned(), prompt.to_owned());
+            }
+        }
+        if let Some(name) = fields.opt_text("default_prompt_name")? {
+            let Some(prompt) = self.prompts.get(name) else {
+                let names = format!("one of the prompts ({})", self.prompt_names());
+                return Err(fields.bad("default_prompt_name", names));
+            };
+            self.prompt.clone_from(prompt);
+        }
+        Ok(())
+    }
+
+    /// The names of the prompts, for messages.
+    pub fn prompt_names(&self) -> String {
+        if self.prompts.is_empty() {
+            return "there are none".to_owned();
+        }
+        self.prompts.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
     }
 
     /// The vectors `[sequences, hidden * modes]` of encoded sequences.
@@ -169,25 +265,6 @@ pub fn normalize(vector: &mut [f32]) {
     }
 }
 
-/// The poolings of one pooling directory.
-fn modes(directory: &Path) -> Result<Vec<Pooling>> {
-    let file = directory.join("config.json");
-    let empty = Map::new();
-    let value = read(&file)?;
-    let fields = Fields::new(&file, value.as_ref().and_then(Value::as_object).unwrap_or(&empty));
-    let mut found = Vec::new();
-    let named = fields.opt_text("pooling_mode")?;
-    for (key, name, mode) in MODES {
-        if fields.flag_or(key, false)? || named == Some(name) {
-            found.push(mode);
-        }
-    }
-    if found.is_empty() {
-        return Err(fields.missing("pooling_mode_mean_tokens"));
-    }
-    Ok(found)
-}
-
 /// A JSON file, if it exists; beside a GGUF file, whose path is no directory, there is none.
 fn read(file: &Path) -> Result<Option<Value>> {
     let missing = [ErrorKind::NotFound, ErrorKind::NotADirectory];
@@ -260,7 +337,7 @@ mod tests {
             modes: vec![Pooling::Cls],
             normalize: true,
             max_tokens: Some(256),
-            lower_case: false,
+            ..Default::default()
         };
         assert_eq!(read().unwrap(), want);
         write("1_Pooling/config.json", r#"{"pooling_mode": "mean"}"#);
@@ -269,5 +346,36 @@ mod tests {
         assert!(read().unwrap_err().to_string().contains("../x"));
         write("modules.json", r#"[{"path": "2_Dense", "type": "a.Dense"}]"#);
         assert!(read().unwrap_err().to_string().contains("2_Dense"));
+    }
+
+    #[test]
+    fn lengths_and_prompts_come_from_the_files_beside() {
+        let folder = tempfile::tempdir().unwrap();
+        let write =
+            |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        let read = || SentencePooling::from_dir(folder.path());
+        write("tokenizer_config.json", r#"{"model_max_length": 1000000000000000019884624838656}"#);
+        assert_eq!(read().unwrap().max_tokens, None);
+        write("tokenizer_config.json", r#"{"model_max_length": 512}"#);
+        assert_eq!(read().unwrap().max_tokens, Some(512));
+        write("sentence_xlm-roberta_config.json", r#"{"max_seq_length": 64}"#);
+        assert_eq!(read().unwrap().max_tokens, Some(64));
+        let roberta = r#"{"max_seq_length": 128, "do_lower_case": true}"#;
+        write("sentence_roberta_config.json", roberta);
+        let found = read().unwrap();
+        assert_eq!((found.max_tokens, found.lower_case), (Some(128), true));
+
+        let prompts = |default: &str| {
+            let text = format!(
+                r#"{{"prompts": {{"query": "Q: ", "document": "D: "}}, "default_prompt_name": {default}}}"#
+            );
+            write("config_sentence_transformers.json", &text);
+            read()
+        };
+        let found = prompts("null").unwrap();
+        assert_eq!((found.prompt.as_str(), found.prompts["query"].as_str()), ("", "Q: "));
+        assert_eq!(prompts("\"document\"").unwrap().prompt, "D: ");
+        let error = prompts("\"passage\"").unwrap_err().to_string();
+        assert!(error.contains("passage") && error.contains("document, query"), "{error}");
     }
 }

@@ -16,8 +16,8 @@ use crate::Global;
 
 /// Turn texts into vectors.
 ///
-/// Pooling, normalisation and length come from the model's modules.json and 1_Pooling/config.json
-/// (sentence-transformers) where it has them; else the tokens' vectors are averaged. To a terminal the
+/// Pooling, normalisation, length and prompts come from the model's modules.json, 1_Pooling/config.json and
+/// config_sentence_transformers.json where it has them; else the tokens' vectors are averaged. To a terminal the
 /// start of each vector is printed with the similarity of each text to the first, elsewhere JSON lines.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -29,6 +29,12 @@ pub(crate) struct Args {
     /// File with a text on each line, after those of --text; empty lines are left out.
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
+    /// Put before each text. [default: the model's default prompt, else nothing]
+    #[arg(long, value_name = "TEXT", conflicts_with = "prompt_name")]
+    prompt: Option<String>,
+    /// Put the model's prompt of this name before each text, such as query.
+    #[arg(long, value_name = "NAME")]
+    prompt_name: Option<String>,
     /// How a text's tokens become one vector. [default: the model's, else mean]
     #[arg(long, value_enum)]
     pooling: Option<PoolingArg>,
@@ -38,7 +44,7 @@ pub(crate) struct Args {
     /// Cut texts to so many tokens, special ones included. [default: the model's]
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
-    /// Texts that are computed together; vectors do not depend on it.
+    /// Texts that are computed together; vectors depend on it by rounding alone.
     #[arg(long, default_value_t = 32, value_name = "N")]
     batch_size: usize,
     /// One JSON object a line also to a terminal: {"index", "text", "tokens", "embedding"}.
@@ -89,7 +95,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
              say otherwise"
         );
     }
-    let how = settings(args, SentencePooling::from_dir(&checkpoint.path)?);
+    let how = settings(args, SentencePooling::from_dir(&checkpoint.path)?)?;
     let longest =
         args.max_tokens.or(how.max_tokens).unwrap_or(usize::MAX).min(model.spec().max_positions);
     let mut session = Session::new(pool);
@@ -98,7 +104,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     for (batch, texts) in texts.chunks(args.batch_size).enumerate() {
         let ids = texts
             .iter()
-            .map(|text| tokenize(&tokenizer, text, how.lower_case, longest))
+            .map(|text| tokenize(&tokenizer, text, &how, longest))
             .collect::<anyhow::Result<Vec<_>>>()?;
         encode(&model, &mut session, &ids, &how, &mut vectors)?;
         for (row, (text, ids)) in texts.iter().zip(&ids).enumerate() {
@@ -127,21 +133,37 @@ fn texts(args: &Args) -> anyhow::Result<Vec<String>> {
 }
 
 /// The model's way, with what the command line says in its place.
-fn settings(args: &Args, model: SentencePooling) -> SentencePooling {
-    SentencePooling {
+fn settings(args: &Args, model: SentencePooling) -> anyhow::Result<SentencePooling> {
+    let prompt = match (&args.prompt, &args.prompt_name) {
+        (Some(text), _) => text.clone(),
+        (None, Some(name)) => model.prompts.get(name).cloned().with_context(|| {
+            format!("--prompt-name {name}: the model's prompts: {}", model.prompt_names())
+        })?,
+        (None, None) => model.prompt,
+    };
+    ensure!(
+        prompt.is_empty() || model.include_prompt,
+        "the model leaves the tokens of the prompt {prompt:?} out of its vectors (include_prompt), which is not \
+         implemented; --prompt \"\" leaves out the prompt"
+    );
+    Ok(SentencePooling {
         modes: args.pooling.map_or(model.modes, |mode| vec![mode.into()]),
         normalize: model.normalize || args.normalize,
+        prompt,
         ..model
-    }
+    })
 }
 
+/// The tokens of a text behind its prompt, without white space around, as sentence-transformers has them.
 fn tokenize(
     tokenizer: &Tokenizer,
     text: &str,
-    lower_case: bool,
+    how: &SentencePooling,
     longest: usize,
 ) -> anyhow::Result<Vec<u32>> {
-    let lower = if lower_case { text.to_lowercase() } else { text.to_owned() };
+    let whole = format!("{}{text}", how.prompt);
+    let whole = whole.trim();
+    let lower = if how.lower_case { whole.to_lowercase() } else { whole.to_owned() };
     let ids = tokenizer.encode_truncated(&lower, longest)?;
     ensure!(
         ids.len() <= longest,
