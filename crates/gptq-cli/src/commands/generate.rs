@@ -16,7 +16,8 @@ use crate::output::json as json_output;
 
 /// Write text with a model.
 ///
-/// Options that are not given come from the model's generation_config.json where it has them.
+/// Options that are not given come from the model's generation_config.json where it has them: the repetition penalty
+/// always, what concerns sampling where it says do_sample.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Directory, .gguf file or hub id.
@@ -33,7 +34,7 @@ pub(crate) struct Args {
     /// Most tokens to write.
     #[arg(long, default_value_t = 128, value_name = "N")]
     max_new_tokens: usize,
-    /// Logits are divided by this; 0 always takes the most likely token. [default: the model's, else 0.7]
+    /// Logits are divided by this; 0 always takes the most likely token. [default: the model's, else 1 where it says do_sample and 0.7 where not]
     #[arg(long, value_name = "T")]
     temperature: Option<f32>,
     /// Sample among the K most likely tokens; 0 for all. [default: the model's, else 50]
@@ -61,21 +62,26 @@ pub(crate) struct Args {
 impl Args {
     fn sampling(&self, checkpoint: &Checkpoint) -> Sampling {
         let config = checkpoint.generation_config.as_ref();
-        // A model that is not meant to be sampled states no useful numbers.
-        let config = config
+        // A model that is not meant to be sampled states no useful numbers for it; a penalty holds for any choice.
+        let sampled = config
             .filter(|c| c.get("do_sample").and_then(serde_json::Value::as_bool) == Some(true));
-        let number = |key: &str| config.and_then(|c| c.get(key)?.as_f64());
+        let of = |config: Option<&serde_json::Value>, key: &str| {
+            config.and_then(|c| c.get(key)?.as_f64())
+        };
+        let number = |key: &str| of(sampled, key);
+        // What transformers takes for a temperature that is not stated.
+        let temperature = if sampled.is_some() { 1.0 } else { 0.7 };
         Sampling {
             temperature: self
                 .temperature
                 .or(number("temperature").map(|x| x as f32))
-                .unwrap_or(0.7),
+                .unwrap_or(temperature),
             top_k: self.top_k.or(number("top_k").map(|x| x as usize)).unwrap_or(50),
             top_p: self.top_p.or(number("top_p").map(|x| x as f32)).unwrap_or(1.0),
             min_p: self.min_p.or(number("min_p").map(|x| x as f32)).unwrap_or(0.0),
             repetition_penalty: self
                 .repetition_penalty
-                .or(number("repetition_penalty").map(|x| x as f32))
+                .or(of(config, "repetition_penalty").map(|x| x as f32))
                 .unwrap_or(1.0),
             seed: self.seed,
         }
