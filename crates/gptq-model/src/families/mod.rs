@@ -317,6 +317,7 @@ mod tests {
         let all = [Some(8); 4];
         assert_eq!(windows(&json!({ "model_type": "mistral", "sliding_window": 8 })), all);
         assert_eq!(windows(&json!({ "model_type": "mistral", "sliding_window": null })), [None; 4]);
+        assert_eq!(windows(&json!({ "model_type": "mistral" })), [Some(4096); 4]);
         let qwen = |on: bool, from: usize| {
             windows(
                 &json!({ "model_type": "qwen2", "use_sliding_window": on, "sliding_window": 8, "max_window_layers": from }),
