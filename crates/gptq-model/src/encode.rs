@@ -79,9 +79,9 @@ impl Model {
         if batch.is_empty() {
             return Err(ModelError::Batch("no sequence to encode".to_owned()));
         }
-        let padding = match self.spec.positions {
-            Positions::Learned { padding, .. } => padding,
-            Positions::Rotary(_) | Positions::Alibi { .. } | Positions::None => None,
+        let (padding, masked) = match self.spec.positions {
+            Positions::Learned { padding, masked, .. } => (padding, masked),
+            Positions::Rotary(_) | Positions::Alibi { .. } | Positions::None => (None, true),
         };
         let typed = batch.iter().any(|input| !input.types.is_empty());
         for (index, EncodeInput { ids: all, types: kinds, mask }) in batch.iter().enumerate() {
@@ -93,12 +93,13 @@ impl Model {
                 )));
             }
             let first = ids.len();
-            // Padding tokens do not count where the family says so, whatever the mask.
+            // Padding tokens do not count where the family says so, whatever the mask, and masked ones neither in others.
             let mut next = 0;
             for (at, &id) in all.iter().enumerate() {
+                let real = mask.get(at).copied().unwrap_or(true);
                 let position = if padding == Some(id) { 0 } else { next };
-                next += u32::from(padding != Some(id));
-                if mask.get(at).copied().unwrap_or(true) {
+                next += u32::from(padding != Some(id) && (real || masked));
+                if real {
                     ids.push(id);
                     positions.push(position);
                     if typed {

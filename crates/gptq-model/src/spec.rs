@@ -92,6 +92,8 @@ pub enum Positions {
         offset: usize,
         /// This token takes the row of its id and is not counted by the positions of the others (RoBERTa's padding).
         padding: Option<u32>,
+        /// Tokens that a mask leaves out are counted (not so OPT's: its first real token is at position 0).
+        masked: bool,
     },
     /// Scores grow with `slope * key position`, one slope per head.
     Alibi {
@@ -135,7 +137,7 @@ impl NormSpec {
 impl Positions {
     /// A table of one row per position from 0 on.
     pub fn learned(name: &'static str) -> Self {
-        Self::Learned { name, offset: 0, padding: None }
+        Self::Learned { name, offset: 0, padding: None, masked: true }
     }
 }
 

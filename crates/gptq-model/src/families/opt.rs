@@ -31,7 +31,12 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
             project_in: projected.then_some("project_in"),
             ..Embedding::plain("embed_tokens", sizes.hidden)
         },
-        positions: Positions::Learned { name: "embed_positions", offset: 2, padding: None },
+        positions: Positions::Learned {
+            name: "embed_positions",
+            offset: 2,
+            padding: None,
+            masked: false,
+        },
         norm: NormSpec { weight: affine, bias: affine, ..NormSpec::layer(1e-5) },
         attention: Attention {
             qkv: Qkv::Separate {

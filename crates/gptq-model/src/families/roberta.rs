@@ -30,6 +30,7 @@ pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
             name: "embeddings.position_embeddings",
             offset,
             padding: Some(padding as u32),
+            masked: true,
         },
         head: Head::masked(transform, "lm_head.decoder", bert.head.tied, bert.head.pooler),
         ..bert
