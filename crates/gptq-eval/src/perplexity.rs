@@ -278,8 +278,7 @@ fn run(
             least: if protocol == Protocol::Gptq { 2 } else { 3 },
         });
     }
-    let max_positions = model.spec().max_positions;
-    if seqlen > max_positions {
+    if let Some(max_positions) = model.spec().length_limit().filter(|limit| seqlen > *limit) {
         return Err(EvalError::WindowTooLong { seqlen, max_positions });
     }
     if text.len() < seqlen {

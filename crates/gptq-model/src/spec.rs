@@ -524,6 +524,18 @@ impl Spec {
         kind.bytes_per_token(self.attention.kv_heads, self.attention.head_dim) * self.layer_count()
     }
 
+    /// Tokens of the longest sequences that the model is made for; `None` where positions go on beyond those of its
+    /// training (ALiBi, dynamic NTK).
+    pub fn length_limit(&self) -> Option<usize> {
+        let grows = |rope: &Rope| matches!(rope.scaling, RopeScaling::Dynamic { .. });
+        let unlimited = match &self.positions {
+            Positions::Alibi { .. } => true,
+            Positions::Rotary(ropes) => ropes.iter().any(grows),
+            Positions::Learned { .. } | Positions::None => false,
+        };
+        (!unlimited).then_some(self.max_positions)
+    }
+
     /// Whether sequences of `length` tokens can be placed: learned positions limit them, most other schemes do not.
     pub(crate) fn check_positions(&self, length: usize) -> Result<()> {
         let limited = |rope: &Rope| matches!(rope.scaling, RopeScaling::Limited { .. });
