@@ -136,6 +136,14 @@ pub enum ModelError {
         /// The family.
         family: String,
     },
+    /// A model that was saved without a projection to logits was asked for the next token.
+    #[error(
+        "this {family} has no projection to logits (lm_head) and predicts no next token; embed text with it instead"
+    )]
+    NoHead {
+        /// The family.
+        family: String,
+    },
     /// A sequence is longer than the table of learned positions, or than what is implemented of its family.
     #[error(
         "position {position} is beyond the {limit} positions of this model; use shorter sequences"

@@ -113,6 +113,7 @@ impl Spec {
         let shorter = spec.base.split_once('.').map_or("", |(_, rest)| rest);
         let base =
             [spec.base.as_str(), shorter, ""].into_iter().find(|base| has(base)).map(str::to_owned);
+        let bare = base.as_ref().is_some_and(|base| *base != spec.base);
         spec.base = base.unwrap_or(spec.base);
         unfused::adapt(&mut spec, tensors);
         // Encoders are saved with the head of their task, with another one, or without any.
@@ -125,6 +126,10 @@ impl Spec {
             if lacks(transform.dense) || (spec.head.bias && !tensors.contains(&bias)) {
                 (spec.head.transform, spec.head.name) = (None, None);
             }
+        }
+        // Decoders that embed text are often saved without a head.
+        if bare && !spec.head.tied && spec.head.transform.is_none() {
+            spec.head.name = spec.head.name.filter(|name| !lacks(name));
         }
         spec.head.pooler = spec.head.pooler.filter(|name| !lacks(&format!("{}{name}", spec.base)));
         let beyond = format!("{}.", spec.block_name(spec.layer_count()));

@@ -212,6 +212,9 @@ impl Model {
         if !self.spec.attention.causal {
             return Err(ModelError::NotCausal { family: self.spec.family.to_owned() });
         }
+        if self.head.projection().is_none() {
+            return Err(ModelError::NoHead { family: self.spec.family.to_owned() });
+        }
         let fits = |sequence: &Sequence| sequence.layers.len() == self.blocks.len();
         if batch.len() != ids.len()
             || ids.iter().any(|new| new.is_empty())

@@ -12,7 +12,8 @@ use std::path::Path;
 
 use common::{load, open, open_with, session};
 use gptq_compute::Tensor;
-use gptq_model::{EncodeInput, Encoded, Model, Rows, SentencePooling, Session};
+use gptq_format::{ShardPlan, ShardWriter, TensorSpec};
+use gptq_model::{EncodeInput, Encoded, Model, Rows, SentencePooling, Sequence, Session};
 use gptq_testkit::{Expected, assert_close, fixtures};
 
 /// The references themselves are at most 1.5e-5 away from a float64 run (fixtures' README).
@@ -146,6 +147,49 @@ fn distances_and_convolutions_see_no_padding() {
     }
 }
 
+#[test]
+fn the_first_real_token_of_a_padded_text_is_where_the_family_puts_it() {
+    for (fixture, first) in [("opt", true), ("opt_350m_style", true), ("gpt2", false)] {
+        let Some(dir) = fixtures::dir(fixture) else { continue };
+        let model = load(&open(&dir));
+        let mut session = session();
+        let alone = encode(&model, &mut session, &[7, 8, 9], &[]);
+        let mask = [false, false, true, true, true];
+        let padded = encode(&model, &mut session, &[1, 1, 7, 8, 9], &mask);
+        assert_eq!(padded == alone, first, "{fixture}");
+    }
+}
+
+#[test]
+fn a_decoder_saved_without_its_head_encodes_and_predicts_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, bare) = (dir.path().join("whole"), dir.path().join("bare"));
+    gptq_testkit::tiny_llama(&whole, 3);
+    std::fs::create_dir(&bare).unwrap();
+    std::fs::copy(whole.join("config.json"), bare.join("config.json")).unwrap();
+    let whole = open(&whole);
+    let store = &whole.tensors;
+    let names: Vec<&str> = store.names().filter(|name| !name.starts_with("lm_head")).collect();
+    let inner = |name: &str| name.strip_prefix("model.").unwrap().to_owned();
+    let spec = |name: &&str| {
+        let info = store.info(name).unwrap();
+        TensorSpec { name: inner(name), dtype: info.dtype, shape: info.shape.clone() }
+    };
+    let plan = ShardPlan::new(names.iter().map(spec).collect(), u64::MAX).unwrap();
+    let mut writer = ShardWriter::create(&bare, plan).unwrap();
+    for name in names {
+        writer.write(&inner(name), store.bytes(name).unwrap().as_ref()).unwrap();
+    }
+    writer.finish().unwrap();
+    let (whole, bare) = (load(&whole), load(&open(&bare)));
+    let mut session = session();
+    let ids = [7, 8, 9];
+    let want = encode(&whole, &mut session, &ids, &[]);
+    assert_eq!(encode(&bare, &mut session, &ids, &[]), want);
+    let error = bare.forward(&mut session, &mut [Sequence::new(bare.spec())], &[&ids]).unwrap_err();
+    assert!(error.to_string().contains("lm_head"), "{error}");
+}
+
 fn encode(model: &Model, session: &mut Session, ids: &[u32], mask: &[bool]) -> Vec<f32> {
     let input = EncodeInput { ids, mask, ..EncodeInput::default() };
     model.encode(session, &[input]).unwrap().hidden.as_slice().to_vec()
@@ -190,7 +234,7 @@ fn what_cannot_be_encoded_is_refused() {
     refused(EncodeInput { types: &[0, 2], ..base }, "token type 2");
     refused(EncodeInput { ids: &[256], ..base }, "256");
     refused(EncodeInput { ids: &[3; 65], ..base }, "64");
-    let mut batch = [gptq_model::Sequence::new(model.spec())];
+    let mut batch = [Sequence::new(model.spec())];
     let error = model.forward(&mut session, &mut batch, &[&[1]]).unwrap_err().to_string();
     assert!(error.contains("bert") && error.contains("both directions"), "{error}");
 }
