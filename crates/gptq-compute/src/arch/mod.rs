@@ -98,6 +98,7 @@ impl Isa {
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("bmi2")
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => {
@@ -181,11 +182,8 @@ pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
 ///
 /// Kernels are compiled without the extensions for products of bytes, words and bfloat16, which have
 /// functions of their own.
-///
-/// # Panics
-/// If the processor does not have it.
 #[inline]
-pub fn dispatch_on<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+pub(crate) fn dispatch_on<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     debug_assert!(isa.is_available());
     match isa {
         // SAFETY: `isa()` and the tests hand out available instruction sets only.
