@@ -62,9 +62,10 @@ unsafe fn value<S: Simd>(a: Activation, x: S::F) -> S::F {
             S::mul(S::mul(S::splat(0.5), x), S::add(S::splat(1.0), t))
         }
         Activation::GeluQuick => S::mul(x, math::sigmoid::<S>(S::mul(x, S::splat(1.702)))),
-        Activation::Relu => S::max(x, S::splat(0.0)),
+        // In this order what is no number stays.
+        Activation::Relu => S::max(S::splat(0.0), x),
         Activation::ReluSquared => {
-            let r = S::max(x, S::splat(0.0));
+            let r = S::max(S::splat(0.0), x);
             S::mul(r, r)
         }
         Activation::Tanh => math::tanh::<S>(x),
@@ -132,6 +133,9 @@ mod tests {
                 let want = truth(f64::from(x));
                 assert!((f64::from(y) - want).abs() < 1e-6 * (1.0 + want.abs()), "{name}({x})");
             }
+            let mut t = Tensor::from_vec(1, 1, vec![f32::NAN]);
+            activate(&pool, Activation::from_name(name).unwrap(), &mut t);
+            assert!(t.row(0)[0].is_nan(), "{name}");
         }
         assert!(Activation::from_name("mish").is_none());
     }

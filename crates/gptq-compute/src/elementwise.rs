@@ -108,7 +108,8 @@ struct Clamp(f32);
 impl Elementwise for Clamp {
     #[inline(always)]
     unsafe fn apply<S: Simd>(self, x: S::F, _: S::F) -> S::F {
-        S::max(S::min(x, S::splat(self.0)), S::splat(-self.0))
+        // In this order what is no number stays.
+        S::max(S::splat(-self.0), S::min(S::splat(self.0), x))
     }
 }
 
@@ -236,6 +237,14 @@ mod tests {
                 x.as_slice().iter().enumerate().all(|(i, &v)| v == (2.0 * i as f32).min(100.0))
             );
         }
+    }
+
+    #[test]
+    fn limits_leave_what_is_no_number() {
+        let mut x = Tensor::from_vec(1, 3, vec![f32::NAN, f32::INFINITY, -9.0]);
+        clamp(&Pool::new(1), &mut x, 4.0);
+        assert!(x.row(0)[0].is_nan());
+        assert_eq!(x.row(0)[1..], [4.0, -4.0]);
     }
 
     #[test]
