@@ -157,11 +157,20 @@ impl LayerKv {
     pub fn truncate(&mut self, len: usize) {
         let forgotten = self.len.min(len)..self.len;
         self.len = forgotten.start;
-        if self.kind == KvType::Int16 {
-            // Weights of zero meet these scales, which may be no numbers.
-            for position in forgotten {
-                for head in 0..self.kv_heads {
-                    self.put_scales(position, head, 0.0, 0.0);
+        // Weights of zero meet what is kept beside positions that stay, and it may be no number: scales, and the other
+        // half of a pair of values.
+        for position in forgotten {
+            let paired = position / LANES % 2 == 1 && position - LANES < len;
+            for head in 0..self.kv_heads {
+                match self.kind {
+                    KvType::Int16 => self.put_scales(position, head, 0.0, 0.0),
+                    KvType::Bf16 if paired => {
+                        let (_, values) = self.cells::<Bf16>(position, head);
+                        for cell in values {
+                            *cell &= 0xFFFF;
+                        }
+                    }
+                    _ => {}
                 }
             }
         }
@@ -206,7 +215,7 @@ impl LayerKv {
     }
 
     fn put_f32(&mut self, head: usize, key: &[f32], value: &[f32]) {
-        let (mut keys, values) = self.cells::<F32>(head);
+        let (mut keys, values) = self.cells::<F32>(self.len, head);
         keys.by_ref().zip(key).for_each(|(cell, x)| *cell = *x);
         values.copy_from_slice(value);
     }
@@ -224,7 +233,7 @@ impl LayerKv {
                 to(&halves[..n]);
             }
         };
-        let (mut keys, values) = self.cells::<F16>(head);
+        let (mut keys, values) = self.cells::<F16>(self.len, head);
         round(key, &mut |piece| {
             // The shorter side comes first: zip takes an element of the first before it looks at the second.
             piece.iter().zip(keys.by_ref()).for_each(|(x, cell)| *cell = x.to_bits());
@@ -240,21 +249,20 @@ impl LayerKv {
         let ((k, key_scale), (v, value_scale)) = (scale_of(key, 127.0), scale_of(value, 127.0));
         self.put_scales(self.len, head, key_scale, value_scale);
         let code = |x: &f32, inverse: f32| math::nearest(x * inverse) as i8;
-        let (mut keys, values) = self.cells::<Int8>(head);
+        let (mut keys, values) = self.cells::<Int8>(self.len, head);
         keys.by_ref().zip(key).for_each(|(cell, x)| *cell = code(x, k));
         values.iter_mut().zip(value).for_each(|(cell, x)| *cell = code(x, v));
     }
 
     fn put_bf16(&mut self, head: usize, key: &[f32], value: &[f32]) {
         let high = self.len / LANES % Bf16::STEPS == 1;
-        let (keys, values) = self.cells::<Bf16>(head);
+        let (keys, values) = self.cells::<Bf16>(self.len, head);
         let bits = |x: &f32| math::to_bf16(*x).to_bits();
         for (cell, pair) in keys.zip(key.chunks(Bf16::STEPS)) {
             *cell = bits(&pair[0]) >> 16 | pair.get(1).map_or(0, bits);
         }
         for (cell, x) in values.iter_mut().zip(value) {
-            // A position whose partner is still to come has zeros there, or what `truncate` forgot; both
-            // meet weights of zero.
+            // A position whose partner is still to come has zeros there, which meet weights of zero.
             *cell = if high { *cell & 0xFFFF | bits(x) } else { bits(x) >> 16 };
         }
     }
@@ -264,7 +272,7 @@ impl LayerKv {
         let (k, key_scale) = scale_of(key, largest(self.head_dim));
         let (v, value_scale) = scale_of(value, largest(BLOCK));
         self.put_scales(self.len, head, key_scale, value_scale);
-        let (keys, values) = self.cells::<Int16>(head);
+        let (keys, values) = self.cells::<Int16>(self.len, head);
         for (cell, pair) in keys.zip(key.chunks(Int16::STEPS)) {
             *cell = word(pair[0] * k) | pair.get(1).map_or(0, |x| word(x * k)) << 16;
         }
@@ -282,14 +290,15 @@ impl LayerKv {
         block[first + BLOCK] = value.to_bits();
     }
 
-    /// Where the key and the value of the next position of one head go.
+    /// Where the key and the value of a position of one head are.
     fn cells<E: Element>(
         &mut self,
+        position: usize,
         head: usize,
     ) -> (impl Iterator<Item = &mut E::Item>, &mut [E::Item]) {
-        let (d, at, padded) = (self.head_dim, self.len % BLOCK, self.padded_dim());
+        let (d, at, padded) = (self.head_dim, position % BLOCK, self.padded_dim());
         let size = self.head_words();
-        let words = &mut self.blocks[self.len / BLOCK][head * size..(head + 1) * size];
+        let words = &mut self.blocks[position / BLOCK][head * size..(head + 1) * size];
         let rows = d.div_ceil(E::STEPS);
         let (keys, values) = bytemuck::cast_slice_mut(words).split_at_mut(rows * BLOCK);
         let first = value_row::<E>(at) * padded;
