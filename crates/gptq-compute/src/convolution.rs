@@ -33,7 +33,7 @@ impl Convolution {
 /// other rows of `out` are unspecified.
 ///
 /// # Panics
-/// If shapes do not fit, or the kernel is even.
+/// If shapes do not fit, spans overlap or do not ascend, or the kernel is even.
 #[track_caller]
 pub fn convolve(
     pool: &Pool,
@@ -48,7 +48,11 @@ pub fn convolve(
     let (inputs, outputs) = convolution.group();
     assert_eq!(weight.len(), width * inputs * kernel, "weight of the convolution");
     assert_eq!(x.cols(), groups * inputs, "input width");
-    assert!(spans.iter().all(|span| span.end <= x.rows()), "span outside the rows");
+    let mut end = 0;
+    for span in spans {
+        assert!(span.start >= end && span.end <= x.rows(), "span outside the rows or another's");
+        end = span.end;
+    }
     out.resize(x.rows(), width);
     let out = RawSlice::new(out.as_mut_slice());
     let tiles = spans.iter().map(|span| span.len().div_ceil(TOKENS)).max().unwrap_or(0);
@@ -74,7 +78,8 @@ pub fn convolve(
             if start >= end {
                 continue;
             }
-            let source = x.row(span.start + start + tap - kernel / 2)[group * inputs..].as_ptr();
+            let row = span.start + start + tap - kernel / 2;
+            let source = x.as_slice()[row * x.cols() + group * inputs..].as_ptr();
             let at = (span.start + start) * width + column;
             // SAFETY: the rows of both tensors exist by the bounds above, the weights of the group and
             // the tap by its shape; the outputs belong to this task.
@@ -97,6 +102,15 @@ mod tests {
 
     fn value(i: usize) -> f32 {
         ((i * 7919 % 2003) as f32 - 1000.0) / 900.0
+    }
+
+    #[test]
+    #[should_panic(expected = "span outside the rows or another's")]
+    fn sequences_that_overlap_are_refused() {
+        let convolution =
+            Convolution { weight: vec![1.0; 4], bias: vec![0.0; 2], kernel: 1, groups: 1 };
+        let x = Tensor::zeros(4, 2);
+        convolve(&Pool::new(2), &x, &[0..4, 0..4], &convolution, &mut Tensor::default());
     }
 
     #[test]

@@ -78,7 +78,7 @@ pub fn gemm_nt(pool: &Pool, x: &Tensor, w: &DenseMatrix, bias: Option<&[f32]>, y
                 let y = out.at(first * n + col, (rows - 1) * n + cols);
                 product(
                     (rows, cols, k),
-                    (x.row(first).as_ptr(), k, 1),
+                    (x.as_slice()[first * k..].as_ptr(), k, 1),
                     (weights, 1, k),
                     (y, n, 1),
                     false,

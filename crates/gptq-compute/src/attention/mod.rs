@@ -30,7 +30,7 @@ const CHUNK: usize = 4 * BLOCK;
 /// Multiplications up to which one thread is faster than waking the others.
 const SERIAL: usize = 1 << 17;
 
-/// One sequence's part of a batch.
+/// One sequence's part of a batch; says the same whenever it is asked.
 pub trait Span: Sync {
     /// Its rows of the query tensor; the last one is the query at position `kv().len() - 1`.
     fn rows(&self) -> Range<usize>;
@@ -112,7 +112,8 @@ impl Cut {
 /// heads) and 256 positions.
 ///
 /// # Panics
-/// If shapes do not fit, or a span has no row or more rows than its cache has positions.
+/// If shapes do not fit, spans overlap or do not ascend, or a span has no row or more rows than its
+/// cache has positions.
 #[track_caller]
 pub fn attention<S: Span>(pool: &Pool, q: &Tensor, spans: &[S], p: &AttnParams, out: &mut Tensor) {
     assert!(p.heads.is_multiple_of(p.kv_heads), "heads and kv_heads");
@@ -120,8 +121,12 @@ pub fn attention<S: Span>(pool: &Pool, q: &Tensor, spans: &[S], p: &AttnParams, 
     assert!(p.alibi.as_ref().is_none_or(|a| a.len() == p.heads), "one slope per head");
     out.resize(q.rows(), q.cols());
     let (mut tasks, mut parts, mut work) = (0, 0, 0);
+    let mut end = 0;
     for s in spans {
         let (rows, kv) = (s.rows(), s.kv());
+        // Each row of the output belongs to one task.
+        assert!(rows.start >= end, "spans overlap");
+        end = rows.end;
         assert!(
             !rows.is_empty() && rows.end <= q.rows() && rows.len() <= kv.len(),
             "span outside its cache"

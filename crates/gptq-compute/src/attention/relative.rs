@@ -39,7 +39,7 @@ thread_local! {
 /// is a whole sequence that sees itself alone; other rows of `out` are unspecified.
 ///
 /// # Panics
-/// If shapes do not fit, there are fewer key heads than heads, or slopes.
+/// If shapes do not fit, spans overlap or do not ascend, there are fewer key heads than heads, or slopes.
 #[track_caller]
 pub fn relative_attention(
     pool: &Pool,
@@ -60,8 +60,11 @@ pub fn relative_attention(
     }
     let reach = distances.rows.len() / 2;
     assert!(distances.rows.len() % 2 == 1, "one row for each distance of both signs");
+    let mut end = 0;
     for span in spans {
         assert!(span.end <= q.rows() && span.len() <= reach + 1, "span beyond the distances");
+        assert!(span.start >= end, "spans overlap");
+        end = span.end;
     }
     out.resize(q.rows(), width);
     let out = RawSlice::new(out.as_mut_slice());
@@ -141,8 +144,9 @@ impl Task<'_> {
     fn products(&self, x: &Tensor, a: Range<usize>, y: &Tensor, b: Range<usize>, out: &mut [f32]) {
         let (d, column) = (self.p.head_dim, self.head * self.p.head_dim);
         assert!(out.len() >= a.len() * b.len() && !a.is_empty() && !b.is_empty());
-        let (x_first, y_first) = (&x.row(a.start)[column..], &y.row(b.start)[column..]);
         assert!(a.end <= x.rows() && b.end <= y.rows());
+        let x_first = &x.as_slice()[a.start * x.cols() + column..];
+        let y_first = &y.as_slice()[b.start * y.cols() + column..];
         // SAFETY: the rows and the head's columns of both tensors exist, and `out` has the products.
         unsafe {
             product(
@@ -167,7 +171,7 @@ impl Task<'_> {
         }
         let column = self.head * d;
         let at = (self.span.start + tile.start) * width + column;
-        let values = &self.v.row(self.span.start)[column..];
+        let values = &self.v.as_slice()[self.span.start * width + column..];
         // SAFETY: the columns of one head in the rows of one sequence belong to one task; `scores` has
         // a row of `length` for each of them, and the values as many rows.
         unsafe {
