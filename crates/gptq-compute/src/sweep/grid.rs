@@ -5,7 +5,7 @@ use half::f16;
 use crate::arch::{LANES, Simd};
 use crate::math;
 
-/// The smallest positive f16: no scale may round to zero.
+/// The smallest positive f16, the step between those below [`f16::MIN_POSITIVE`]: no scale may round to zero.
 const MIN_SCALE: f32 = 5.960_464_5e-8;
 /// Ranges that a weighted search tries: from the full one down to a fifth of it.
 const SHRINKS: u8 = 81;
@@ -96,7 +96,8 @@ impl Grid {
                 let shifts: &[f32] = if self.sym { &[0.0] } else { &[0.0, -1.0, 1.0] };
                 let mut best = Best::<S>::new(found);
                 for step in 0..SHRINKS {
-                    let s = rounded::<S>(S::mul(scale, S::splat(1.0 - f32::from(step) / 100.0)));
+                    let s =
+                        self.rounded::<S>(S::mul(scale, S::splat(1.0 - f32::from(step) / 100.0)));
                     for &shift in shifts {
                         let z = S::add(zero, S::splat(shift));
                         let z = S::min(S::max(z, S::splat(min)), S::splat(top));
@@ -124,7 +125,7 @@ impl Grid {
         let mut best = Best::<S>::new((scale, zero));
         for step in 0..SHRINKS + 10 {
             let p = S::splat(1.1 - f32::from(step) / 100.0);
-            let candidate = rounded::<S>(S::mul(scale, p));
+            let candidate = self.rounded::<S>(S::mul(scale, p));
             for scale in [candidate, S::sub(S::splat(0.0), candidate)] {
                 let error = match self.search {
                     ScaleSearch::Power(norm) => self.power_error::<S>(weights, norm, scale, zero),
@@ -250,6 +251,22 @@ impl Grid {
         S::load(lanes.as_ptr())
     }
 
+    /// A candidate for a scale as it will be stored, but for the largest number: 11 significant bits (Veltkamp's
+    /// splitting), and fewer of the smallest.
+    #[inline(always)]
+    unsafe fn rounded<S: Simd>(&self, x: S::F) -> S::F {
+        let t = S::mul(x, S::splat(8193.0));
+        let rounded = S::sub(t, S::sub(t, x));
+        if !self.f16_scales {
+            return rounded;
+        }
+        let (size, step) = (S::abs(x), S::splat(MIN_SCALE));
+        let small = S::mul(S::round(S::div(size, step)), step);
+        let small = S::max(small, step);
+        let small = S::select(S::lt(x, S::splat(0.0)), S::sub(S::splat(0.0), small), small);
+        S::select(S::lt(size, S::splat(f16::MIN_POSITIVE.to_f32())), small, rounded)
+    }
+
     /// Code and value of weights `w`.
     #[inline(always)]
     pub(super) unsafe fn round<S: Simd>(&self, w: S::F, scale: S::F, zero: S::F) -> (S::F, S::F) {
@@ -257,13 +274,6 @@ impl Grid {
         let q = S::min(S::max(q, S::splat(0.0)), S::splat(self.max_code() as f32));
         (q, S::mul(scale, S::sub(q, zero)))
     }
-}
-
-/// Rounded to the 11 significant bits of f16 (Veltkamp's splitting).
-#[inline(always)]
-unsafe fn rounded<S: Simd>(x: S::F) -> S::F {
-    let t = S::mul(x, S::splat(8193.0));
-    S::sub(t, S::sub(t, x))
 }
 
 /// The candidate with the least error, lane by lane.

@@ -50,12 +50,12 @@ pub(super) fn output_error(w: &[f32], q: &[f32], h: &[f32], n: usize) -> f64 {
         .sum()
 }
 
-/// f16, and the 11 bits of its fraction without its range.
+/// f16, and without its largest number.
 fn stored(x: f64) -> f64 {
     half::f16::from_f64(x).to_f64()
 }
-fn eleven_bits(x: f64) -> f64 {
-    let unit = 2f64.powi(x.abs().log2().floor() as i32 - 10);
+fn candidate(x: f64) -> f64 {
+    let unit = 2f64.powi((x.abs().log2().floor() as i32 - 10).max(-24));
     (x / unit).round_ties_even() * unit
 }
 
@@ -84,7 +84,7 @@ fn find(grid: &Grid, w: &[f64], h: &[f64]) -> (f64, f64) {
         ScaleSearch::MinMax => return params(1.0),
         _ if signed => {
             for step in 0..=90 {
-                let scale = eleven_bits(size * (1.1 - f64::from(step) / 100.0));
+                let scale = candidate(size * (1.1 - f64::from(step) / 100.0));
                 candidates.extend([(scale, half), (-scale, half)]);
             }
         }
@@ -94,7 +94,7 @@ fn find(grid: &Grid, w: &[f64], h: &[f64]) -> (f64, f64) {
         ScaleSearch::Hessian => {
             let (scale, zero) = if grid.sym { (2.0 * largest / top, half) } else { params(1.0) };
             for step in 0..=80 {
-                let scale = eleven_bits(scale * (1.0 - f64::from(step) / 100.0));
+                let scale = candidate(scale * (1.0 - f64::from(step) / 100.0));
                 let shifts: &[f64] = if grid.sym { &[0.0] } else { &[0.0, -1.0, 1.0] };
                 candidates
                     .extend(shifts.iter().map(|shift| (scale, (zero + shift).clamp(min, top))));
@@ -261,6 +261,28 @@ fn scales_orders_and_groups_equal_the_loop_in_f64() {
                 }
             }
         }
+    }
+}
+
+/// Scales below 2^-14 have fewer bits, and are judged with these.
+#[test]
+fn scales_of_small_weights_equal_the_loop_in_f64() {
+    let (rows, n) = (40, 64);
+    let w: Vec<f32> = random(rows * n, 21).iter().map(|w| w * 2e-4).collect();
+    let u = inverse_factor(hessian(n, 6), n).unwrap();
+    let order: Vec<u32> = (0..n as u32).collect();
+    let groups: Vec<u32> = order.iter().map(|k| k / 32).collect();
+    for (sym, signed) in [(true, true), (true, false), (false, false)] {
+        let grid = Grid { bits: 8, sym, signed, search: ScaleSearch::Hessian, ..GRID };
+        let sweep =
+            Sweep { factor: Some(&u), order: &order, groups: &groups, static_groups: false, grid };
+        let (swept, want) = (sweep.run(&Pool::new(1), &w, rows), oracle(&sweep, &w));
+        let same = swept.scales.iter().zip(&want.scales).filter(|(a, b)| a == b).count();
+        // Candidates that are nearly a tie.
+        assert!(10 * same >= 9 * want.scales.len(), "{grid:?}: {same} of {}", want.scales.len());
+        let loss = |s: &Swept| s.losses.iter().sum::<f64>();
+        let ratio = loss(&swept) / loss(&want);
+        assert!((0.98..1.02).contains(&ratio), "{grid:?}: {ratio}");
     }
 }
 
