@@ -236,9 +236,14 @@ pub struct OutputError {
 }
 
 impl OutputError {
-    /// ‖ΔW X‖² / ‖W X‖².
+    /// ‖ΔW X‖² / ‖W X‖²; NaN where either is no number.
     pub fn relative(self) -> f64 {
-        if self.total > 0.0 { (self.difference / self.total).max(0.0) } else { 0.0 }
+        if self.total <= 0.0 {
+            return 0.0;
+        }
+        // Rounding may leave a little less than nothing, and `max` would hide what is no number.
+        let relative = self.difference / self.total;
+        if relative < 0.0 { 0.0 } else { relative }
     }
 }
 
@@ -253,6 +258,20 @@ mod tests {
         static_groups: false,
     };
     const DAMPING: Damping = Damping { percent: 0.01, auto_increment: 0.01 };
+
+    #[test]
+    fn an_error_that_is_no_number_is_not_the_least() {
+        let relative = |difference, total| OutputError { difference, total }.relative();
+        assert_eq!(
+            (relative(1.0, 4.0), relative(-1e-9, 4.0), relative(0.0, 0.0)),
+            (0.25, 0.0, 0.0)
+        );
+        for (difference, total) in
+            [(f64::NAN, 1.0), (1.0, f64::NAN), (f64::INFINITY, f64::INFINITY)]
+        {
+            assert!(relative(difference, total).is_nan(), "{difference} {total}");
+        }
+    }
 
     #[test]
     fn rank_one_and_empty_hessians_are_factorised() {
