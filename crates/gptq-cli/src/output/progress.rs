@@ -39,6 +39,8 @@ struct State {
     eta: Eta,
     total: usize,
     in_block: bool,
+    /// A module of the block was quantized.
+    solved: bool,
     phase: String,
     /// Tenths of the phase that have had their line.
     tenths: usize,
@@ -130,7 +132,7 @@ impl Progress for ProgressView {
         state.tenths = 0;
         match &self.mode {
             Mode::Bars { phase, .. } => {
-                let bar = phase.get_or_init(|| screen().add(bar(PHASE_BAR)));
+                let bar = shown(phase.get_or_init(|| screen().add(bar(PHASE_BAR))));
                 bar.set_length(1);
                 bar.set_position(0);
                 bar.set_prefix(name.to_owned());
@@ -165,10 +167,10 @@ impl Progress for ProgressView {
         IN_BLOCKS.store(true, Ordering::SeqCst);
         let mut state = self.state();
         state.total = total;
-        state.in_block = true;
+        (state.in_block, state.solved) = (true, false);
         state.eta.start(Instant::now());
         if let Mode::Bars { blocks, .. } = &self.mode {
-            let bar = blocks.get_or_init(|| screen().insert(0, bar(BLOCK_BAR)));
+            let bar = shown(blocks.get_or_init(|| screen().insert(0, bar(BLOCK_BAR))));
             bar.set_length(total as u64);
             bar.set_position(index as u64);
             bar.set_message(state.message());
@@ -177,6 +179,7 @@ impl Progress for ProgressView {
 
     fn module_done(&self, record: &ModuleRecord) {
         let mut state = self.state();
+        state.solved = true;
         match &self.mode {
             Mode::Bars { blocks, .. } => {
                 state.module = format!("{}  loss {:.2e}", record.module, record.loss);
@@ -206,7 +209,12 @@ impl Progress for ProgressView {
     fn block_done(&self, index: usize) {
         let mut state = self.state();
         let left = state.total.saturating_sub(index + 1);
-        state.eta.stop(Instant::now(), left);
+        if state.solved {
+            state.eta.stop(Instant::now(), left);
+        } else {
+            // Replayed behind --resume, which says nothing of those to be solved.
+            state.eta.started = None;
+        }
         state.in_block = false;
         match &self.mode {
             Mode::Bars { blocks, .. } => {
@@ -354,6 +362,14 @@ fn bar(template: &str) -> ProgressBar {
     ProgressBar::new(1).with_style(style.progress_chars("█▉▊▋▌▍▎▏ "))
 }
 
+/// A bar that [`ProgressView::finish`] took away is shown again.
+fn shown(bar: &ProgressBar) -> &ProgressBar {
+    if bar.is_finished() {
+        bar.reset();
+    }
+    bar
+}
+
 fn line(text: &str) {
     // Progress is not worth failing for when stderr is closed.
     let _ = writeln!(std::io::stderr(), "{text}");
@@ -397,8 +413,27 @@ mod tests {
     }
 
     #[test]
-    fn a_module_is_one_plain_line() {
-        let record = ModuleRecord {
+    fn bars_come_back_and_replayed_blocks_do_not_count() {
+        let mode = Mode::Bars { blocks: OnceLock::new(), phase: OnceLock::new() };
+        let view = ProgressView { mode, state: Mutex::default() };
+        let Mode::Bars { phase, .. } = &view.mode else { unreachable!() };
+        view.phase("calibration");
+        view.finish();
+        assert!(phase.get().unwrap().is_finished());
+        view.phase("write");
+        assert!(!phase.get().unwrap().is_finished());
+        for index in 0..2 {
+            view.block_started(index, 3);
+            if index == 1 {
+                view.module_done(&record());
+            }
+            view.block_done(index);
+            assert_eq!(view.state().eta.left(Instant::now()).is_some(), index == 1, "{index}");
+        }
+    }
+
+    fn record() -> ModuleRecord {
+        ModuleRecord {
             layer: 4,
             module: "mlp.down_proj".into(),
             shape: [576, 1536],
@@ -414,9 +449,13 @@ mod tests {
             awq: None,
             seconds: 0.9,
             rss_bytes: Some(3 << 30),
-        };
+        }
+    }
+
+    #[test]
+    fn a_module_is_one_plain_line() {
         assert_eq!(
-            module_line(&record, 16),
+            module_line(&record(), 16),
             "layer  5/16  mlp.down_proj       576x1536     4-bit g128  loss 1.27e-2  error 1.23e-3  0.90 s  3.00 GiB"
         );
     }
