@@ -154,6 +154,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
         let mut bench = Bench::prefill(args, &model, &mut session, batch)?;
         runs.push(bench.decode(args, &model, &mut session)?);
         if args.profile && index == 0 {
+            bench.rewind(args, &model, args.new_tokens);
             session.ctx.profile = Some(Box::default());
             let steps = bench.steps(args.new_tokens, &model, &mut session)?;
             profile_steps = steps.len();
@@ -169,6 +170,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     let (mut bandwidths, mut fractions) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         let Some(bench) = &mut first else { break };
+        bench.rewind(args, &model, STEPS);
         let seconds = median(bench.steps(STEPS, &model, &mut session)?);
         let bandwidth = probe.measure(&pool);
         fractions.push(runs[0].bytes_per_step as f64 / seconds / bandwidth);
@@ -225,6 +227,13 @@ impl Bench {
             last.push([argmax(logits.row(0)).unwrap_or(0) as u32]);
         }
         Ok(Self { sequences, last, prefill_seconds: start.elapsed().as_secs_f64() })
+    }
+
+    /// Forgets what was decoded behind the prompts, and of these what leaves no room for `count` tokens.
+    fn rewind(&mut self, args: &Args, model: &Model, count: usize) {
+        let limit = model.spec().length_limit().unwrap_or(usize::MAX);
+        let kept = args.prompt_tokens.min(limit.saturating_sub(count)).max(1);
+        self.sequences.iter_mut().for_each(|sequence| sequence.truncate(kept));
     }
 
     /// Decodes `count` tokens of each sequence, greedily; seconds of each step.
