@@ -240,7 +240,14 @@ fn a_changed_command_is_refused_by_the_name_of_the_field() {
     // A finished directory is finished.
     let files = world.files();
     world.ok(&format!("{LINE} out --resume"));
-    for (extra, field) in [("--bits 3", "bits"), ("--no-sym", "sym"), ("--method rtn", "method")] {
+    for (extra, field) in [
+        ("--bits 3", "bits"),
+        ("--no-sym", "sym"),
+        ("--method rtn", "method"),
+        ("--target-bpw 4.5", "target_bpw"),
+        ("--damp-percent 0.1", "damp_percent"),
+        ("--scale-search minmax", "scale_search"),
+    ] {
         let stderr = world.fails(&format!("{LINE} out --resume {extra}"));
         assert!(stderr.contains(&format!("is finished, with {field} =")), "{field}: {stderr}");
     }

@@ -16,7 +16,7 @@ use gptq_quantize::{
     CalibrationOptions, Correction, Method, MoeFallback, Plan, QuantizeOptions, TokenWeights,
     Windows, plan, quantize_as_planned,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::runtime::ActivationsArg;
 use super::{calibration, open, pool, progress};
@@ -304,7 +304,7 @@ impl Args {
         let dynamic = match &self.dynamic {
             None => Dynamic::default(),
             Some(path) => {
-                let serde_json::Value::Object(rules) = gptq_format::fs::read_json(path)? else {
+                let Value::Object(rules) = gptq_format::fs::read_json(path)? else {
                     bail!("{}: expected a JSON object of rules", path.display());
                 };
                 Dynamic::from_map(&rules).with_context(|| path.display().to_string())?
@@ -453,7 +453,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
     // With --overwrite it may be the output that is to be replaced.
     let resume = args.resume && !args.overwrite;
     if let Some(output) = args.output.as_deref().filter(|o| resume && is_finished(o)) {
-        check_finished(output, &options, args.target_bpw.is_some())?;
+        check_finished(output, args, &options)?;
         tracing::warn!("{} is finished already", output.display());
         return Ok(());
     }
@@ -557,16 +557,30 @@ pub(super) fn is_finished(output: &Path) -> bool {
         && !gptq_format::OutputDir::partial_path(output).is_ok_and(|partial| partial.exists())
 }
 
-/// Refuses to take a finished run for that of `options` where it has another format; `chosen`: its bits were chosen for
-/// a size.
-fn check_finished(output: &Path, options: &QuantizeOptions, chosen: bool) -> anyhow::Result<()> {
+/// Refuses to take a finished run for that of `options` where it is of another model or has other settings.
+fn check_finished(output: &Path, args: &Args, options: &QuantizeOptions) -> anyhow::Result<()> {
     let report = gptq_format::fs::read_json(&output.join("quant_report.json"))?;
-    let wanted = options.config().to_json();
-    let method = json!(options.method.name());
-    let keys = ["bits", "group_size", "sym", "desc_act", "checkpoint_format"];
-    let fields = keys.into_iter().map(|key| (key, &report["quantize_config"][key], &wanted[key]));
-    for (key, then, now) in fields.chain([("method", &report["method"], &method)]) {
-        if then != now && !(chosen && key == "bits") {
+    let (then, now) = (&report["quantize_config"], options.config().to_json());
+    let mut fields = vec![
+        ("model", report["model"].clone(), json!(args.model)),
+        ("method", report["method"].clone(), json!(options.method.name())),
+        ("target_bpw", report["mixed_precision"]["target_bpw"].clone(), json!(args.target_bpw)),
+    ];
+    let mut keys =
+        vec!["group_size", "sym", "desc_act", "checkpoint_format", "damp_percent", "lm_head"];
+    // These were chosen for a size, or hold a rule for the head.
+    if args.target_bpw.is_none() {
+        keys.push("bits");
+        if !options.lm_head {
+            keys.push("dynamic");
+        }
+    }
+    fields.extend(keys.iter().map(|key| (*key, then[*key].clone(), now[*key].clone())));
+    let meta = ["order", "scale_search", "signed_scales", "refine", "token_weights", "correction"];
+    let of = |config: &Value, key: &str| config["meta"][key].clone();
+    fields.extend(meta.iter().map(|key| (*key, of(then, key), of(&now, key))));
+    for (key, then, now) in fields {
+        if then != now {
             bail!(
                 "{} is finished, with {key} = {then} and not {now}; choose another --output, or --overwrite it",
                 output.display()
