@@ -107,6 +107,14 @@ impl Dynamic {
         &self.source
     }
 
+    /// The object with the rules that leave modules out in front, each kind in its order: these count first, but vLLM and
+    /// SGLang take the first rule that matches.
+    pub fn skips_first(&self) -> Map<String, Value> {
+        let (skips, others): (Vec<_>, Vec<_>) =
+            self.source.clone().into_iter().partition(|(rule, _)| rule.starts_with("-:"));
+        skips.into_iter().chain(others).collect()
+    }
+
     /// Whether there is no rule.
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty()

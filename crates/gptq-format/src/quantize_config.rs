@@ -282,7 +282,7 @@ impl QuantizeConfig {
             }
         }
         if !self.dynamic.is_empty() {
-            set("dynamic", Value::Object(self.dynamic.source().clone()));
+            set("dynamic", Value::Object(self.dynamic.skips_first()));
         }
         let mut meta = self.meta.clone();
         let version = concat!("gptq-rs:", env!("CARGO_PKG_VERSION"));
@@ -449,7 +449,7 @@ mod tests {
         assert_eq!(written["format"], "gptq_v2");
         assert_eq!(
             written["dynamic"].as_object().unwrap().keys().collect::<Vec<_>>(),
-            ["+:b", "-:a"]
+            ["-:a", "+:b"]
         );
         let quantizer = written["meta"]["quantizer"].clone();
         assert!(quantizer[0].as_str().unwrap().starts_with("gptq-rs:"));
