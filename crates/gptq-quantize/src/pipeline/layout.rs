@@ -8,7 +8,7 @@ use gptq_format::{
     Checkpoint, DType, Dynamic, ModuleSettings, QuantizeConfig, ShardPlan, TensorSpec,
 };
 use gptq_model::{LinearSpec, Spec, Stage, is_buffer};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::options::QuantizeOptions;
 use crate::error::{QuantizeError, Result};
@@ -83,6 +83,10 @@ impl Layout {
         if options.lm_head {
             let head = untied_head(spec)?;
             let settings = head_settings(&mut config, &head.module)?;
+            if let Some(Value::Array(listed)) = &mut config.modules_in_block_to_quantize {
+                // vLLM takes what is not listed for floats.
+                listed.push(json!([head.module]));
+            }
             modules.insert(head.module.clone(), (settings, head, spec.layer_count()));
         }
         let mut names: Vec<&str> = checkpoint.tensors.names().collect();
