@@ -9,6 +9,7 @@ mod watch;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::time::SystemTime;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
@@ -90,7 +91,6 @@ impl ChatTemplate {
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", functions::tojson);
         environment.add_function("raise_exception", functions::raise_exception);
-        environment.add_function("strftime_now", clock::strftime_now);
         environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(MAX_DEPTH);
         let (owned, text) = (name.to_owned(), functions::without_generation_tags(source));
@@ -112,7 +112,8 @@ impl ChatTemplate {
         &self.source
     }
 
-    /// Renders a conversation; with `add_generation_prompt`, followed by what opens the assistant's turn.
+    /// Renders a conversation; with `add_generation_prompt`, followed by what opens the assistant's turn. `now` is what the
+    /// template's `strftime_now` tells, in UTC.
     ///
     /// # Errors
     /// [`ChatError`] with the line if the template raises an exception, fails, or exceeds a limit. One that exceeds the limit
@@ -121,10 +122,12 @@ impl ChatTemplate {
         &self,
         messages: &[Message],
         add_generation_prompt: bool,
+        now: SystemTime,
     ) -> Result<String, ChatError> {
         let values = context! {
             messages => Serde(messages),
             add_generation_prompt,
+            strftime_now => Value::from_function(move |format: &str| clock::strftime(format, now)),
             tools => (),
             documents => (),
             ..Value::from(Serde(&self.variables))

@@ -6,6 +6,7 @@ mod stream;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde_json::{Map, Value};
 use tokenizers::{PostProcessor, TruncationDirection};
@@ -228,7 +229,8 @@ impl Tokenizer {
         self.chat.as_ref()?.as_ref().ok()
     }
 
-    /// Renders a conversation as text; encode it with `add_special` false, since templates write the special tokens.
+    /// Renders a conversation as text; encode it with `add_special` false, since templates write the special tokens. `now`
+    /// is the time that a template may ask for.
     ///
     /// # Errors
     /// [`TokenizerError::NoChatTemplate`] if there is none, [`TokenizerError::Chat`] if it does not compile or render.
@@ -236,11 +238,12 @@ impl Tokenizer {
         &self,
         messages: &[Message],
         add_generation_prompt: bool,
+        now: SystemTime,
     ) -> Result<String, TokenizerError> {
         match &self.chat {
             None => Err(TokenizerError::NoChatTemplate { path: self.path.clone() }),
             Some(Err(error)) => Err(error.clone().into()),
-            Some(Ok(template)) => Ok(template.render(messages, add_generation_prompt)?),
+            Some(Ok(template)) => Ok(template.render(messages, add_generation_prompt, now)?),
         }
     }
 

@@ -106,7 +106,9 @@ fn token_ids_equal_transformers() {
         let (_, greedy) = expected.tokens("greedy_ids");
         assert_eq!(ids, greedy[..ids.len()]);
         assert!(t.decode(&greedy, false).unwrap().starts_with(prompt));
-        let chat = t.apply_chat_template(std::slice::from_ref(&question), true).unwrap();
+        let chat = t
+            .apply_chat_template(std::slice::from_ref(&question), true, std::time::UNIX_EPOCH)
+            .unwrap();
         assert_eq!(t.encode(&chat, false).unwrap(), expected.tokens("chat_prompt_ids").1);
     }
     // Token by token the same text as at once.

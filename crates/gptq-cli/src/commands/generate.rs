@@ -1,6 +1,7 @@
 //! `gptq generate`.
 
 use std::ops::ControlFlow;
+use std::time::SystemTime;
 
 use anyhow::Context;
 use gptq_compute::Activations;
@@ -101,7 +102,10 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<()> {
             let messages: Vec<Message> =
                 system.chain([Message::new("user", text.clone())]).collect();
             // Templates contain their special tokens.
-            tokenizer.encode(&tokenizer.apply_chat_template(&messages, true)?, false)?
+            tokenizer.encode(
+                &tokenizer.apply_chat_template(&messages, true, SystemTime::now())?,
+                false,
+            )?
         }
         (None, prompt) => tokenizer.encode(prompt.as_deref().unwrap_or_default(), true)?,
     };

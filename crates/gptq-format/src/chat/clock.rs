@@ -21,15 +21,10 @@ const MONTHS: [&str; 12] = [
 const DAYS: [&str; 7] =
     ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 
-/// `strftime_now(format)`: the current time in UTC.
-pub(super) fn strftime_now(format: &str) -> Result<String, Error> {
+/// C's `strftime` in the C locale for the directives that prompts use, in UTC.
+pub(super) fn strftime(format: &str, now: SystemTime) -> Result<String, Error> {
     // A clock before 1970 counts as 1970.
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    strftime(format, now.as_secs())
-}
-
-/// C's `strftime` in the C locale for the directives that prompts use; `seconds` since 1970-01-01 in UTC.
-fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
+    let seconds = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let days = seconds / 86400;
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
     let (year, month, day, day_of_year) = civil(days);
@@ -111,11 +106,14 @@ fn civil(mut days: u64) -> (u64, u64, u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+
+    const SECONDS: Duration = Duration::from_secs(1_709_211_909);
 
     #[test]
     fn dates_are_those_of_the_calendar() {
         // 2024-02-29 13:05:09 UTC, a Thursday; and the edges of leap and common years.
-        let day = |format| strftime(format, 1_709_211_909).unwrap();
+        let day = |format| strftime(format, UNIX_EPOCH + SECONDS).unwrap();
         assert_eq!(day("%d %b %Y"), "29 Feb 2024");
         assert_eq!(
             day("%A, %B %-d, %y; %H:%M:%S = %I %p; %j %F %T%%"),
@@ -130,7 +128,7 @@ mod tests {
 
     #[test]
     fn an_unknown_directive_is_an_error() {
-        assert!(strftime("%Q", 0).is_err());
-        assert!(strftime("100%", 0).is_err());
+        assert!(strftime("%Q", UNIX_EPOCH).is_err());
+        assert!(strftime("100%", UNIX_EPOCH).is_err());
     }
 }

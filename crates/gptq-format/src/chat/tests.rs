@@ -10,14 +10,16 @@ fn conversation() -> [Message; 2] {
     [Message::new("user", " Hi <b> "), Message::new("assistant", "Hello")]
 }
 
+const NOW: SystemTime = SystemTime::UNIX_EPOCH;
+
 fn render(source: &str) -> String {
-    template(source).render(&conversation(), true).unwrap()
+    template(source).render(&conversation(), true, NOW).unwrap()
 }
 
 /// The error of compiling or rendering.
 fn fails(source: &str) -> ChatError {
     ChatTemplate::new("t.jinja", source, BTreeMap::new())
-        .and_then(|t| t.render(&conversation(), false).map(|_| ()))
+        .and_then(|t| t.render(&conversation(), false, NOW).map(|_| ()))
         .unwrap_err()
 }
 
@@ -74,9 +76,10 @@ fn tojson_is_pythons() {
 }
 
 #[test]
-fn the_date_is_todays() {
-    let date = render("{{ strftime_now('%d %b %Y') }}");
-    assert_eq!(date.len(), 11, "{date}");
+fn the_date_is_the_callers() {
+    assert_eq!(render("{{ strftime_now('%d %b %Y') }}"), "01 Jan 1970");
+    assert_eq!(render("{% if strftime_now is defined %}a{% endif %}"), "a");
+    assert_eq!(render("{% macro f() %}{{ strftime_now('%Y') }}{% endmacro %}{{ f() }}"), "1970");
 }
 
 #[test]

@@ -143,7 +143,8 @@ fn the_chat_template_is_found() {
         }
         load(&files).unwrap()
     };
-    let say = |t: &Tokenizer| t.apply_chat_template(&[Message::new("user", "x")], false);
+    let now = std::time::UNIX_EPOCH;
+    let say = |t: &Tokenizer| t.apply_chat_template(&[Message::new("user", "x")], false, now);
     let named = json!([{"name": "rag", "template": "no"}, {"name": "default", "template": "{{ bos_token }}yes"}]);
     assert_eq!(
         say(&load(json!({"chat_template": "{{ messages[0].content }}!"}), None)).unwrap(),

@@ -124,6 +124,10 @@ pub(crate) fn chat_template(data: &[u8]) -> Read {
     let source = std::str::from_utf8(data)?;
     let variables = [("bos_token".to_owned(), "<s>".to_owned())].into();
     let template = ChatTemplate::new("t.jinja", source, variables)?;
-    template.render(&[Message::new("user", "Hi"), Message::new("assistant", "Yo")], true)?;
+    template.render(
+        &[Message::new("user", "Hi"), Message::new("assistant", "Yo")],
+        true,
+        std::time::UNIX_EPOCH,
+    )?;
     Ok(())
 }

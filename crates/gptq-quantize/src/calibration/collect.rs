@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
 
 use gptq_format::Tokenizer;
 use gptq_format::chat::Message;
@@ -10,6 +11,9 @@ use super::{CalibrationError, SourceKind, SourceReport};
 
 /// Text that is joined before it is tokenized, at least.
 const PENDING_BYTES: usize = 512 << 10;
+
+/// 26 July 2024, see the module above.
+const DATE: Duration = Duration::from_secs(1_721_952_000);
 
 /// Takes the documents of one file and holds the tokens they give.
 pub(super) struct Collector<'a> {
@@ -122,7 +126,7 @@ impl<'a> Collector<'a> {
     ) -> Result<(), CalibrationError> {
         let rendered = self
             .tokenizer
-            .apply_chat_template(messages, false)
+            .apply_chat_template(messages, false, UNIX_EPOCH + DATE)
             .map_err(|error| self.tokenizer_failed(&place, &error))?;
         if let Some(longest) = self.record {
             return self.record(&rendered, longest, &place);

@@ -12,7 +12,8 @@
 //! | JSON lines, Parquet: `messages` | one row, through the chat template | as tokens |
 //! | JSON lines, Parquet: `input_ids` | one row | as tokens |
 //!
-//! No special tokens are added; chat templates contain their own.
+//! No special tokens are added; chat templates contain their own. Those that ask for the date are told 26 July 2024, the one
+//! that Llama 3.1 takes without a clock: windows would be others the next day.
 //!
 //! Encoders read texts one by one, so their windows are the records themselves ([`Windows::Records`]): each line of a text
 //! file and each row of the others is tokenized with the special tokens that the tokenizer puts around a text, cut to
