@@ -13,7 +13,11 @@ use crate::spec::{
 pub(super) fn spec(f: &Fields<'_>) -> Result<Spec> {
     let sizes = Sizes::read(f, &USUAL)?;
     let bias = f.flag_or("attention_bias", false)?;
-    let defaults = RopeDefaults { style: RopeStyle::Interleaved, ..RopeDefaults::default() };
+    let defaults = RopeDefaults {
+        theta: ("rope_theta", 500_000.0),
+        style: RopeStyle::Interleaved,
+        ..RopeDefaults::default()
+    };
     let norm = NormSpec { bias: false, ..NormSpec::layer(f.eps_or("layer_norm_eps", 1e-5)?) };
     let qk_norm =
         QkNorm { q: "self_attn.q_norm", k: "self_attn.k_norm", norm, over: NormOver::OwnHead };
