@@ -41,6 +41,25 @@ pub enum LinearSource {
     Unset,
 }
 
+/// Whether both matrices are there and differ. Some rows tell: one that was trained by itself differs in all of them.
+fn differ(tensors: &TensorStore, a: &str, b: &str) -> bool {
+    const ROWS: usize = 64;
+    let (Ok(first), Ok(second)) = (tensors.info(a), tensors.info(b)) else { return false };
+    if first.shape != second.shape {
+        return true;
+    }
+    let [rows, columns] = *first.shape else { return false };
+    let row = |tensor: &str, row: usize| {
+        let mut values = vec![0.0; columns];
+        tensors.read_rows_f32(tensor, row..row + 1, &mut values).map(|()| values)
+    };
+    (0..rows).step_by(rows.div_ceil(ROWS).max(1)).any(|at| match (row(a, at), row(b, at)) {
+        (Ok(a), Ok(b)) => a != b,
+        // Who reads the whole of it tells what is wrong.
+        _ => false,
+    })
+}
+
 /// Loads one linear of a block by itself, as [`crate::Block::load`] would.
 ///
 /// # Errors
@@ -132,6 +151,18 @@ impl Spec {
             spec.head.name = spec.head.name.filter(|name| !lacks(name));
         }
         spec.head.pooler = spec.head.pooler.filter(|name| !lacks(&format!("{}{name}", spec.base)));
+        if let Some(name) = spec.head.name.filter(|_| spec.head.tied) {
+            let embedding = format!("{}{}.weight", spec.base, spec.embedding.name);
+            if spec.head.transform.is_none()
+                && differ(tensors, &format!("{name}.weight"), &embedding)
+            {
+                tracing::warn!(
+                    "{}: {name}.weight differs from {embedding}, to which the config ties it; it is used, as by transformers",
+                    checkpoint.path.display()
+                );
+                spec.head.tied = false;
+            }
+        }
         let beyond = format!("{}.", spec.block_name(spec.layer_count()));
         if let Some(name) = tensors.names().find(|name| name.starts_with(&beyond)) {
             let (file, layers) = (checkpoint.path.display(), spec.layer_count());

@@ -161,6 +161,26 @@ fn the_first_real_token_of_a_padded_text_is_where_the_family_puts_it() {
 }
 
 #[test]
+fn a_stored_head_that_differs_from_the_embedding_is_not_tied() {
+    let dir = tempfile::tempdir().unwrap();
+    gptq_testkit::tiny_llama(dir.path(), 3);
+    let ids = [7, 8, 9];
+    let logits = |changed: bool| {
+        let config = std::fs::read_to_string(dir.path().join("config.json")).unwrap();
+        let key = "\"tie_word_embeddings\":";
+        let config = if changed {
+            config.replace(&format!("{key} false"), &format!("{key} true"))
+        } else {
+            config
+        };
+        std::fs::write(dir.path().join("config.json"), &config).unwrap();
+        assert_eq!(config.contains(&format!("{key} true")), changed, "{config}");
+        common::logits(&load(&open(dir.path())), &mut session(), &ids, 1)
+    };
+    assert_eq!(logits(false).as_slice(), logits(true).as_slice());
+}
+
+#[test]
 fn a_decoder_saved_without_its_head_encodes_and_predicts_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (whole, bare) = (dir.path().join("whole"), dir.path().join("bare"));

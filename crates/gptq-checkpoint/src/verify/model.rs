@@ -95,6 +95,14 @@ fn check_head(
             "it is stored, but config.json ties it to the embedding (tie_word_embeddings); it is not read",
             None,
         );
+    } else if has("weight") && Spec::from_config(&checkpoint.config).is_ok_and(|s| s.head.tied) {
+        findings.warning(
+            "tied-head",
+            Some(name),
+            "it differs from the embedding, to which config.json ties it (tie_word_embeddings): transformers 5 reads it, \
+             other engines do not",
+            Some("set `tie_word_embeddings` to false in config.json"),
+        );
     }
     match (config.lm_head, has("qweight")) {
         (true, false) => findings.error(
