@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 pub type OnProgress<'a> = dyn Fn(&str, u64, u64) + 'a;
 
 /// Files beside the weights that are fetched where the repository has them.
-const SMALL_FILES: [&str; 18] = [
+const SMALL_FILES: [&str; 19] = [
+    "README.md",
     "config.json",
     "generation_config.json",
     "quantize_config.json",
@@ -63,9 +64,13 @@ fn from_hub(
     offline: bool,
     on_progress: &OnProgress<'_>,
 ) -> Result<PathBuf> {
-    if let Some(snapshot) = cached(cache, id) {
+    let cached = cached(cache, id);
+    // Other tools may have fetched the weights alone.
+    if let Some(snapshot) = &cached
+        && (offline || snapshot.join("tokenizer.json").exists())
+    {
         tracing::debug!(model, path = %snapshot.display(), "found in the hub cache");
-        return Ok(snapshot);
+        return Ok(snapshot.clone());
     }
     let failed = |reason: String| FormatError::Hub {
         model: model.to_owned(),
@@ -78,7 +83,15 @@ fn from_hub(
     if offline {
         return Err(failed("it is not in the cache and HF_HUB_OFFLINE is set".to_owned()));
     }
-    download(cache, id, on_progress).map_err(failed)
+    match (download(cache, id, on_progress), cached) {
+        (Err(reason), Some(snapshot)) => {
+            tracing::warn!(
+                "{model} is in the cache without its tokenizer, which cannot be fetched: {reason}"
+            );
+            Ok(snapshot)
+        }
+        (downloaded, _) => downloaded.map_err(failed),
+    }
 }
 
 /// `owner/name` at a revision.

@@ -188,14 +188,16 @@ impl Output {
         let name = job.output.file_name().map_or("model".into(), |n| n.to_string_lossy());
         let base_card = std::fs::read_to_string(job.checkpoint.path.join("README.md")).ok();
         let license = base_card.as_deref().and_then(license_of_card);
-        let is_hub_id = !Path::new(job.model).exists() && job.model.split('/').count() == 2;
+        // Without the revision, which is no part of the id.
+        let id = job.model.split_once('@').map_or(job.model, |(id, _)| id);
+        let is_hub_id = !Path::new(job.model).exists() && id.split('/').count() == 2;
         let causal = Spec::for_checkpoint(job.checkpoint)?.attention.causal;
         let named = job.checkpoint.config.map().get("architectures");
         let architecture = named.and_then(|names| names.get(0)?.as_str()).unwrap_or_default();
         let details = CardDetails {
             name: &name,
             task: Task::new(causal, architecture),
-            base_model: is_hub_id.then_some(job.model),
+            base_model: is_hub_id.then_some(id),
             license: license.as_deref(),
             results: &[],
         };
