@@ -2,7 +2,7 @@
 
 use crate::error::{FormatError, Result};
 use crate::fs::read_json;
-use crate::sentence_files::{MODULES, SETTINGS, is_sentence_config};
+use crate::sentence_files::{CUSTOM_CODE, MODULES, SETTINGS, is_sentence_config};
 use hf_hub::api::Progress;
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
@@ -166,6 +166,11 @@ fn is_small(name: &str) -> bool {
     SMALL_FILES.contains(&name) || is_sentence_config(name)
 }
 
+/// Whether a file is Python code beside the weights.
+pub(crate) fn is_code(name: &str) -> bool {
+    !name.contains('/') && Path::new(name).extension().is_some_and(|extension| extension == "py")
+}
+
 /// Whether a file is the config of a step of `modules.json`, such as `1_Pooling/config.json`.
 fn is_of_module(modules: &Value, name: &str) -> bool {
     let paths =
@@ -252,6 +257,11 @@ fn download(
     let config = get("config.json")?;
     for name in names.iter().filter(|name| is_small(name)) {
         let path = get(name)?;
+        if name == "config.json" && read_json(&path).is_ok_and(|c| c.get(CUSTOM_CODE).is_some()) {
+            for code in names.iter().filter(|name| is_code(name)) {
+                get(code)?;
+            }
+        }
         if name == MODULES {
             let modules = read_json(&path).map_err(|e| e.to_string())?;
             for name in names.iter().filter(|name| is_of_module(&modules, name)) {
@@ -351,6 +361,7 @@ mod tests {
             assert!(is_small(name), "{name}");
         }
         assert!(is_of_module(&modules, "1_Pooling/config.json"));
+        assert!(is_code("modeling_x.py") && !is_code("scripts/x.py") && !is_code("py"));
         for name in
             ["1_Pooling", "1_Pooling/x/config.json", "2_Dense/config.json", "onnx/model.onnx"]
         {

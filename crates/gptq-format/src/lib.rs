@@ -39,7 +39,7 @@ pub use fs::OutputDir;
 pub use gptq_linear::GptqLinear;
 pub use pack::Bits;
 pub use quantize_config::{CheckpointFormat, ModuleSettings, QuantizeConfig};
-pub use sentence_files::copy_sentence_files;
+pub use sentence_files::{copy_custom_code, copy_sentence_files};
 pub use shards::{ShardPlan, ShardWriter, TensorSpec};
 pub use tensors::{SharedBytes, TensorInfo, TensorStore};
 pub use tokenizer::Tokenizer;

@@ -1,3 +1,5 @@
+//! Files beside a checkpoint that only other programs read.
+//!
 //! The files by which sentence-transformers describes how a model's hidden states become one vector per text:
 //! `modules.json` lists the steps and their directories (`1_Pooling`), beside it lie settings of the whole.
 
@@ -6,12 +8,15 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Component, Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::error::{FormatError, Result};
 use crate::fs::{read_json_if_exists, read_limited, write_atomic};
+use crate::hub::is_code;
 
 pub(crate) const MODULES: &str = "modules.json";
+/// The key of a `config.json` that names Python code beside it.
+pub(crate) const CUSTOM_CODE: &str = "auto_map";
 pub(crate) const SETTINGS: &str = "config_sentence_transformers.json";
 /// Larger files than a dense layer of any such model are none of these.
 const MAX_FILE_BYTES: u64 = 1 << 28;
@@ -52,6 +57,18 @@ pub(crate) fn is_sentence_config(name: &str) -> bool {
     name.starts_with("sentence_") && name.ends_with("_config.json") && !name.contains('/')
 }
 
+/// Copies the Python files that `auto_map` of a `config.json` names, and those beside them that they import: the output
+/// names them, too. Nothing here runs them.
+///
+/// # Errors
+/// If a file cannot be read or written.
+pub fn copy_custom_code(config: &Map<String, Value>, from: &Path, to: &Path) -> Result<()> {
+    if !config.contains_key(CUSTOM_CODE) {
+        return Ok(());
+    }
+    copy_files(from, to, |name| is_code(&name.to_string_lossy()))
+}
+
 /// Copies the files of a directory, which need not exist, whose names are wanted.
 fn copy_files(from: &Path, to: &Path, wanted: impl Fn(&OsStr) -> bool) -> Result<()> {
     let entries = match fs::read_dir(from) {
@@ -72,6 +89,7 @@ fn copy_files(from: &Path, to: &Path, wanted: impl Fn(&OsStr) -> bool) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn directory(modules: &str) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
@@ -83,6 +101,21 @@ mod tests {
         write("1_Pooling/config.json", r#"{"pooling_mode": "cls"}"#);
         write("model.safetensors", "not one of these");
         folder
+    }
+
+    #[test]
+    fn code_is_copied_where_the_config_names_it() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for name in ["modeling_x.py", "helper.py", "notes.txt"] {
+            fs::write(from.path().join(name), name).unwrap();
+        }
+        let copy = |config: Value| {
+            copy_custom_code(config.as_object().unwrap(), from.path(), to.path()).unwrap();
+            names(to.path())
+        };
+        assert!(copy(json!({})).is_empty());
+        let named = json!({ "auto_map": { "AutoModelForCausalLM": "modeling_x.X" } });
+        assert_eq!(copy(named), ["helper.py", "modeling_x.py"]);
     }
 
     fn names(directory: &Path) -> Vec<String> {

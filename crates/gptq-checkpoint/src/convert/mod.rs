@@ -10,7 +10,9 @@ mod hf;
 use std::path::{Path, PathBuf};
 
 use gptq_format::fs::write_atomic;
-use gptq_format::{Checkpoint, CheckpointFormat, CheckpointKind, Tokenizer, copy_sentence_files};
+use gptq_format::{
+    Checkpoint, CheckpointFormat, CheckpointKind, Tokenizer, copy_custom_code, copy_sentence_files,
+};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -107,6 +109,7 @@ fn write_side_files(checkpoint: &Checkpoint, config: &Value, to: &Path) -> Resul
         CheckpointKind::HuggingFace => {
             Tokenizer::copy_files(&checkpoint.path, to)?;
             copy_sentence_files(&checkpoint.path, to)?;
+            copy_custom_code(checkpoint.config.map(), &checkpoint.path, to)?;
         }
         CheckpointKind::Gguf(_) => checkpoint.tokenizer()?.save(to)?,
     }

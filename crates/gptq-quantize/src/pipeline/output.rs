@@ -5,7 +5,7 @@ use std::path::Path;
 use gptq_format::fs::write_atomic;
 use gptq_format::{
     Checkpoint, CheckpointKind, DType, FormatError, GptqLinear, OutputDir, ShardWriter,
-    copy_sentence_files,
+    copy_custom_code, copy_sentence_files,
 };
 use gptq_model::Spec;
 use half::{bf16, f16};
@@ -65,6 +65,7 @@ impl Output {
         }
         if let CheckpointKind::HuggingFace = job.checkpoint.kind {
             copy_sentence_files(&job.checkpoint.path, &path)?;
+            copy_custom_code(job.checkpoint.config.map(), &job.checkpoint.path, &path)?;
         }
         let mut writer = ShardWriter::create(&path, layout.plan.clone())?;
         for tensor in &layout.copied {
