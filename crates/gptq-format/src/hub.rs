@@ -2,7 +2,7 @@
 
 use crate::error::{FormatError, Result};
 use crate::fs::read_json;
-use crate::sentence_files::{CUSTOM_CODE, MODULES, SETTINGS, is_sentence_config};
+use crate::side_files::{CUSTOM_CODE, MODULES, SETTINGS, is_code, is_sentence_config};
 use hf_hub::api::Progress;
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
@@ -164,11 +164,6 @@ fn is_commit(text: &str) -> bool {
 /// Whether a file of a repository is fetched wherever it is there.
 fn is_small(name: &str) -> bool {
     SMALL_FILES.contains(&name) || is_sentence_config(name)
-}
-
-/// Whether a file is Python code beside the weights.
-pub(crate) fn is_code(name: &str) -> bool {
-    !name.contains('/') && Path::new(name).extension().is_some_and(|extension| extension == "py")
 }
 
 /// Whether a file is the config of a step of `modules.json`, such as `1_Pooling/config.json`.

@@ -99,13 +99,20 @@ pub(super) fn check_windows(spec: &Spec, lossy: bool, notes: &mut Vec<String>) -
     let reason = format!(
         "llama.cpp attends to all tokens, the model only to the last {window}, so that longer texts give other results"
     );
+    note_loss(lossy, notes, "sliding window", reason, "leave the window out")
+}
+
+/// What llama.cpp does otherwise is refused, or noted where that is allowed.
+fn note_loss(
+    lossy: bool,
+    notes: &mut Vec<String>,
+    subject: &str,
+    reason: String,
+    instead: &str,
+) -> Result<()> {
     if !lossy {
-        let subject = "sliding window".to_owned();
-        return Err(CheckpointError::Lossy {
-            subject,
-            reason,
-            lossy: "leave the window out".into(),
-        });
+        let (subject, lossy) = (subject.to_owned(), instead.to_owned());
+        return Err(CheckpointError::Lossy { subject, reason, lossy });
     }
     notes.push(reason);
     Ok(())
@@ -199,14 +206,7 @@ pub(super) fn all(
     let tokenizer = checkpoint.tokenizer()?;
     let described = tokenizer.gguf_metadata(spec.vocab, &ends(checkpoint))?;
     if let Some(reason) = described.differs {
-        if !lossy {
-            return Err(CheckpointError::Lossy {
-                subject: "tokenizer".to_owned(),
-                reason: reason.to_owned(),
-                lossy: "leave that so".to_owned(),
-            });
-        }
-        notes.push(reason.to_owned());
+        note_loss(lossy, notes, "tokenizer", reason.to_owned(), "leave that so")?;
     }
     out.extend(described.metadata);
     Ok(out)

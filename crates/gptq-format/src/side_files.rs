@@ -12,7 +12,6 @@ use serde_json::{Map, Value};
 
 use crate::error::{FormatError, Result};
 use crate::fs::{read_json_if_exists, read_limited, write_atomic};
-use crate::hub::is_code;
 
 pub(crate) const MODULES: &str = "modules.json";
 /// The key of a `config.json` that names Python code beside it.
@@ -55,6 +54,11 @@ pub fn copy_sentence_files(from: &Path, to: &Path) -> Result<()> {
 /// sentence_bert_config.json, sentence_roberta_config.json and so on.
 pub(crate) fn is_sentence_config(name: &str) -> bool {
     name.starts_with("sentence_") && name.ends_with("_config.json") && !name.contains('/')
+}
+
+/// Whether a file is Python code beside the weights.
+pub(crate) fn is_code(name: &str) -> bool {
+    !name.contains('/') && Path::new(name).extension().is_some_and(|extension| extension == "py")
 }
 
 /// Copies the Python files that `auto_map` of a `config.json` names, and those beside them that they import: the output
