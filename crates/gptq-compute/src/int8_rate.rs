@@ -12,6 +12,8 @@ const VECTORS: usize = 2;
 const STEPS: usize = 24 * 5_000;
 /// Tasks per thread.
 const TASKS: usize = 4;
+/// Products of a sum, as in a block of inputs.
+const BLOCK: usize = 8;
 /// Runs, of which the best counts.
 const RUNS: usize = 50;
 
@@ -24,7 +26,7 @@ impl Kernel for Tile {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> f32 {
-        let mut acc = [[S::splat_i32(0); VECTORS]; TOKENS];
+        let mut sums = [[S::splat_i32(0); VECTORS]; TOKENS];
         let mut w = [S::splat_i32(0); VECTORS];
         for (i, w) in w.iter_mut().enumerate() {
             *w = S::splat_i32(std::hint::black_box(0x0102_0304 + i as i32));
@@ -32,18 +34,27 @@ impl Kernel for Tile {
         let x = [0x0403_0201; TOKENS];
         // As many sums as registers hold.
         let (tokens, vectors) = if S::WIDE { (TOKENS, VECTORS) } else { (4, 1) };
-        for _ in 0..STEPS / (tokens * vectors) {
-            // A new place for all that the compiler knows, so that no product is computed once only.
-            let x = std::hint::black_box(&x);
+        for _ in 0..STEPS / (tokens * vectors * BLOCK) {
+            let mut acc = [[S::dot_start(4, S::splat_i32(0)); VECTORS]; TOKENS];
+            for _ in 0..BLOCK {
+                // A new place for all that the compiler knows, so that no product is computed once only.
+                let x = std::hint::black_box(&x);
+                for i in 0..tokens {
+                    let x = S::splat_i32(x[i]);
+                    for v in 0..vectors {
+                        acc[i][v] = S::dot(4, acc[i][v], w[v], x);
+                    }
+                }
+            }
             for i in 0..tokens {
-                let x = S::splat_i32(x[i]);
                 for v in 0..vectors {
-                    acc[i][v] = S::dot(4, acc[i][v], w[v], x);
+                    let sum = S::dot_end(4, acc[i][v], S::splat_i32(0));
+                    sums[i][v] = S::add_i32(sums[i][v], sum);
                 }
             }
         }
         let mut sum = 0.0;
-        for a in acc.as_flattened() {
+        for a in sums.as_flattened() {
             sum += S::sum(S::to_f32(*a));
         }
         sum

@@ -404,27 +404,36 @@ fn groups_without_inputs_add_nothing() {
 #[test]
 fn sums_of_large_integers_do_not_overflow() {
     let (k, n) = (256, 64);
-    for (code, zero) in [(255u8, 0u8), (0, 255), (255, 128), (0, 128)] {
-        let parts = GptqParts {
-            bits: 8,
-            in_features: k,
-            out_features: n,
-            qweight: &vec![u32::from_le_bytes([code; 4]); k / 4 * n],
-            scales: &vec![f16::ONE; n],
-            zeros: &vec![zero; n],
-            g_idx: &vec![0; k],
-        };
-        let weight = Matrix::Quantized(QuantizedMatrix::from_gptq(parts).unwrap());
-        let linear = Linear { weight, bias: None };
-        let mut scratch = Scratch::default();
-        scratch.set_activations(Activations::Bf16);
-        for x in [1.0f32, -1.0] {
-            let want = x * k as f32 * (f32::from(code) - f32::from(zero));
-            for isa in Isa::available() {
-                let (x, mut y) = (Tensor::from_vec(1, k, vec![x; k]), Tensor::default());
-                linear_on(isa, &Pool::new(1), &x, &mut [(&linear, &mut y)], &mut scratch);
-                let near = |y: &f32| (y - want).abs() <= 1e-5 * (k as f32 * 255.0);
-                assert!(y.as_slice().iter().all(near), "{isa:?} {code} {zero} {:?}", y.row(0)[0]);
+    for bits in [2, 3, 4, 8] {
+        let largest = ((1 << bits) - 1) as u8;
+        let centre = 1 << (bits - 1);
+        for (code, zero) in [(largest, 0), (0, largest), (largest, centre), (0, centre)] {
+            let parts = GptqParts {
+                bits,
+                in_features: k,
+                out_features: n,
+                // All bits are the same.
+                qweight: &vec![if code > 0 { u32::MAX } else { 0 }; k * bits as usize / 32 * n],
+                scales: &vec![f16::ONE; n],
+                zeros: &vec![zero; n],
+                g_idx: &vec![0; k],
+            };
+            let weight = Matrix::Quantized(QuantizedMatrix::from_gptq(parts).unwrap());
+            let linear = Linear { weight, bias: None };
+            for (activations, x) in [Activations::Bf16, Activations::Int8]
+                .into_iter()
+                .flat_map(|activations| [(activations, 1.0f32), (activations, -1.0)])
+            {
+                let mut scratch = Scratch::default();
+                scratch.set_activations(activations);
+                let want = x * k as f32 * (f32::from(code) - f32::from(zero));
+                for isa in Isa::available() {
+                    let (x, mut y) = (Tensor::from_vec(1, k, vec![x; k]), Tensor::default());
+                    linear_on(isa, &Pool::new(1), &x, &mut [(&linear, &mut y)], &mut scratch);
+                    let near = |y: &f32| (y - want).abs() <= 1e-5 * k as f32 * f32::from(largest);
+                    let name = format!("{isa:?} {activations:?} {bits} {code} {zero}");
+                    assert!(y.as_slice().iter().all(near), "{name} {:?}", y.row(0)[0]);
+                }
             }
         }
     }

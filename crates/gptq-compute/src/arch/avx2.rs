@@ -206,12 +206,25 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         [one(w[0]), one(w[1])]
     }
     #[inline(always)]
+    unsafe fn dot_start(_: u32, centre: I) -> I {
+        if VNNI { centre } else { [_mm256_setzero_si256(); 2] }
+    }
+    #[inline(always)]
     unsafe fn dot(bits: u32, acc: I, w: I, x: I) -> I {
         [dot::<VNNI>(bits, acc[0], w[0], x[0]), dot::<VNNI>(bits, acc[1], w[1], x[1])]
     }
     #[inline(always)]
+    unsafe fn dot_end(bits: u32, acc: I, centre: I) -> I {
+        // Sums in 32 bits are complete.
+        if VNNI || bits == 8 {
+            return acc;
+        }
+        let widen = |v| _mm256_madd_epi16(v, _mm256_set1_epi16(1));
+        Self::add_i32([widen(acc[0]), widen(acc[1])], centre)
+    }
+    #[inline(always)]
     unsafe fn dot_words(acc: I, w: I, x: I) -> I {
-        [dot_words(acc[0], w[0], x[0]), dot_words(acc[1], w[1], x[1])]
+        [dot_words::<VNNI>(acc[0], w[0], x[0]), dot_words::<VNNI>(acc[1], w[1], x[1])]
     }
     #[inline(always)]
     unsafe fn store_low_bytes(p: *mut i8, v: I) {
@@ -232,10 +245,36 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 }
 
+/// Adds integers to a sum. Of plain additions LLVM makes trees, whose leaves take more registers than there are.
+macro_rules! additions {
+    ($($name:ident: $instruction:literal;)*) => {$(
+        #[inline]
+        #[target_feature(enable = "avx2")]
+        unsafe fn $name(mut acc: __m256i, x: __m256i) -> __m256i {
+            // SAFETY: the processor has the instruction, which reads and writes these registers alone.
+            unsafe {
+                asm!(
+                    concat!($instruction, " {acc}, {acc}, {x}"),
+                    acc = inout(ymm_reg) acc, x = in(ymm_reg) x,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            acc
+        }
+    )*};
+}
+
+additions! { add_i16: "vpaddw"; add_i32: "vpaddd"; }
+
+#[inline(always)]
+unsafe fn dot_words<const VNNI: bool>(acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    if VNNI { dpwssd(acc, w, x) } else { add_i32(acc, _mm256_madd_epi16(w, x)) }
+}
+
 /// `_mm256_dpwssd_avx_epi32`, which LLVM takes apart into two instructions unless it compiles for a certain processor.
 #[inline]
 #[target_feature(enable = "avx2,avxvnni")]
-unsafe fn dot_words(mut acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
+unsafe fn dpwssd(mut acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
     // SAFETY: the processor has the instruction, which reads and writes these registers alone.
     unsafe {
         asm!(
@@ -247,23 +286,17 @@ unsafe fn dot_words(mut acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
     acc
 }
 
+/// Without VNNI the products of codes of up to 4 bits are summed in the 16 bits that the instruction adds two of them in:
+/// those of a block fit. Codes of 8 bits are centred here, since the products of two unsigned ones would not fit.
 #[inline(always)]
 unsafe fn dot<const VNNI: bool>(bits: u32, acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
     if VNNI {
         return _mm256_dpbusd_avx_epi32(acc, w, x);
     }
-    // Sums of two products of 8-bit codes may exceed 16 bits; those of nibbles do not.
     if bits <= 4 {
-        return nibbles(acc, w, x, 1);
+        return add_i16(acc, _mm256_maddubs_epi16(w, x));
     }
-    let mask = _mm256_set1_epi8(15);
-    let high = _mm256_and_si256(_mm256_srli_epi32::<4>(w), mask);
-    nibbles(nibbles(acc, _mm256_and_si256(w, mask), x, 1), high, x, 16)
-}
-
-/// acc + weight · Σ w x over the four bytes of each lane, for w below 16.
-#[inline(always)]
-unsafe fn nibbles(acc: __m256i, w: __m256i, x: __m256i, weight: i16) -> __m256i {
-    let pairs = _mm256_maddubs_epi16(w, x);
-    _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(weight)))
+    let w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    add_i32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }

@@ -240,7 +240,7 @@ pub(crate) enum Pairs {
 pub(crate) fn pairs(isa: Isa) -> Option<Pairs> {
     match isa {
         Isa::Scalar | Isa::Avx512Bf16 => Some(Pairs::Bf16),
-        Isa::Avx512Vnni | Isa::AvxVnni => Some(Pairs::Int16),
+        Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni => Some(Pairs::Int16),
         _ => None,
     }
 }
@@ -264,6 +264,9 @@ pub(crate) fn dispatch_words<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     debug_assert!(isa.is_available());
     match isa {
         // SAFETY: `isa()` and the tests hand out available instruction sets only.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::enter(kernel) },
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::AvxVnni => unsafe { avx2::enter_vnni(kernel) },
         // SAFETY: as above.
@@ -354,10 +357,24 @@ pub trait Simd: Copy {
     unsafe fn centre(w: Self::I, top: Self::I) -> Self::I {
         Self::xor(w, top)
     }
+    /// What sums of products of bytes start from ([`Simd::dot`]): `centre`, minus 2^(bits-1) times the sum of the bytes that
+    /// the codes are multiplied with.
+    #[inline(always)]
+    unsafe fn dot_start(_bits: u32, centre: Self::I) -> Self::I {
+        centre
+    }
     /// Adds to each lane of `acc` the products of its four bytes of `w`, unsigned and below
     /// 2^bits, with its four bytes of `x`, signed and at least -127. Exact. Kernels that use it are
     /// run by `dispatch_dot` only.
+    ///
+    /// Up to eight times between [`Simd::dot_start`] and [`Simd::dot_end`]; what lies in `acc` until then is the instruction
+    /// set's own affair.
     unsafe fn dot(bits: u32, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// The finished sums, which include `centre`.
+    #[inline(always)]
+    unsafe fn dot_end(_bits: u32, acc: Self::I, _centre: Self::I) -> Self::I {
+        acc
+    }
     /// What [`Simd::code`] gives for the codes at `shift` and at `shift + 16`, in bfloat16, in the
     /// low and in the high half of each lane.
     #[inline(always)]
@@ -424,7 +441,7 @@ mod tests {
         let x = lanes(&|i| word(7 * i - 32767) | (32767 - i) << 16);
         let acc = lanes(&|i| 1000 * i - 536_000_000);
         let half = |x: u32, shift: u32| i64::from((x >> shift) as i16);
-        for isa in [Isa::Scalar, Isa::AvxVnni, Isa::Avx512Vnni] {
+        for isa in [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512Vnni] {
             if !isa.is_available() {
                 continue;
             }

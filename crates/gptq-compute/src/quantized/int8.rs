@@ -28,6 +28,8 @@ const TOKENS: usize = TILES * 6;
 /// Inputs after which sums are scaled and added to the result, at the latest. Their codes, in two
 /// vectors up to all of 8 bits, stay in the first level cache.
 const CHUNK: usize = 8 * BLOCK;
+/// [`Simd::dot`] is for so many inputs.
+const _: () = assert!(BLOCK <= 8 * 4);
 /// Bytes of one word of the 16 outputs of a vector.
 const VECTOR_BYTES: usize = LANES * 4;
 
@@ -202,7 +204,7 @@ unsafe fn blocks<S: Simd, const BITS: u32, const MT: usize, const P: usize>(
         for i in 0..MT {
             let centre = S::splat_i32(*centres.add(i));
             for p in 0..P {
-                acc[p][i] = centre;
+                acc[p][i] = S::dot_start(BITS, centre);
             }
         }
         let mut four = x.cast::<i8>();
@@ -218,8 +220,10 @@ unsafe fn blocks<S: Simd, const BITS: u32, const MT: usize, const P: usize>(
         }
         for i in 0..MT {
             let t = S::splat(*scales.add(i));
+            let centre = S::splat_i32(*centres.add(i));
             for p in 0..P {
-                part[p][i] = S::fused(S::to_f32(acc[p][i]), t, part[p][i]);
+                let sum = S::to_f32(S::dot_end(BITS, acc[p][i], centre));
+                part[p][i] = S::fused(sum, t, part[p][i]);
             }
         }
         x = x.add(MT * RECORD);
