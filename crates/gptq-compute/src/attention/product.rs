@@ -77,18 +77,21 @@ pub(super) unsafe fn product<S: Simd, E: Element>(
     scale: impl Fn(usize) -> f32,
     accumulate: bool,
 ) {
-    macro_rules! rows_of {
-        ($r:literal, $v:literal, $row:ident, $vector:ident) => {
+    macro_rules! tiles {
+        ($r:literal x $v:literal, $row:ident, $vectors:expr) => {
             while rows - $row >= $r {
                 let a: [*const f32; $r] = std::array::from_fn(|i| a($row + i));
-                let c: [*mut f32; $r] = std::array::from_fn(|i| c($row + i).add($vector * LANES));
                 let scales: [f32; $r] =
                     std::array::from_fn(|i| if E::INTEGERS { scale($row + i) } else { 1.0 });
-                let b = (b.add($vector * LANES), ahead.wrapping_add($vector * LANES));
-                if $row == 0 {
-                    tile::<S, E, $r, $v, true>(k, a, b, ldb, c, scales, accumulate);
-                } else {
-                    tile::<S, E, $r, $v, false>(k, a, b, ldb, c, scales, accumulate);
+                for vector in $vectors.step_by($v) {
+                    let c: [*mut f32; $r] =
+                        std::array::from_fn(|i| c($row + i).add(vector * LANES));
+                    let b = (b.add(vector * LANES), ahead.wrapping_add(vector * LANES));
+                    if $row == 0 {
+                        tile::<S, E, $r, $v, true>(k, a, b, ldb, c, scales, accumulate);
+                    } else {
+                        tile::<S, E, $r, $v, false>(k, a, b, ldb, c, scales, accumulate);
+                    }
                 }
                 $row += $r;
             }
@@ -96,20 +99,28 @@ pub(super) unsafe fn product<S: Simd, E: Element>(
     }
     let mut vector = 0;
     while vectors - vector >= 4 {
+        let four = || vector..vector + 4;
         let mut row = 0;
         if S::WIDE {
-            rows_of!(6, 4, row, vector);
-            rows_of!(4, 4, row, vector);
-            rows_of!(3, 4, row, vector);
-            rows_of!(2, 4, row, vector);
+            tiles!(6 x 4, row, four());
+            tiles!(4 x 4, row, four());
+            tiles!(3 x 4, row, four());
+            tiles!(2 x 4, row, four());
+        } else {
+            // As many sums as leave registers for B, whose elements may take as long to widen as to multiply.
+            tiles!(6 x 1, row, four());
+            tiles!(4 x 1, row, four());
+            tiles!(3 x 2, row, four());
+            tiles!(2 x 2, row, four());
         }
-        rows_of!(1, 4, row, vector);
+        tiles!(1 x 4, row, four());
         vector += 4;
     }
     while vector < vectors {
+        let one = || vector..vector + 1;
         let mut row = 0;
-        rows_of!(6, 1, row, vector);
-        rows_of!(1, 1, row, vector);
+        tiles!(6 x 1, row, one());
+        tiles!(1 x 1, row, one());
         vector += 1;
     }
 }
