@@ -75,6 +75,11 @@ impl<const BITS: u32> Kernel for Strip<'_, BITS> {
         sums.as_mut_ptr().cast::<[f32; STRIP]>().write_bytes(0, out.rows);
         let y = std::slice::from_raw_parts_mut(sums.as_mut_ptr().cast::<[f32; STRIP]>(), out.rows);
         let header_bytes = m.header.bytes();
+        let tiles: [_; TILES] = std::array::from_fn(|i| {
+            let tile = tiles.clone().nth(i)?;
+            let rows = x.tiling().tile(tile);
+            Some((rows, x.tile(m, rows)))
+        });
         for (g, group) in m.groups.iter().enumerate() {
             let header = base.add(group.offset);
             prefetch_header::<S>(header, header_bytes);
@@ -84,9 +89,7 @@ impl<const BITS: u32> Kernel for Strip<'_, BITS> {
                 let columns = (group.columns - start).min(CHUNK);
                 let last = start + columns == group.columns;
                 let mut row = 0;
-                for tile in tiles.clone() {
-                    let rows = x.tiling().tile(tile);
-                    let (records, totals) = x.tile(m, rows);
+                for &(rows, (records, totals)) in tiles.iter().flatten() {
                     assert!(row + rows.height <= y.len(), "rows of the tiles");
                     let block = group.block + start / BLOCK;
                     let chunk = Chunk {
