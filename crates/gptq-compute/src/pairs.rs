@@ -373,23 +373,26 @@ impl<const INTEGERS: bool> Kernel for Sums<'_, INTEGERS> {
     unsafe fn run<S: Simd>(self) {
         // As many vectors of columns at a time as there are registers for.
         if const { S::WIDE } {
-            self.0.sums::<S, INTEGERS, VECTORS>(0);
+            self.0.sums::<S, INTEGERS, VECTORS>();
         } else {
-            (0..VECTORS).for_each(|vector| self.0.sums::<S, INTEGERS, 1>(vector));
+            self.0.sums::<S, INTEGERS, 1>();
         }
     }
 }
 
 impl Piece<'_> {
-    /// Computes `V` vectors of columns, from `vector` on.
+    /// Computes `V` vectors of columns at a time.
     #[inline(always)]
-    unsafe fn sums<S: Simd, const INTEGERS: bool, const V: usize>(&self, vector: usize) {
+    unsafe fn sums<S: Simd, const INTEGERS: bool, const V: usize>(&self) {
         let &Self { ref rows, ref columns, pairs, out, n, size } = self;
-        let left = vector * LANES;
-        let width = size.1.saturating_sub(left).min(V * LANES);
         let [row_stride, pair_stride] = rows.strides;
         for (block, start) in (0..pairs).step_by(BLOCK).enumerate() {
-            for first in (0..size.0).step_by(ROWS) {
+            // The panel's columns of a block stay in the first level cache.
+            let tiles = (0..size.0)
+                .step_by(ROWS)
+                .flat_map(|first| (0..PANEL).step_by(V * LANES).map(move |left| (first, left)));
+            for (first, left) in tiles {
+                let width = size.1.saturating_sub(left).min(V * LANES);
                 // Behind the last row it is computed once more, and dropped.
                 let row = |i: usize| (first + i).min(size.0 - 1);
                 let row_starts: [usize; ROWS] = std::array::from_fn(|i| row(i) * row_stride);
