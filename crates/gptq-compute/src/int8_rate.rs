@@ -26,7 +26,7 @@ impl Kernel for Tile {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> f32 {
-        let mut sums = [[S::splat_i32(0); VECTORS]; TOKENS];
+        let mut acc = [[S::splat_i32(0); VECTORS]; TOKENS];
         let mut w = [S::splat_i32(0); VECTORS];
         for (i, w) in w.iter_mut().enumerate() {
             *w = S::splat_i32(std::hint::black_box(0x0102_0304 + i as i32));
@@ -35,7 +35,6 @@ impl Kernel for Tile {
         // As many sums as registers hold.
         let (tokens, vectors) = if S::WIDE { (TOKENS, VECTORS) } else { (4, 1) };
         for _ in 0..STEPS / (tokens * vectors * BLOCK) {
-            let mut acc = [[S::dot_start(4, S::splat_i32(0)); VECTORS]; TOKENS];
             for _ in 0..BLOCK {
                 // A new place for all that the compiler knows, so that no product is computed once only.
                 let x = std::hint::black_box(&x);
@@ -46,15 +45,15 @@ impl Kernel for Tile {
                     }
                 }
             }
+            // What the sums are does not matter, but that they are finished.
             for i in 0..tokens {
                 for v in 0..vectors {
-                    let sum = S::dot_end(4, acc[i][v], S::splat_i32(0));
-                    sums[i][v] = S::add_i32(sums[i][v], sum);
+                    acc[i][v] = S::dot_end(4, acc[i][v], S::splat_i32(0));
                 }
             }
         }
         let mut sum = 0.0;
-        for a in sums.as_flattened() {
+        for a in acc.as_flattened() {
             sum += S::sum(S::to_f32(*a));
         }
         sum
